@@ -1,0 +1,27 @@
+# What a person types daily. PYTHON picks the interpreter (3.11 to 3.13) of the environment.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+
+.PHONY: sample test format clean
+
+# Set everything up and make 64 pictures and a grid with the embedded model.
+sample: $(VENV)/installed
+	$(RUN)/lutdeploy sample -n 64 --out samples
+	@echo "see samples/grid.png"
+
+# Set everything up and run format, lint, type checks and tests.
+test: $(VENV)/installed
+	PATH="$(abspath $(RUN)):$$PATH" bash ci/check.sh
+
+format: $(VENV)/installed
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

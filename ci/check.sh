@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Format, lint, types, tests: the same here and in CI. Tools come from PATH.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ruff format --check .
+ruff check .
+mypy
+python -m pytest "$@"

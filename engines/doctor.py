@@ -1,0 +1,105 @@
+"""What is installed, what works on this machine, what is missing: `lutdeploy doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+
+from lutdeploy.errors import LutDeployError
+
+PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "safetensors", "pillow", "click", "rich")
+RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, whether it works, what it is or how to get it."""
+
+    subject: str
+    works: bool
+    detail: str
+    required: bool = True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tiny_graph() -> bytes:
+    """y = x·x for x [2, 2], to see a provider compute."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2]) for n in ("x", "y")]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "x"], ["y"])], "probe", values[:1], values[1:]
+    )
+    opset = helper.make_opsetid("", 20)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _providers() -> list[Finding]:
+    import numpy as np
+    import onnxruntime as ort
+
+    from engines.onnxruntime_engine import open_session
+
+    findings = []
+    x = np.eye(2, dtype=np.float32) * 2
+    for provider in ort.get_available_providers():
+        required = provider == "CPUExecutionProvider"
+        try:
+            (y,) = open_session(_tiny_graph(), provider, 1).run(None, {"x": x})
+            right = bool(np.array_equal(y, x @ x))
+            detail = "computes" if right else f"computes wrongly: {y.tolist()}"
+            findings.append(Finding(f"onnxruntime {provider}", right, detail, required))
+        except LutDeployError as error:
+            findings.append(Finding(f"onnxruntime {provider}", False, str(error), required))
+    return findings
+
+
+def examine() -> list[Finding]:
+    """Look at everything; a provider counts as working only when it has computed."""
+    python = sys.version_info[:2]
+    findings = [
+        Finding(
+            "python", (3, 11) <= python <= (3, 13), f"{platform.python_version()} (3.11 to 3.13)"
+        )
+    ]
+    for package in PACKAGES:
+        version = _version(package)
+        findings.append(Finding(package, version is not None, version or f"pip install {package}"))
+    runtimes = {name: version for name in RUNTIMES if (version := _version(name))}
+    if len(runtimes) == 2:
+        detail = "both onnxruntime and onnxruntime-gpu: they cannot coexist; uninstall one"
+        findings.append(Finding("onnxruntime", False, detail))
+    elif runtimes:
+        name, version = next(iter(runtimes.items()))
+        findings.append(Finding("onnxruntime", True, f"{version} ({name})"))
+        findings += _providers()
+    else:
+        detail = "pip install onnxruntime-gpu (or onnxruntime where there is no such wheel)"
+        findings.append(Finding("onnxruntime", False, detail))
+    import torch
+
+    cuda = torch.cuda.is_available()
+    detail = torch.cuda.get_device_name() if cuda else "no CUDA device; --device cpu is the default"
+    findings.append(Finding("torch cpu", True, f"{torch.get_num_threads()} threads"))
+    findings.append(Finding("torch cuda", cuda, detail, required=False))
+    compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    detail = "for `train --compile on`" if compiler else "install g++ for `train --compile on`"
+    findings.append(Finding("C++ compiler", compiler is not None, detail, required=False))
+    lpips = _version("torchmetrics") and _version("torchvision")
+    detail = "for `train --perceptual lpips`; its VGG16 weights come from the network"
+    missing = "pip install 'lutdeploy[lpips]' for `train --perceptual lpips`"
+    findings.append(Finding("lpips", bool(lpips), detail if lpips else missing, required=False))
+    return findings

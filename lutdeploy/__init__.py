@@ -1,0 +1,45 @@
+"""lutdeploy: from a trained LUT denoiser to verified, fast, reproducible samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lutdeploy.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from engines import Engine
+    from lutdeploy.sampling import sample
+
+__version__ = "0.1.0"
+__all__ = ["ModelConfig", "__version__", "load", "sample"]
+
+
+def load(path: str | Path, backend: str = "torch", device: str = "cpu") -> Engine:
+    """Open a model for inference.
+
+    Args:
+        path: a run folder (its newest export), a model.safetensors, or one export folder.
+        backend: "torch", "onnxruntime", or "auto".
+        device: "cpu", "cuda", or for onnxruntime an execution provider's name.
+
+    Returns:
+        An engine with ``config``, ``predict_x0(x, t)`` (float32 [B, C, S, S] and [B] to
+        [B, C, S, S], numpy) and what :func:`sample` needs.
+
+    Raises:
+        LutDeployError: one of its children says what is wrong.
+    """
+    from engines import open_engine
+
+    return open_engine(path, backend, device)
+
+
+def __getattr__(name: str) -> Any:
+    # numpy comes with sampling; the command line's help should not wait for it.
+    if name == "sample":
+        from lutdeploy.sampling import sample
+
+        return sample
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,341 @@
+"""The run folder: its file names, manifests and hashes. No other module knows a file name.
+
+    runs/NAME/
+      model.safetensors        weights and config (training: the EMA)
+      train.json train.jsonl   settings and log of the training
+      training-state.safetensors   all that --resume needs
+      samples/                 pictures made while training
+      onnx/EXPORT/             graphs, one weights file, manifest.json
+      parity.json              the last verdict on every export
+
+Every file is written beside its place and renamed into it, so that a reader sees a whole
+file or none, whenever a writer is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import ArtefactError, ConfigError, UsageError
+from lutdeploy.solvers import StepTable
+
+RUNS = Path("runs")
+MODEL = "model.safetensors"
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` beside ``path``, flush it to disk, rename it over ``path``.
+
+    Raises:
+        OSError: as the system says (a full disk, no permission); ``path`` is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    """The process's umask; mkstemp ignores it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON atomically."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ArtefactError: missing, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is unreadable or truncated: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for one process; released by the system however the process ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UsageError(f"{folder} is in use by another {what}; wait for it to end") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A new folder that takes ``target``'s place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield stage
+        os.chmod(stage, 0o777 & ~_umask())
+        if target.exists():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}."))
+            os.replace(target, old / target.name)
+            os.replace(stage, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; nothing is read until asked for."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "train.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.jsonl"
+
+    @property
+    def training_state(self) -> Path:
+        return self.path / "training-state.safetensors"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def parity(self) -> Path:
+        return self.path / "parity.json"
+
+    def export_folder(self, name: str) -> Path:
+        return self.path / "onnx" / name
+
+    def exports(self) -> list[Path]:
+        """Export folders, newest first (by the time in the manifest, not the file's)."""
+        folder = self.path / "onnx"
+        found = [
+            entry
+            for entry in (sorted(folder.iterdir()) if folder.is_dir() else [])
+            if not entry.name.startswith(".") and (entry / MANIFEST).is_file()
+        ]
+        created = {entry: str(read_json(entry / MANIFEST).get("created", "")) for entry in found}
+        return sorted(found, key=lambda entry: created[entry], reverse=True)
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a path given by a user stands for; at least one of model and export is there."""
+
+    model: Path | None
+    export: Path | None  # only when the path names one export folder
+    run: Run | None
+
+
+def locate(path: Path) -> Located:
+    """Tell a run folder, an export folder and a model file apart.
+
+    Raises:
+        UsageError: nothing there, or none of the three; says what is near.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        return Located(path, None, None)
+    if path.is_file():
+        hint = "; `lutdeploy import` reads it" if path.suffix in (".pth", ".pt") else ""
+        raise UsageError(f"{path} is neither a run, an export nor a model.safetensors{hint}")
+    if not path.is_dir():
+        names = sorted(str(found.parent) for found in RUNS.glob(f"*/{MODEL}"))
+        there = f"there are {', '.join(names)}" if names else f"there is none under {RUNS}/"
+        raise UsageError(f"{path}: no such run; {there}")
+    if (path / MANIFEST).is_file():
+        run = Run(path.resolve().parent.parent)
+        found = run if run.model.is_file() else None
+        return Located(found.model if found else None, path, found)
+    run = Run(path)
+    if not run.model.is_file():
+        started = run.settings.is_file()
+        why = "its training has saved no checkpoint yet" if started else "it is no run"
+        raise UsageError(f"{path} holds no {MODEL}: {why}")
+    return Located(run.model, None, run)
+
+
+def embedded_model() -> Path:
+    """The model that comes with the package."""
+    return Path(__file__).parent / "models" / "static-tanh-64-small.safetensors"
+
+
+def newest_run(root: Path = RUNS) -> Run | None:
+    """The run under ``root`` whose model was written last; None when there is none."""
+    models = list(root.glob(f"*/{MODEL}")) if root.is_dir() else []
+    newest = max(models, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return Run(newest.parent) if newest else None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an export folder holds. ``graphs`` are file names in step order."""
+
+    folder: Path
+    config: ModelConfig
+    graph: str
+    precision: str
+    table: StepTable | None
+    islands: tuple[str, ...]
+    opset: int
+    created: str
+    versions: dict[str, str]
+    source_sha256: str
+    graphs: tuple[str, ...]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def weights_sha256(self) -> str:
+        """One hash over every file: the identity of this export."""
+        lines = "".join(f"{name} {self.files[name]['sha256']}\n" for name in sorted(self.files))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the folder."""
+        return {
+            "format": MANIFEST_FORMAT,
+            "config": self.config.to_dict(),
+            "graph": self.graph,
+            "precision": self.precision,
+            "table": self.table.to_dict() if self.table else None,
+            "islands": list(self.islands),
+            "opset": self.opset,
+            "created": self.created,
+            "versions": self.versions,
+            "source_sha256": self.source_sha256,
+            "graphs": list(self.graphs),
+            "files": self.files,
+        }
+
+    def verify(self) -> None:
+        """Check every file's size and hash.
+
+        Raises:
+            ArtefactError: names the first file that is missing or differs.
+        """
+        for name, expected in self.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise ArtefactError(f"{path} is missing; export again")
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise ArtefactError(
+                    f"{path} has {size} bytes, its manifest says {expected['bytes']}: "
+                    "truncated or replaced; export again"
+                )
+            digest = sha256(path)
+            if digest != expected["sha256"]:
+                raise ArtefactError(
+                    f"{path} has hash mismatch: sha256 {digest[:12]}…, its manifest says "
+                    f"{expected['sha256'][:12]}…; export again"
+                )
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name, size and hash of every file of an export folder but the manifest."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in names
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest; the files are checked by :meth:`Manifest.verify`.
+
+    Raises:
+        ArtefactError: unreadable, incomplete, or naming a file outside its folder.
+    """
+    path = folder / MANIFEST
+    values = read_json(path)
+    try:
+        if values["format"] != MANIFEST_FORMAT:
+            raise ArtefactError(
+                f"{path} has format {values['format']!r}, this version reads {MANIFEST_FORMAT}; "
+                "export again"
+            )
+        manifest = Manifest(
+            folder=folder,
+            config=ModelConfig.from_dict(values["config"]),
+            graph=str(values["graph"]),
+            precision=str(values["precision"]),
+            table=StepTable.from_dict(values["table"]) if values["table"] else None,
+            islands=tuple(values["islands"]),
+            opset=int(values["opset"]),
+            created=str(values["created"]),
+            versions=dict(values["versions"]),
+            source_sha256=str(values["source_sha256"]),
+            graphs=tuple(values["graphs"]),
+            files={
+                str(name): {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
+                for name, file in values["files"].items()
+            },
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise ArtefactError(f"{path} is incomplete or damaged: {error!r}") from error
+    for name in (*manifest.files, *manifest.graphs):
+        if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+            raise ArtefactError(f"{path} names {name!r}, a file outside its folder: refused")
+        if (folder / name).is_symlink():
+            raise ArtefactError(f"{folder / name} is a link: refused")
+        if name not in manifest.files:
+            raise ArtefactError(f"{path} lists graph {name!r} without its hash: refused")
+    return manifest

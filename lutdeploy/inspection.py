@@ -1,0 +1,103 @@
+"""What a file or folder is, for people and for programs: `lutdeploy inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lutdeploy import bundle
+from lutdeploy.checkpoint import read_metadata
+from lutdeploy.config import ModelConfig
+
+
+def _about_model(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "preset": config.preset(),
+        "gflop_per_image_and_step": round(2 * config.multiply_adds() / 1e9, 3),
+        "config": config.to_dict(),
+    }
+
+
+def inspect_export(folder: Path) -> dict[str, Any]:
+    """An export folder, its files verified by size and hash.
+
+    Raises:
+        ArtefactError: names the file that is damaged.
+    """
+    manifest = bundle.read_manifest(folder)
+    manifest.verify()
+    table = manifest.table
+    return {
+        "kind": "export",
+        "path": str(folder),
+        "graph": manifest.graph,
+        "precision": manifest.precision,
+        "solver": table.describe() if table else None,
+        "opset": manifest.opset,
+        "islands": list(manifest.islands),
+        "created": manifest.created,
+        "versions": manifest.versions,
+        "graphs": len(manifest.graphs),
+        "bytes": sum(file["bytes"] for file in manifest.files.values()),
+        "engine_sha256": manifest.weights_sha256,
+        "model_sha256": manifest.source_sha256,
+        "files": manifest.files,
+        **_about_model(manifest.config),
+    }
+
+
+def inspect_model(path: Path) -> dict[str, Any]:
+    """A model.safetensors.
+
+    Raises:
+        ArtefactError, UsageError: damaged, foreign or missing.
+    """
+    from safetensors import safe_open
+
+    config, about = read_metadata(path)
+    with safe_open(path, "np") as file:
+        slices = [file.get_slice(name) for name in file.keys()]
+        dtypes = sorted({part.get_dtype() for part in slices})
+        sizes = [part.get_shape() for part in slices]
+    parameters = 0
+    for shape in sizes:
+        count = 1
+        for extent in shape:
+            count *= extent
+        parameters += count
+    return {
+        "kind": "model",
+        "path": str(path),
+        "parameters": parameters,
+        "dtypes": dtypes,
+        "bytes": path.stat().st_size,
+        "model_sha256": bundle.sha256(path),
+        "about": about,
+        **_about_model(config),
+    }
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """A run folder with its exports and last parity verdicts, an export, or a model.
+
+    Raises:
+        ArtefactError, UsageError: damaged, foreign or missing.
+    """
+    located = bundle.locate(path)
+    if located.export is not None:
+        return inspect_export(located.export)
+    if located.run is None or located.model is None:
+        return inspect_model(path)
+    run, model = located.run, inspect_model(located.model)
+    exports = []
+    for folder in run.exports():
+        export = inspect_export(folder)
+        export["stale"] = export["model_sha256"] != model["model_sha256"]
+        exports.append(export)
+    return {
+        "kind": "run",
+        "path": str(path),
+        "model": model,
+        "exports": exports,
+        "parity": bundle.read_json(run.parity) if run.parity.is_file() else {},
+    }

@@ -1,0 +1,64 @@
+"""The PyTorch model as a Denoiser: what every other backend is compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import UsageError
+from lutdeploy.model import LutTransformer
+from lutdeploy.sampling import Images
+from lutdeploy.solvers import Step, StepTable
+
+
+class TorchDenoiser:
+    """A LutTransformer behind the Denoiser protocol.
+
+    Args:
+        model: moved to ``device`` and used in eval mode.
+        device: a torch device.
+        autocast: run the network under torch.autocast of this dtype: PyTorch's own half
+            precision. None is float32 throughout.
+    """
+
+    table: StepTable | None = None
+    whole_trajectory = False
+
+    def __init__(
+        self, model: LutTransformer, device: str = "cpu", autocast: torch.dtype | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.autocast = autocast
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        return self._x0(self._tensor(x), self._tensor(t)).cpu().numpy()
+
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        state = self._tensor(x)
+        x0 = self._x0(state, torch.full((len(x),), row.t, device=self.device))
+        following = row.a * state + row.b * x0
+        if row.c and x0_prev is not None:
+            following += row.c * self._tensor(x0_prev)
+        return following.cpu().numpy(), x0.cpu().numpy()
+
+    def run(self, noise: Images) -> Images:
+        """Not here: the reference walks any table step by step."""
+        raise UsageError("the PyTorch model holds no trajectory; sample with a step table")
+
+    def _tensor(self, array: NDArray[np.float32]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.device)
+
+    @torch.inference_mode()
+    def _x0(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        enabled = self.autocast is not None
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
+            return self.model(x, t).float()

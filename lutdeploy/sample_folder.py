@@ -1,0 +1,229 @@
+"""The folder that `lutdeploy sample` fills: pictures, manifest.jsonl, resumption.
+
+A picture's line in manifest.jsonl is written before the picture takes its name, and a
+picture with a line is never written again. So a run that is stopped at any moment is
+completed by the same command, and what is there stays as it is, byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutdeploy import bundle, images
+from lutdeploy.errors import UsageError
+from lutdeploy.sampling import Denoiser, Images, batch_noise, check_table, trajectory
+from lutdeploy.solvers import StepTable
+
+MANIFEST = "manifest.jsonl"
+FORMATS = ("png", "npz")
+EXTRAS = ("grid.png", "trajectory.png", "trajectory.gif")
+WAITING_BATCHES = 2  # encoded beside the computation; bounded, so memory is flat in n
+GRID_IMAGES = 256
+
+
+def settings(
+    identity: dict[str, Any], table: StepTable, seed: int, file_format: str
+) -> dict[str, Any]:
+    """What decides a picture besides its index; stands in every line of the manifest."""
+    return {
+        **identity,
+        "solver": table.solver,
+        "steps": table.steps,
+        "shift": table.shift,
+        "seed": seed,
+        "format": file_format,
+    }
+
+
+def _encode(image: NDArray[np.float32], file_format: str) -> bytes:
+    """One image [C, S, S]: an 8-bit PNG, or its float32 values as ``image`` in an npz."""
+    if file_format == "png":
+        return images.encode_png(images.to_uint8(image))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, image=image)
+    return buffer.getvalue()
+
+
+class SampleFolder:
+    """A locked folder with the pictures of one set of settings. Use :func:`open_folder`."""
+
+    def __init__(self, path: Path, wanted: dict[str, Any]) -> None:
+        self.path, self.settings = path, wanted
+        self.lines: set[int] = set()
+        manifest = path / MANIFEST
+        if manifest.is_file():
+            self._read(manifest)
+        elif foreign := [p.name for p in path.glob(f"*.{wanted['format']}") if p.stem.isdigit()]:
+            raise UsageError(
+                f"{path} holds pictures such as {min(foreign)} but no {MANIFEST}: not made by "
+                "this command; choose another --out or --overwrite"
+            )
+
+    def _read(self, manifest: Path) -> None:
+        whole: list[str] = []
+        for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+                index = int(values.pop("index"))
+                values.pop("image")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # a line that was cut off; its picture is made again
+            different = [
+                f"{key} {values.get(key)!r} → {self.settings.get(key)!r}"
+                for key in {**values, **self.settings}
+                if values.get(key) != self.settings.get(key)
+            ]
+            if different:
+                raise UsageError(
+                    f"{self.path} holds pictures made with other settings "
+                    f"({', '.join(different)}); choose another --out, or --overwrite to replace"
+                )
+            self.lines.add(index)
+            whole.append(line + "\n")
+        text = "".join(whole)
+        if text != manifest.read_text(encoding="utf-8", errors="replace"):
+            bundle.write_atomic(manifest, text.encode())
+
+    def name(self, index: int) -> str:
+        return f"{index:06d}.{self.settings['format']}"
+
+    def missing(self, n: int) -> list[int]:
+        """Which of images 0 … n−1 are not there yet."""
+        return [
+            index
+            for index in range(n)
+            if index not in self.lines or not (self.path / self.name(index)).is_file()
+        ]
+
+    def write(self, indices: Sequence[int], batch: Images) -> None:
+        """Encode and store images [len(indices), C, S, S]."""
+        for index, image in zip(indices, batch, strict=True):
+            name = self.name(index)
+            temporary = self.path / f".{name}"
+            temporary.write_bytes(_encode(image, self.settings["format"]))
+            if index not in self.lines:
+                line = {"image": name, "index": index, **self.settings}
+                with (self.path / MANIFEST).open("a", encoding="utf-8") as manifest:
+                    manifest.write(json.dumps(line) + "\n")
+                self.lines.add(index)
+            os.replace(temporary, self.path / name)
+
+    def read(self, index: int) -> images.Pixels:
+        """A stored picture as uint8 [S, S, C].
+
+        Raises:
+            OSError, ValueError: it is gone or damaged.
+        """
+        path = self.path / self.name(index)
+        if self.settings["format"] == "npz":
+            with np.load(path) as arrays:
+                return images.to_uint8(arrays["image"])
+        return images.decode_png(path.read_bytes())
+
+    def write_extra(self, name: str, data: bytes) -> Path:
+        """Write one of the pictures about the pictures."""
+        bundle.write_atomic(self.path / name, data)
+        return self.path / name
+
+
+@contextlib.contextmanager
+def open_folder(
+    path: Path, wanted: dict[str, Any], overwrite: bool = False
+) -> Iterator[SampleFolder]:
+    """Lock a folder, check that it fits ``wanted``, and clear it first if told to.
+
+    Raises:
+        UsageError: it is a file, not writable, in use, or holds other pictures.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; --out names a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {path}: {error.strerror}; choose another --out") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} is not writable; choose another --out")
+    with bundle.lock(path, "`lutdeploy sample`"):
+        if overwrite:
+            _clear(path)
+        yield SampleFolder(path, wanted)
+
+
+def _clear(path: Path) -> None:
+    """Remove what this command makes, and nothing else."""
+    for entry in path.iterdir():
+        stem, _, suffix = entry.name.lstrip(".").partition(".")
+        ours = entry.name in (MANIFEST, *EXTRAS) or (stem.isdigit() and suffix in FORMATS)
+        if ours and entry.is_dir():
+            shutil.rmtree(entry)
+        elif ours:
+            entry.unlink()
+
+
+def fill(
+    folder: SampleFolder, denoiser: Denoiser, table: StepTable, n: int, batch: int
+) -> Iterator[int]:
+    """Make what is missing of images 0 … n−1, yielding how many each batch finished.
+
+    Encoding runs in a thread beside the next batch's computation.
+
+    Raises:
+        UsageError: the denoiser holds other steps.
+        NonFiniteError: names step and image.
+        OSError: a full disk, say; what is written stays.
+    """
+    check_table(denoiser, table)
+    missing, seed = folder.missing(n), folder.settings["seed"]
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as encoder:
+        for start in range(0, len(missing), batch):
+            indices = missing[start : start + batch]
+            noise = batch_noise(seed, indices, denoiser.config.image_shape)
+            for state in trajectory(denoiser, noise, table, indices):
+                last = state.x
+            waiting.append(encoder.submit(folder.write, indices, last))
+            while len(waiting) > WAITING_BATCHES:
+                waiting.popleft().result()
+            yield len(indices)
+        while waiting:
+            waiting.popleft().result()
+
+
+def write_grid(folder: SampleFolder, n: int) -> Path:
+    """grid.png: the first pictures of the folder, at most 256."""
+    shown = np.stack([folder.read(index) for index in range(min(n, GRID_IMAGES))])
+    return folder.write_extra("grid.png", images.encode_png(images.grid(shown)))
+
+
+def write_trajectory(
+    folder: SampleFolder, denoiser: Denoiser, table: StepTable, n: int, png: bool, gif: bool
+) -> list[Path]:
+    """trajectory.png (noise on top, every fourth step below) and trajectory.gif, of 8 images.
+
+    Raises:
+        UsageError: a loop export, which shows nothing between noise and image.
+    """
+    if denoiser.whole_trajectory:
+        raise UsageError("a loop export shows no steps; use a step or per-step export for this")
+    noise = batch_noise(folder.settings["seed"], range(min(n, 8)), denoiser.config.image_shape)
+    states = [state.x for state in trajectory(denoiser, noise, table)]
+    written = []
+    if png:
+        rows = images.trajectory_rows(states)
+        written.append(folder.write_extra("trajectory.png", images.encode_png(rows)))
+    if gif:
+        frames = [images.enlarge(images.grid(images.to_uint8(state)), 2) for state in states]
+        written.append(folder.write_extra("trajectory.gif", images.encode_gif(frames)))
+    return written

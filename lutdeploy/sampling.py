@@ -1,0 +1,190 @@
+"""Sampling: the Denoiser protocol, per-image noise, the loop. Arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
+from lutdeploy.solvers import Step, StepTable, step_table
+
+Images = NDArray[np.float32]  # [B, C, S, S]
+
+
+class Denoiser(Protocol):
+    """Anything that can be sampled from: a PyTorch model, an ONNX graph, an engine."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def table(self) -> StepTable | None:
+        """The only step table that it can follow; None when it follows any."""
+
+    @property
+    def whole_trajectory(self) -> bool:
+        """True when :meth:`run` is all it can do: the steps are inside the graph."""
+
+    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
+        """The clean images at (x_t, t): float32 [B, C, S, S] and [B] to [B, C, S, S]."""
+
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        """One row of a table: (x', x0) with x' = a·x + b·x0 + c·x0_prev.
+
+        ``x0_prev`` is the x0 of the step before, None on the first.
+        """
+
+    def run(self, noise: Images) -> Images:
+        """The whole trajectory of ``table``: noise in, images out."""
+
+
+def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Images:
+    """The noise of one image, a function of (seed, index) alone: float32 N(0, 1).
+
+    Philox is a counter-based generator (Salmon et al. 2011); seed and index are its key,
+    so no two images share a stream and none depends on a batch.
+
+    Raises:
+        ConfigError: seed or index outside [0, 2^64).
+    """
+    for name, value in (("seed", seed), ("index", index)):
+        if not 0 <= value < 2**64:
+            raise ConfigError(f"{name} must be in [0, 2^64), not {value}")
+    generator = np.random.Generator(np.random.Philox(key=seed | index << 64))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def batch_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Images:
+    """The noise of several images, float32 [len(indices), C, S, S]."""
+    noise = np.empty((len(indices), *shape), np.float32)
+    for row, index in enumerate(indices):
+        noise[row] = image_noise(seed, index, shape)
+    return noise
+
+
+@dataclass(frozen=True)
+class State:
+    """The trajectory after ``step`` steps; x0 is the prediction that led here (None at 0)."""
+
+    step: int
+    x: Images
+    x0: Images | None
+
+
+def check_table(denoiser: Denoiser, table: StepTable) -> None:
+    """Refuse a table that the denoiser's graphs do not hold.
+
+    Raises:
+        UsageError: says which table it holds.
+    """
+    held = denoiser.table
+    if held is not None and held != table:
+        raise UsageError(
+            f"this export holds the steps of {held.describe()}, not {table.describe()}: ask for "
+            "those, or export again with other --solver, --steps or --shift"
+        )
+
+
+def trajectory(
+    denoiser: Denoiser, noise: Images, table: StepTable, indices: Sequence[int] | None = None
+) -> Iterator[State]:
+    """Sample, yielding every state, the noise first.
+
+    A denoiser with the whole trajectory in one graph yields the noise and the end.
+
+    Args:
+        denoiser: steps through ``table``.
+        noise: float32 [B, C, S, S].
+        table: the steps.
+        indices: the images' numbers for messages; 0 to B−1 by default.
+
+    Raises:
+        UsageError: the denoiser holds other steps than ``table``.
+        NonFiniteError: NaN or Inf in a state; names the step and the image.
+    """
+    names = range(len(noise)) if indices is None else indices
+    check_table(denoiser, table)
+    yield State(0, noise, None)
+    if denoiser.whole_trajectory:
+        x = denoiser.run(noise)
+        require_finite(x, table.steps, names)
+        yield State(table.steps, x, None)
+        return
+    x, x0 = noise, None
+    for k, row in enumerate(table.rows, start=1):
+        x, x0 = denoiser.step(x, row, x0)
+        require_finite(x, k, names)
+        yield State(k, x, x0)
+
+
+def require_finite(x: Images, step: int, indices: Sequence[int]) -> None:
+    """Raise a NonFiniteError that names the step and the first image with NaN or Inf."""
+    # A sum is not finite when any term is not; one pass, no temporary array.
+    if not np.isfinite(x.sum(dtype=np.float64)):
+        bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2, 3)))
+        if len(bad):
+            raise NonFiniteError(
+                f"NaN or Inf after step {step} in image {indices[int(bad[0])]}; "
+                "`lutdeploy parity` shows where the model and its export part"
+            )
+
+
+def sample(
+    denoiser: Denoiser,
+    n: int,
+    seed: int = 0,
+    steps: int | None = None,
+    solver: str | None = None,
+    batch: int = 64,
+    noise: Images | None = None,
+    shift: float | None = None,
+) -> Images:
+    """Sample n images. Image i depends on (seed, i) alone, never on ``batch``.
+
+    Args:
+        denoiser: from :func:`lutdeploy.load`.
+        n: number of images, at least 1.
+        seed: of the noise, in [0, 2^64).
+        steps, solver, shift: the step table; by default the export's own where it holds
+            one, else 64 steps of "euler" at shift 1.
+        batch: images per pass, at least 1.
+        noise: float32 [n, C, S, S] to start from instead of the seed's.
+
+    Returns:
+        float32 [n, C, S, S], about [−1, 1], not clipped.
+
+    Raises:
+        UsageError: impossible n, batch, noise shape, or steps the export does not hold.
+        NonFiniteError: NaN or Inf on the way.
+    """
+    shape = denoiser.config.image_shape
+    if n < 1 or batch < 1:
+        raise UsageError(f"n and batch must be at least 1, not n={n}, batch={batch}")
+    if noise is not None and noise.shape != (n, *shape):
+        raise UsageError(f"noise must have shape {(n, *shape)}, not {noise.shape}")
+    table = choose_table(denoiser.table, solver, steps, shift)
+    check_table(denoiser, table)
+    images = np.empty((n, *shape), np.float32)
+    for start in range(0, n, batch):
+        indices = range(start, min(start + batch, n))
+        x = batch_noise(seed, indices, shape) if noise is None else noise[start : indices.stop]
+        for state in trajectory(denoiser, np.ascontiguousarray(x, np.float32), table, indices):
+            last = state.x
+        images[start : indices.stop] = last
+    return images
+
+
+def choose_table(
+    held: StepTable | None, solver: str | None, steps: int | None, shift: float | None
+) -> StepTable:
+    """The table asked for; what is not said (None) is as in ``held``, else the reference's."""
+    return step_table(
+        solver if solver is not None else (held.solver if held else "euler"),
+        steps if steps is not None else (held.steps if held else 64),
+        shift if shift is not None else (held.shift if held else 1.0),
+    )

@@ -1,0 +1,118 @@
+"""Names, dtypes and axes of the graphs' inputs and outputs, declared once.
+
+Export names its tensors by it, builders take their profiles from it, runtimes check their
+feeds and engines against it, parity compares what it lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import ArtefactError, UsageError
+from lutdeploy.solvers import Step
+
+BATCH = "batch"
+GRAPHS = ("step", "per-step", "loop")
+PRECISIONS = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output; every tensor is float32 and its first axis is the batch."""
+
+    name: str
+    row: tuple[int, ...]  # the shape behind the batch axis
+
+    @property
+    def shape(self) -> tuple[str | int, ...]:
+        return (BATCH, *self.row)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs and outputs of one graph, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def check_feed(self, feed: Mapping[str, NDArray[np.float32]]) -> None:
+        """Check names, dtypes and shapes of a feed, and that all agree on the batch.
+
+        Raises:
+            UsageError: says what it got and what it expected.
+        """
+        names = [spec.name for spec in self.inputs]
+        if set(feed) != set(names):
+            raise UsageError(f"got inputs {sorted(feed)}, expected {sorted(names)}")
+        batch = feed[names[0]].shape[0] if feed[names[0]].ndim else 0
+        for spec in self.inputs:
+            array = feed[spec.name]
+            if array.dtype != np.float32:
+                raise UsageError(f"input {spec.name}: got {array.dtype}, expected float32")
+            if array.shape != (batch, *spec.row) or batch < 1:
+                raise UsageError(
+                    f"input {spec.name}: got shape {array.shape}, expected "
+                    f"{(batch or 'at least 1', *spec.row)}"
+                )
+
+    def check_graph(
+        self,
+        inputs: Iterable[tuple[str, str, tuple[str | int | None, ...]]],
+        outputs: Iterable[tuple[str, str, tuple[str | int | None, ...]]],
+        what: str,
+    ) -> None:
+        """Check the (name, dtype, shape) lists that a runtime reports for a graph.
+
+        Raises:
+            ArtefactError: got and expected, for the first tensor that differs.
+        """
+        for kind, specs, found in (
+            ("input", self.inputs, inputs),
+            ("output", self.outputs, outputs),
+        ):
+            given = list(found)
+            expected = [spec.name for spec in specs]
+            if [name for name, _, _ in given] != expected:
+                raise ArtefactError(
+                    f"{what}: got {kind}s {[name for name, _, _ in given]}, expected {expected}"
+                )
+            for spec, (name, dtype, shape) in zip(specs, given, strict=True):
+                if dtype != "float32" or tuple(shape[1:]) != spec.row or isinstance(shape[0], int):
+                    raise ArtefactError(
+                        f"{what}: {kind} {name} is {dtype}{list(shape)}, "
+                        f"expected float32{list(spec.shape)}"
+                    )
+
+
+def step_signature(config: ModelConfig) -> Signature:
+    """The ``step`` graph: one row of any table, a row of coefficients per image."""
+    image = config.image_shape
+    return Signature(
+        inputs=(
+            TensorSpec("x", image),
+            TensorSpec("t", ()),
+            TensorSpec("a", ()),
+            TensorSpec("b", ()),
+            TensorSpec("c", ()),
+            TensorSpec("x0_prev", image),
+        ),
+        outputs=(TensorSpec("x_next", image), TensorSpec("x0", image)),
+    )
+
+
+def fixed_step_signature(config: ModelConfig, row: Step) -> Signature:
+    """A ``per-step`` graph: t, a, b, c are inside; x0_prev is asked for only where c ≠ 0."""
+    step = step_signature(config)
+    wanted = ("x", "x0_prev") if row.c else ("x",)
+    return Signature(tuple(s for s in step.inputs if s.name in wanted), step.outputs)
+
+
+def loop_signature(config: ModelConfig) -> Signature:
+    """The ``loop`` graph: noise in, image out."""
+    image = config.image_shape
+    return Signature((TensorSpec("noise", image),), (TensorSpec("image", image),))

@@ -1,0 +1,1 @@
+"""The PyTorch training stage: data, losses, recipes, the loop."""

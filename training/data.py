@@ -1,0 +1,181 @@
+"""Training images: a folder of files, or drawn; decoded once, kept as uint8 [n, C, S, S]."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from lutdeploy.errors import UsageError
+from training.synthetic import draw_cat
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SYNTHETIC_IMAGES = 2048
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images and the files that could not be decoded."""
+
+    images: NDArray[np.uint8]  # [n, C, S, S], in memory or mapped from an unnamed file
+    skipped: tuple[str, ...]  # "path: reason"
+
+    def split(self, fraction: float, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Indices of the training images and of a held-out ``fraction``, by seed.
+
+        At least one image stays for training.
+        """
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(self.images))
+        held = min(round(fraction * len(order)), len(order) - 1)
+        return np.sort(order[held:]), np.sort(order[:held])
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Every PNG, JPEG and WebP file below a folder, sorted by path.
+
+    Raises:
+        UsageError: no such folder, or no such file in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder of images")
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+    if not files:
+        raise UsageError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    return files
+
+
+def decode(path: Path, size: int, channels: int = 3) -> NDArray[np.uint8]:
+    """One file as uint8 [C, size, size]: upright, on white, cropped to the centre, resized.
+
+    Raises:
+        Exception: whatever Pillow raises on a damaged file.
+    """
+    with Image.open(path) as file:
+        # A JPEG may be decoded at a reduced scale, never below what is needed.
+        file.draft("RGB", (2 * size, 2 * size))
+        image = ImageOps.exif_transpose(file)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        mode = "L" if channels == 1 else "RGB"
+        image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image, np.uint8)
+    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _room(count: int, shape: tuple[int, ...], limit: int, scratch: Path) -> NDArray[np.uint8]:
+    """Space for the decoded set: memory, or past ``limit`` bytes a file that has no name.
+
+    The file vanishes with the process, however that ends; the system pages it in and out.
+    """
+    if count * int(np.prod(shape)) <= limit:
+        return np.empty((count, *shape), np.uint8)
+    scratch.mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=scratch)
+    return np.memmap(file, np.uint8, "w+", shape=(count, *shape))
+
+
+def load_folder(
+    folder: Path,
+    size: int,
+    channels: int = 3,
+    memory_limit: int | None = None,
+    scratch: Path | None = None,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> ImageSet:
+    """Decode every image below a folder; unreadable ones are skipped and named.
+
+    Args:
+        folder: searched recursively.
+        size, channels: of the result.
+        memory_limit: bytes of pixels above which they live in a file, not in memory; half
+            of the machine's memory by default.
+        scratch: where that file is made; the system's temporary folder by default.
+        on_image: called with the number of files done and their total.
+
+    Raises:
+        UsageError: no folder, no image file, or none that is readable.
+    """
+    files = find_images(folder)
+    limit = physical_memory() // 2 if memory_limit is None else memory_limit
+    room = _room(len(files), (channels, size, size), limit, scratch or Path(tempfile.gettempdir()))
+    skipped: list[str] = []
+    kept = 0
+
+    def attempt(path: Path) -> NDArray[np.uint8] | str:
+        try:
+            return decode(path, size, channels)
+        except Exception as error:  # Pillow's decoders raise almost anything on bad bytes
+            return f"{path}: {type(error).__name__}: {str(error).splitlines()[0] or '?'}"[:300]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = iter(files)
+        done = 0
+        while chunk := list(islice(pending, 1024)):  # bounded: decoded images wait in memory
+            for result in pool.map(attempt, chunk):
+                if isinstance(result, str):
+                    skipped.append(result)
+                else:
+                    room[kept] = result
+                    kept += 1
+                done += 1
+                on_image(done, len(files))
+    if not kept:
+        raise UsageError(
+            f"{folder}: none of {len(files)} image files is readable; first: {skipped[0]}"
+        )
+    return ImageSet(room[:kept], tuple(skipped))
+
+
+def draw_set(
+    size: int, channels: int = 3, count: int = SYNTHETIC_IMAGES, seed: int = 0
+) -> ImageSet:
+    """Drawn cat faces, uint8 [count, C, size, size]; image i depends on (seed, i) alone."""
+    images = np.empty((count, channels, size, size), np.uint8)
+    for index in range(count):
+        generator = np.random.Generator(np.random.Philox(key=seed | index << 64))
+        picture = draw_cat(generator, size)
+        pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
+        images[index] = pixels if channels == 1 else np.moveaxis(pixels, -1, 0)
+    return ImageSet(images, ())
+
+
+def batch_indices(count: int, batch: int, seed: int, start: int) -> Iterator[NDArray[np.intp]]:
+    """Endless batches of positions in [0, count), each epoch in a new order.
+
+    The batch of a step is a function of (seed, step) alone, so a resumed run continues
+    exactly: ``start`` is the step to begin at.
+    """
+    epoch, order = -1, np.empty(0, np.intp)
+    step = start
+    while True:
+        picked = np.empty(batch, np.intp)
+        for j in range(batch):
+            wanted, place = divmod(step * batch + j, count)
+            if wanted != epoch:
+                epoch = wanted
+                key = seed | (epoch + 1) << 64
+                order = np.random.Generator(np.random.Philox(key=key)).permutation(count)
+            picked[j] = order[place]
+        yield picked
+        step += 1

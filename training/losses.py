@@ -1,0 +1,109 @@
+"""The training objective (spec "Training as in the post", and the velocity loss)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lutdeploy.errors import BackendError
+from lutdeploy.lut import StaticLut
+from lutdeploy.model import LutTransformer
+from training.recipes import TrainSettings
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample_timesteps(n: int, settings: TrainSettings, generator: torch.Generator) -> Tensor:
+    """t [n] in (0, 1): uniform, or logit-normal (Esser et al. 2024, eq. 19)."""
+    device = generator.device
+    if settings.t_mean is None:
+        return torch.rand(n, generator=generator, device=device)
+    normal = torch.randn(n, generator=generator, device=device)
+    return torch.sigmoid(settings.t_mean + settings.t_std * normal)
+
+
+def denoising_loss(x0: Tensor, x: Tensor, t: Tensor, velocity_floor: float | None) -> Tensor:
+    """mean (x0−x)², or with a floor mean (x0−x)²/max(1−t, floor)².
+
+    The latter is the error of the velocity (x0−x_t)/(1−t), kept finite near t = 1.
+
+    Args:
+        x0, x: predicted and clean images, [B, C, S, S].
+        t: timesteps, [B].
+        velocity_floor: the smallest 1−t that counts, or None.
+    """
+    squared = (x0 - x).square().mean(dim=(1, 2, 3))  # [B]
+    if velocity_floor is not None:
+        squared = squared / (1 - t).clamp_min(velocity_floor).square()
+    return squared.mean()
+
+
+def gram_penalty(entries: Tensor) -> Tensor:
+    """mean((G⊙(1−I))²) with G = L·Lᵀ, for a LUT [K, C, P, P] as L [K, C·P·P]."""
+    flat = entries.flatten(1)
+    gram = flat @ flat.T
+    return (gram - torch.diag(gram.diagonal())).square().mean()
+
+
+def load_perceptual(device: torch.device) -> Perceptual:
+    """LPIPS (Zhang et al. 2018) on VGG features, of both images clamped to [0, 1].
+
+    The spec clamps, it does not rescale: what is darker than 0 counts as 0.
+
+    Raises:
+        BackendError: the package or its VGG weights cannot be had; names the way out.
+    """
+    way_out = "pass --perceptual none to train without it"
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True)
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError when broken
+        reason = str(error).splitlines()[0]
+        raise BackendError(
+            f"LPIPS needs the lpips extra (pip install 'lutdeploy[lpips]'): {reason}; {way_out}"
+        ) from error
+    except OSError as error:  # URLError: torch.hub found no network
+        raise BackendError(
+            f"LPIPS needs the VGG16 weights, and torch.hub cannot fetch them: {error}; {way_out}"
+        ) from error
+    network = metric.net.to(device).eval().requires_grad_(False)
+
+    def perceptual(x0: Tensor, x: Tensor) -> Tensor:
+        distance: Tensor = network(x0.clamp(0, 1), x.clamp(0, 1), normalize=True)
+        return distance.mean()
+
+    return perceptual
+
+
+def objective(
+    model: LutTransformer,
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    settings: TrainSettings,
+    perceptual: Perceptual | None = None,
+) -> Tensor:
+    """The scalar loss of a batch, float32.
+
+    Args:
+        model: the denoiser.
+        x: clean images in [−1, 1], [B, C, S, S].
+        noise: N(0, I) of the same shape.
+        t: timesteps in [0, 1], [B].
+        settings: weights and kind of the terms.
+        perceptual: from :func:`load_perceptual`, or None.
+    """
+    at = t[:, None, None, None]
+    x_t = at * x + (1 - at) * noise
+    autocast = settings.precision == "bf16"
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+        x0 = model(x_t, t).float()
+    loss = denoising_loss(x0, x, t, settings.velocity_floor)
+    if perceptual is not None:
+        loss = loss + perceptual(x0, x)
+    if settings.gram_weight and isinstance(model.lut, StaticLut):
+        loss = loss + settings.gram_weight * gram_penalty(model.lut.entries)
+    return loss

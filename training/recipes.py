@@ -1,0 +1,178 @@
+"""How a model is trained: every number of a run in one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides the numbers of a training run; kept in train.json.
+
+    Raises:
+        ConfigError: values that cannot be, with the values.
+    """
+
+    model: ModelConfig
+    data: str
+    recipe: str
+    steps: int
+    batch: int
+    seed: int
+    precision: str  # "fp32" or "bf16" autocast
+    compile: bool  # torch.compile
+    held_out: float  # fraction of the images
+    perceptual: str  # "none" or "lpips"
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    flip: float  # share of the images mirrored
+    gram_weight: float
+    velocity_floor: float | None  # loss weight 1/max(1−t, floor)²; None: weight 1
+    t_mean: float | None  # logit t ~ N(t_mean, t_std²); None: t ~ U(0, 1)
+    t_std: float
+    clip_norm: float | None
+    warmup: int  # steps of linear warm-up
+    cosine: bool  # decay to zero at the last step
+    ema: float
+    ema_warmup: bool
+
+    def __post_init__(self) -> None:
+        checks = {
+            "steps": self.steps >= 1,
+            "batch": self.batch >= 1,
+            "seed": 0 <= self.seed < 2**64,
+            "precision": self.precision in ("fp32", "bf16"),
+            "held_out": 0 <= self.held_out < 1,
+            "perceptual": self.perceptual in ("none", "lpips"),
+            "lr": self.lr > 0 and math.isfinite(self.lr),
+            "flip": 0 <= self.flip <= 1,
+            "gram_weight": self.gram_weight >= 0,
+            "t_std": self.t_std > 0,
+            "ema": 0 <= self.ema < 1,
+        }
+        for name, good in checks.items():
+            if not good:
+                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}")
+        if self.perceptual == "lpips" and self.model.channels != 3:
+            raise ConfigError(f"perceptual lpips needs 3 channels, not {self.model.channels}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainSettings:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: unknown or missing fields.
+        """
+        try:
+            beta1, beta2 = values["betas"]
+            model = ModelConfig.from_dict(values["model"])
+            return cls(**{**values, "model": model, "betas": (beta1, beta2)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"not the settings of a training run: {error}") from error
+
+    def learning_rate(self, step: int) -> float:
+        """The rate at a step counted from 0: linear warm-up, then constant or cosine."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if not self.cosine:
+            return self.lr
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def ema_decay(self, step: int) -> float:
+        """The EMA's decay at a step counted from 0; warm-up as min(decay, (1+n)/(10+n))."""
+        return min(self.ema, (1 + step) / (10 + step)) if self.ema_warmup else self.ema
+
+
+def penalises_gram(model: ModelConfig) -> bool:
+    """Whether the preset has the Gram penalty: a static LUT with unnormalised weights."""
+    return model.lut == "static" and model.weights == "tanh"
+
+
+def post(model: ModelConfig) -> dict[str, Any]:
+    """The post's recipe (spec "Training as in the post")."""
+    return {
+        "perceptual": "lpips",
+        "lr": 3e-4,
+        "weight_decay": 1e-2,
+        "betas": (0.9, 0.999),
+        "flip": 0.25,
+        "gram_weight": 0.2 if penalises_gram(model) else 0.0,
+        "velocity_floor": None,
+        "t_mean": None,
+        "t_std": 0.8,
+        "clip_norm": None,
+        "warmup": 0,
+        "cosine": False,
+        "ema": 0.99,
+        "ema_warmup": False,
+    }
+
+
+def modern(model: ModelConfig) -> dict[str, Any]:
+    """x0 prediction with the velocity loss and logit-normal timesteps."""
+    return {
+        "perceptual": "none",
+        "lr": 1e-3,
+        "weight_decay": 1e-2,
+        "betas": (0.9, 0.99),
+        "flip": 0.5,
+        "gram_weight": 0.02 if penalises_gram(model) else 0.0,
+        "velocity_floor": 0.05,
+        "t_mean": -0.8,
+        "t_std": 0.8,
+        "clip_norm": 1.0,
+        "warmup": 200,
+        "cosine": True,
+        "ema": 0.9995,
+        "ema_warmup": True,
+    }
+
+
+RECIPES = {"modern": modern, "post": post}
+
+
+def train_settings(
+    model: ModelConfig,
+    recipe: str = "modern",
+    *,
+    data: str,
+    steps: int,
+    batch: int = 64,
+    seed: int = 0,
+    precision: str = "fp32",
+    compile: bool = False,
+    held_out: float = 0.05,
+    **overrides: Any,
+) -> TrainSettings:
+    """A recipe's settings with overrides; an override of None keeps the recipe's value.
+
+    Raises:
+        ConfigError: unknown recipe, or values that cannot be.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return TrainSettings(
+        model=model,
+        data=data,
+        recipe=recipe,
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        precision=precision,
+        compile=compile,
+        held_out=held_out,
+        **{**RECIPES[recipe](model), **given},
+    )
