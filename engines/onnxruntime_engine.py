@@ -23,7 +23,7 @@ from lutdeploy.signature import (
 from lutdeploy.solvers import Step, StepTable
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-WARNINGS, ERRORS, FATAL = 2, 3, 4  # ONNX Runtime's log severities
+WARNINGS, FATAL = 2, 4  # ONNX Runtime's log severities
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
@@ -61,7 +61,7 @@ def open_session(
         ArtefactError: ONNX Runtime cannot load the graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = ERRORS
+    options.log_severity_level = FATAL  # exceptions say what else it would print
     options.enable_mem_reuse = not unrolled
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -214,5 +214,13 @@ class OnnxRuntimeDenoiser:
     def _infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
         feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}
         self._signature(k).check_feed(feed)
-        outputs: list[Images] = self._session(k).run(None, feed)
+        session = self._session(k)
+        try:
+            outputs: list[Images] = session.run(None, feed)
+        except Exception as error:  # as in open_session
+            first = str(error).splitlines()[0]
+            raise BackendError(
+                f"ONNX Runtime failed in {self.manifest.graphs[k]}: {first[:200]}; "
+                "if memory ran out, try a smaller --batch"
+            ) from error
         return outputs

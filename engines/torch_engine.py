@@ -58,7 +58,7 @@ def check_device(device: str) -> None:
         BackendError: says what is there.
     """
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # "meta" computes nothing that could come back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
         first = str(error).splitlines()[0]

@@ -27,6 +27,7 @@ from typing import Any
 
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, ConfigError, UsageError
+from lutdeploy.signature import GRAPHS, PRECISIONS
 from lutdeploy.solvers import StepTable
 
 RUNS = Path("runs")
@@ -50,10 +51,17 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        _name(error, path, temporary)
         raise
+
+
+def _name(error: BaseException, path: Path, temporary: str | None = None) -> None:
+    """Tell a failed write which file it was for; a full disk, for one, does not say."""
+    if isinstance(error, OSError) and error.filename in (None, temporary):
+        error.filename = str(path)
 
 
 def _umask() -> int:
@@ -86,6 +94,22 @@ def sha256(path: Path) -> str:
     """The file's SHA-256, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def output_folder(path: Path) -> None:
+    """Make the folder that --out names, where there is none.
+
+    Raises:
+        UsageError: it is a file, or cannot be made or written.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; --out names a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {path}: {error.strerror}; choose another --out") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} is not writable; choose another --out")
 
 
 @contextlib.contextmanager
@@ -124,6 +148,9 @@ def staged(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(stage, target)
+    except OSError as error:
+        _name(error, target)
+        raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -161,6 +188,17 @@ class Run:
     def export_folder(self, name: str) -> Path:
         return self.path / "onnx" / name
 
+    def verdicts(self) -> dict[str, dict[str, Any]]:
+        """What `lutdeploy parity` found last, by export, backend and device.
+
+        Raises:
+            ArtefactError: damaged.
+        """
+        known = read_json(self.parity) if self.parity.is_file() else {}
+        if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
+            raise ArtefactError(f"{self.parity} is damaged; delete it and run `lutdeploy parity`")
+        return known
+
     def exports(self) -> list[Path]:
         """Export folders, newest first (by the time in the manifest, not the file's)."""
         folder = self.path / "onnx"
@@ -169,7 +207,7 @@ class Run:
             for entry in (sorted(folder.iterdir()) if folder.is_dir() else [])
             if not entry.name.startswith(".") and (entry / MANIFEST).is_file()
         ]
-        created = {entry: str(read_json(entry / MANIFEST).get("created", "")) for entry in found}
+        created = {entry: read_manifest(entry).created for entry in found}
         return sorted(found, key=lambda entry: created[entry], reverse=True)
 
 
@@ -323,13 +361,13 @@ def read_manifest(folder: Path) -> Manifest:
             created=str(values["created"]),
             versions=dict(values["versions"]),
             source_sha256=str(values["source_sha256"]),
-            graphs=tuple(values["graphs"]),
+            graphs=tuple(str(name) for name in values["graphs"]),
             files={
                 str(name): {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
                 for name, file in values["files"].items()
             },
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
         raise ArtefactError(f"{path} is incomplete or damaged: {error!r}") from error
     for name in (*manifest.files, *manifest.graphs):
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
@@ -338,4 +376,15 @@ def read_manifest(folder: Path) -> Manifest:
             raise ArtefactError(f"{folder / name} is a link: refused")
         if name not in manifest.files:
             raise ArtefactError(f"{path} lists graph {name!r} without its hash: refused")
+    steps = manifest.table.steps if manifest.table else 0
+    if (
+        manifest.graph not in GRAPHS
+        or manifest.precision not in PRECISIONS
+        or (steps == 0) != (manifest.graph == "step")
+        or len(manifest.graphs) != (steps if manifest.graph == "per-step" else 1)
+    ):
+        raise ArtefactError(
+            f"{path} contradicts itself: {len(manifest.graphs)} graphs and {steps} steps in an "
+            f"export of kind {manifest.graph!r} and precision {manifest.precision!r}"
+        )
     return manifest

@@ -227,7 +227,7 @@ def infer_author_config(
         patch_size=patch,
         channels=channels,
         width=width,
-        depth=max(1, max(blocks) - first + 1),
+        depth=len(blocks),  # a gap in the numbers shows as a missing key
         heads=heads,
         lut="dynamic" if dynamic else "static",
         entries=entries,

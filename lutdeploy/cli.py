@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from training.recipes import TrainSettings
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 
 
 class OneLineErrors(click.Group):
@@ -50,7 +51,11 @@ class OneLineErrors(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             _stop(f"{where}{error.strerror or error}", 1)
         except MemoryError:
-            _stop("out of memory; try a smaller --batch", 1)
+            _stop(OUT_OF_MEMORY, 1)
+        except RuntimeError as error:  # PyTorch's allocators raise nothing more telling
+            if not ("memory" in str(error) and "allocate" in str(error)):
+                raise
+            _stop(OUT_OF_MEMORY, 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -59,14 +64,21 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=OneLineErrors,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
 @click.version_option(__version__, prog_name="lutdeploy")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context, /) -> None:
     """Train, export, verify and sample LUT denoisers.
 
     Commands that take a RUN use the newest run under runs/ when none is given, and the
     model that comes with the package when there is none.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _note(text: str) -> None:
@@ -184,12 +196,20 @@ def _resumed(run: bundle.Run, given: dict[str, Any]) -> TrainSettings:
 
     stored = resumable_settings(run)
     values = stored.to_dict()
+    model = {
+        **PRESETS.get(given.get("preset", ""), {}),
+        **SIZES.get(given.get("size", ""), {}),
+        **_model_overrides(given.get("overrides", ())),
+    }
+    for name, value in model.items():
+        if values["model"].get(name) != value:
+            raise UsageError(
+                f"{name} {value}: {run.path} was started with {values['model'].get(name)}"
+            )
     for name, value in given.items():
-        if name in ("steps", "data"):
+        if name in ("steps", "data", "preset", "size", "overrides"):
             continue
-        held = stored.model.preset() if name == "preset" else values.get(name)
-        if name == "size":
-            held = next((s for s, v in SIZES.items() if v.items() <= values["model"].items()), None)
+        held = values.get(name)
         if name == "compile":
             held, value = (
                 "on" if held else "off",
@@ -255,14 +275,13 @@ def train(context: click.Context, /, out: Path, resume: bool, **options: Any) ->
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
     run = bundle.Run(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out names a run folder")
     if not resume and (run.settings.exists() or run.model.exists()):
         raise UsageError(
             f"{out} already holds a run: --resume continues it, or choose another --out"
         )
     if resume and not run.settings.exists():
         raise UsageError(f"{out} holds no training run to resume")
+    bundle.output_folder(out)
     with bundle.lock(out, "`lutdeploy train`"):
         _train(run, resume, given, options)
 
@@ -282,7 +301,6 @@ def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[s
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; see `lutdeploy doctor`")
     if resume:
-        given.pop("overrides", None)
         ignored = ("device", "checkpoint_every", "sample_every")
         settings = _resumed(run, {k: v for k, v in given.items() if k not in ignored})
     else:
@@ -353,6 +371,11 @@ def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[s
                     held_out=held,
                     rate=f"{progress.images_per_second:.0f} images/s",
                 )
+    except OSError as error:  # a full disk, say
+        raise LutDeployError(
+            f"{error.filename or run.path}: {error.strerror or error}; what was saved before is "
+            f"kept, and --resume --out {run.path} continues from it"
+        ) from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -403,6 +426,7 @@ def import_(
         f"inferred: preset {config.preset()}, width {config.width}, depth {config.depth}, "
         f"K {config.entries}, {config.heads} heads (--heads), {config.weights} weights ({assumed})"
     )
+    bundle.output_folder(out)
     save_model(model, run.model, about={"origin": "import", "file": file.name})
     click.echo(run.model)
 
@@ -548,7 +572,7 @@ def parity(
         made = engine.identity
     if located.run is not None:
         record = {**made, "lutdeploy": __version__, **report.to_dict()}
-        known = bundle.read_json(located.run.parity) if located.run.parity.is_file() else {}
+        known = located.run.verdicts()
         known[_parity_key(made)] = record
         bundle.write_json(located.run.parity, known)
     _show_report(report)
@@ -659,12 +683,11 @@ def sample(
                         speed = bar.tasks[0].speed
                         bar.update(task, rate=f"{speed:.1f} images/s" if speed else "")
             except KeyboardInterrupt:
-                there = count - len(folder.missing(count))
-                _stop(
-                    f"interrupted: {there} of {count} images are in {out}; the same command "
-                    "makes the others",
-                    INTERRUPTED,
-                )
+                _stop(f"interrupted: {folder.progress(count)}", INTERRUPTED)
+            except OSError as error:  # a full disk, say
+                raise LutDeployError(
+                    f"{error.filename or out}: {error.strerror or error}; {folder.progress(count)}"
+                ) from error
             if grid:
                 sample_folder.write_grid(folder, count)
             if gif or trajectory:
@@ -677,7 +700,7 @@ def _require_verdict(path: Path, identity: dict[str, Any]) -> None:
     if identity["export"] is None:
         return
     run = bundle.locate(path).run
-    verdicts = bundle.read_json(run.parity) if run and run.parity.is_file() else {}
+    verdicts = run.verdicts() if run else {}
     verdict = verdicts.get(_parity_key(identity), {})
     if verdict.get("engine_sha256") != identity["engine_sha256"]:
         _note(

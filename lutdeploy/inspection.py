@@ -99,5 +99,5 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "path": str(path),
         "model": model,
         "exports": exports,
-        "parity": bundle.read_json(run.parity) if run.parity.is_file() else {},
+        "parity": run.verdicts(),
     }

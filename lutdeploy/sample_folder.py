@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutdeploy import bundle, images
-from lutdeploy.errors import UsageError
+from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.sampling import Denoiser, Images, batch_noise, check_table, trajectory
 from lutdeploy.solvers import StepTable
 
@@ -107,6 +107,11 @@ class SampleFolder:
             if index not in self.lines or not (self.path / self.name(index)).is_file()
         ]
 
+    def progress(self, n: int) -> str:
+        """For someone whose run ended early."""
+        there = n - len(self.missing(n))
+        return f"{there} of {n} images are in {self.path}; the same command makes the others"
+
     def write(self, indices: Sequence[int], batch: Images) -> None:
         """Encode and store images [len(indices), C, S, S]."""
         for index, image in zip(indices, batch, strict=True):
@@ -124,13 +129,19 @@ class SampleFolder:
         """A stored picture as uint8 [S, S, C].
 
         Raises:
-            OSError, ValueError: it is gone or damaged.
+            ArtefactError: it is gone or damaged.
         """
         path = self.path / self.name(index)
-        if self.settings["format"] == "npz":
-            with np.load(path) as arrays:
-                return images.to_uint8(arrays["image"])
-        return images.decode_png(path.read_bytes())
+        try:
+            data = path.read_bytes()
+            if self.settings["format"] == "npz":
+                with np.load(io.BytesIO(data)) as arrays:
+                    return images.to_uint8(arrays["image"])
+            return images.decode_png(data)
+        except Exception as error:  # the decoders raise almost anything on bad bytes
+            raise ArtefactError(
+                f"{path} is damaged; delete it, and the same command makes it again"
+            ) from error
 
     def write_extra(self, name: str, data: bytes) -> Path:
         """Write one of the pictures about the pictures."""
@@ -147,14 +158,7 @@ def open_folder(
     Raises:
         UsageError: it is a file, not writable, in use, or holds other pictures.
     """
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file; --out names a folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make {path}: {error.strerror}; choose another --out") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"{path} is not writable; choose another --out")
+    bundle.output_folder(path)
     with bundle.lock(path, "`lutdeploy sample`"):
         if overwrite:
             _clear(path)

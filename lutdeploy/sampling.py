@@ -125,7 +125,9 @@ def trajectory(
 def require_finite(x: Images, step: int, indices: Sequence[int]) -> None:
     """Raise a NonFiniteError that names the step and the first image with NaN or Inf."""
     # A sum is not finite when any term is not; one pass, no temporary array.
-    if not np.isfinite(x.sum(dtype=np.float64)):
+    with np.errstate(invalid="ignore"):  # Inf − Inf is what it looks for
+        total = x.sum(dtype=np.float64)
+    if not np.isfinite(total):
         bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2, 3)))
         if len(bad):
             raise NonFiniteError(

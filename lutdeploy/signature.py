@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.solvers import Step
+
+if TYPE_CHECKING:  # the command line reads this module and should not wait for numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 BATCH = "batch"
 GRAPHS = ("step", "per-step", "loop")
@@ -52,7 +54,7 @@ class Signature:
         batch = feed[names[0]].shape[0] if feed[names[0]].ndim else 0
         for spec in self.inputs:
             array = feed[spec.name]
-            if array.dtype != np.float32:
+            if str(array.dtype) != "float32":
                 raise UsageError(f"input {spec.name}: got {array.dtype}, expected float32")
             if array.shape != (batch, *spec.row) or batch < 1:
                 raise UsageError(

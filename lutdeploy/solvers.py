@@ -67,13 +67,18 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """t_0 = 0 … t_steps = 1, uniform, then warped by t ↦ s·t/(1 + (s−1)·t).
 
     Raises:
-        ConfigError: steps < 1 or shift not a positive finite number.
+        ConfigError: steps < 1, or shift not a positive number of a sane size.
     """
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, not {steps}")
     if not (shift > 0 and math.isfinite(shift)):
         raise ConfigError(f"shift must be a positive number, not {shift}")
-    return [shift * u / (1 + (shift - 1) * u) for u in (k / steps for k in range(steps + 1))]
+    uniform = (k / steps for k in range(steps))
+    # The end is exact: rounding past 1 would make the last step overshoot x0.
+    grid = [*(shift * u / (1 + (shift - 1) * u) for u in uniform), 1.0]
+    if any(t >= t_next for t, t_next in itertools.pairwise(grid)):
+        raise ConfigError(f"shift {shift:g} leaves no time between some of {steps} steps")
+    return grid
 
 
 def _euler(grid: list[float]) -> list[Step]:

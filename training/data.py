@@ -126,7 +126,8 @@ def load_folder(
         try:
             return decode(path, size, channels)
         except Exception as error:  # Pillow's decoders raise almost anything on bad bytes
-            return f"{path}: {type(error).__name__}: {str(error).splitlines()[0] or '?'}"[:300]
+            reason = (str(error).splitlines() or ["?"])[0]
+            return f"{path}: {type(error).__name__}: {reason}"[:300]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pending = iter(files)

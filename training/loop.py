@@ -86,10 +86,21 @@ class TrainingState:
         return named | dict(self._moments())
 
     def save(self, run: bundle.Run, images: int) -> None:
-        """Write the state, then the model people use; each atomically."""
+        """Write the state, then the model people use; each atomically.
+
+        Raises:
+            NonFiniteError: NaN or Inf in the state; nothing is written.
+        """
         tensors = {name: value.detach().cpu() for name, value in self.tensors().items()}
+        for name, value in tensors.items():  # the loss shows it only one step later
+            if not value.isfinite().all():
+                raise NonFiniteError(f"NaN or Inf in {name} at step {self.step}; {_kept(run)}")
         metadata = {"step": str(self.step), "images": str(images)}
         bundle.write_atomic(run.training_state, save(tensors, metadata))
+        self.save_model(run)
+
+    def save_model(self, run: bundle.Run) -> None:
+        """Write the model people use: the EMA."""
         about = {"origin": "lutdeploy train", "step": self.step, "data": self.settings.data}
         checkpoint.save_model(self.ema, run.model, about=about)
 
@@ -136,6 +147,12 @@ def resumable_settings(run: bundle.Run) -> TrainSettings:
         return TrainSettings.from_dict(bundle.read_json(run.settings))
     except (ConfigError, AttributeError) as error:
         raise ArtefactError(f"{run.settings} is damaged: {error}") from error
+
+
+def _kept(run: bundle.Run) -> str:
+    """What is left of a run that diverged, and what to do."""
+    kept = "is kept" if run.model.is_file() else "was not written yet"
+    return f"the last checkpoint {kept}; try a lower --lr or --precision fp32"
 
 
 def _step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
@@ -227,7 +244,7 @@ def train(
         should_stop: asked after every step; true saves and ends.
 
     Raises:
-        NonFiniteError: NaN or Inf in the loss; the last checkpoint stays as it is.
+        NonFiniteError: NaN or Inf in the loss or the state; the last checkpoint stays as it is.
         BackendError: the perceptual loss cannot be loaded.
         ArtefactError: a damaged training state.
     """
@@ -238,6 +255,7 @@ def train(
     chosen, held = data.split(settings.held_out, settings.seed)
     if resume and run.training_state.is_file():
         state.restore(run, len(chosen))
+        state.save_model(run)  # a kill between the two files leaves it one checkpoint behind
     bundle.write_json(run.settings, settings.to_dict())
     _cut_log(run, state.step)
     held_pixels = data.images[held[:HELD_OUT_IMAGES]]
@@ -262,11 +280,7 @@ def train(
             loss_tensor = compute(state.model, x, noise, t, settings, perceptual)
             loss = loss_tensor.item()
             if not math.isfinite(loss):
-                kept = "nothing was saved yet" if not run.model.is_file() else "it is kept"
-                raise NonFiniteError(
-                    f"loss is {loss} at step {step + 1}; last checkpoint: {kept}; "
-                    "try a lower --lr or --precision fp32"
-                )
+                raise NonFiniteError(f"loss is {loss} at step {step + 1}; {_kept(run)}")
             state.optimizer.zero_grad(set_to_none=True)
             loss_tensor.backward()
             if settings.clip_norm is not None:

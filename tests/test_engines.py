@@ -1,0 +1,231 @@
+"""One conformance test over every backend, and what each refuses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+import lutdeploy
+from engines import Engine, open_engine
+from engines.onnxruntime_engine import execution_provider, open_session
+from lutdeploy import bundle, images
+from lutdeploy.errors import ArtefactError, BackendError, UsageError
+from lutdeploy.sampling import batch_noise
+from lutdeploy.solvers import Step, step_table
+from tests.conftest import golden_model, read_golden
+
+Exported = Callable[..., Path]
+RunOf = Callable[[str], bundle.Run]
+BACKENDS = ("torch", "onnxruntime", pytest.param("torch cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=BACKENDS)
+def engine(
+    request: pytest.FixtureRequest, preset: str, golden_runs: RunOf, exported: Exported
+) -> Iterator[Engine]:
+    """Every backend on every preset."""
+    backend, _, device = str(request.param).partition(" ")
+    path = exported(preset) if backend == "onnxruntime" else golden_runs(preset).model
+    with lutdeploy.load(path, backend, device or "cpu") as opened:
+        yield opened
+
+
+def test_conformance(engine: Engine, preset: str) -> None:
+    """The public contract, in one go."""
+    golden = read_golden(preset)
+    x, t, expected = (golden.arrays[name] for name in ("x", "t", "x0"))
+    assert engine.config == golden.config
+    assert engine.identity["backend"] in ("torch", "onnxruntime")
+
+    first = engine.predict_x0(x, t)  # timesteps differ within the batch
+    assert first.dtype == np.float32
+    assert first.shape == x.shape
+    assert np.abs(first - expected).max() <= 1e-4 * max(1, expected.std())
+
+    kept, inputs = first.copy(), x.copy()
+    second = engine.predict_x0(x[::-1].copy(), t[::-1].copy())
+    assert np.array_equal(first, kept), "a second call changed the first result"
+    assert np.array_equal(x, inputs), "a call changed its input"
+    assert np.abs(second[::-1] - first).max() < 1e-5
+
+    row = Step(0.25, 0.7, 0.6, -0.3)
+    x_next, x0 = engine.step(x, row, first)
+    alone = engine.predict_x0(x, np.full(len(x), row.t, np.float32))
+    np.testing.assert_allclose(x0, alone, atol=1e-5)
+    np.testing.assert_allclose(x_next, 0.7 * x + 0.6 * x0 - 0.3 * first, atol=1e-5)
+
+    noise = batch_noise(0, range(5), engine.config.image_shape)
+    by_batch = [lutdeploy.sample(engine, 5, steps=3, batch=batch) for batch in (1, 2, 5)]
+    given = lutdeploy.sample(engine, 5, steps=3, noise=noise)
+    for other in (*by_batch[1:], given):
+        difference = images.to_uint8(by_batch[0]).astype(int) - images.to_uint8(other)
+        assert np.abs(difference).max() <= 1
+    golden_steps = int(golden.arrays["euler_steps"])
+    final = lutdeploy.sample(engine, 3, steps=golden_steps, noise=x)
+    assert np.abs(final - golden.arrays["euler_x"][-1]).max() < 1e-4 * max(1, expected.std())
+
+
+@pytest.mark.parametrize("graph", ["per-step", "loop"])
+def test_exports_with_their_own_steps_give_the_same_pictures(
+    exported: Exported, golden_runs: RunOf, graph: str
+) -> None:
+    reference = lutdeploy.load(golden_runs("static-tanh-64").model)
+    engine = lutdeploy.load(exported(graph=graph), "onnxruntime")
+    expected = lutdeploy.sample(reference, 3, seed=2, steps=5, solver="dpmpp-2m")
+    assert np.abs(lutdeploy.sample(engine, 3, seed=2, batch=2) - expected).max() < 1e-4
+    with pytest.raises(UsageError, match=r"holds the steps of dpmpp-2m-5, not dpmpp-2m-6"):
+        lutdeploy.sample(engine, 3, steps=6)
+    with pytest.raises(UsageError, match=r"not euler-5"):
+        lutdeploy.sample(engine, 3, solver="euler")
+
+
+def test_per_step_export_predicts_at_its_own_timesteps(exported: Exported) -> None:
+    engine = lutdeploy.load(exported(graph="per-step"), "onnxruntime")
+    reference = lutdeploy.load(exported(), "onnxruntime")
+    x = batch_noise(0, range(3), engine.config.image_shape)
+    t = np.array([0.6, 0.0, 0.6], np.float32)
+    assert np.abs(engine.predict_x0(x, t) - reference.predict_x0(x, t)).max() < 1e-5
+    with pytest.raises(UsageError, match=r"no timestep 0\.5"):
+        engine.predict_x0(x, np.full(3, 0.5, np.float32))
+    with pytest.raises(UsageError, match="holds no step"):
+        engine.step(x, Step(0.1, 0.5, 0.5, 0.0), None)
+
+
+def test_loop_export_has_no_single_prediction(exported: Exported) -> None:
+    engine = lutdeploy.load(exported(graph="loop"), "onnxruntime")
+    x = batch_noise(0, range(1), engine.config.image_shape)
+    with pytest.raises(UsageError, match="whole trajectories"):
+        engine.predict_x0(x, np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (np.zeros((2, 3, 32, 32), np.float32), r"got shape \(2, 3, 32, 32\)"),
+        (np.zeros((2, 3, 64, 64), np.float64), "got float64, expected float32"),
+        (np.zeros((0, 3, 64, 64), np.float32), "at least 1"),
+    ],
+)
+def test_wrong_feed_says_got_and_expected(exported: Exported, x: np.ndarray, told: str) -> None:
+    engine = lutdeploy.load(exported(), "onnxruntime")
+    with pytest.raises(UsageError, match=told):
+        engine.predict_x0(x, np.zeros(len(x), np.float32))
+
+
+def test_a_run_opens_its_newest_export_unless_told(
+    tmp_path: Path, golden_runs: RunOf, exported: Exported
+) -> None:
+    run = bundle.Run(tmp_path / "run")
+    source = golden_runs("static-tanh-64")
+    bundle.write_atomic(run.model, source.model.read_bytes())
+    with pytest.raises(UsageError, match="has no export"):
+        open_engine(run.path, "onnxruntime")
+    assert open_engine(run.path).identity["backend"] == "torch"
+    for export in (exported(), exported(precision="fp16")):
+        shutil.copytree(export, run.export_folder(export.name))
+    newest = run.exports()[0].name
+    other = run.exports()[1].name
+    assert open_engine(run.path).identity["export"] == newest
+    assert open_engine(run.path, export=other).identity["export"] == other
+    assert lutdeploy.load(run.path).identity["backend"] == "torch"
+    with pytest.raises(UsageError, match=f"no export 'step-int8'; it has {newest}, {other}"):
+        open_engine(run.path, export="step-int8")
+
+
+def test_an_export_of_another_model_is_refused(
+    tmp_path: Path, golden_runs: RunOf, exported: Exported
+) -> None:
+    run = bundle.Run(tmp_path / "run")
+    shutil.copytree(exported(), run.export_folder("step-fp32"))
+    bundle.write_atomic(run.model, golden_runs("dynamic-64").model.read_bytes())
+    for path in (run.path, run.export_folder("step-fp32")):
+        for backend in ("onnxruntime", "auto"):
+            with pytest.raises(ArtefactError, match="exported from another"):
+                open_engine(path, backend)
+    with pytest.raises(ArtefactError, match="exported from another"):
+        open_engine(run.export_folder("step-fp32"), "torch")
+    assert open_engine(run.path, "torch").config.lut == "dynamic"
+
+
+def test_an_export_folder_works_alone(tmp_path: Path, exported: Exported) -> None:
+    alone = tmp_path / "carried" / "away"
+    shutil.copytree(exported(), alone)
+    assert open_engine(alone).identity["backend"] == "onnxruntime"
+    with pytest.raises(UsageError, match="backend torch"):
+        open_engine(alone, "torch")
+
+
+def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Exported) -> None:
+    """An attacker, or a mix-up, that also updated the hashes."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(exported(), mixed)
+    loop = exported(graph="loop")
+    shutil.copy(loop / "loop.onnx", mixed / "step.onnx")
+    values = bundle.read_json(mixed / "manifest.json")
+    values["files"] = bundle.hash_files(mixed)
+    bundle.write_json(mixed / "manifest.json", values)
+    with pytest.raises(ArtefactError, match=r"got inputs \['noise'\]"):
+        open_engine(mixed)
+
+
+def test_unknown_backend_lists_what_there_is(golden_runs: RunOf) -> None:
+    with pytest.raises(BackendError, match="there are auto, torch, onnxruntime"):
+        lutdeploy.load(golden_runs("dynamic-64").path, "tensorrt")
+
+
+def test_absent_provider_is_an_error_that_lists_what_there_is() -> None:
+    with pytest.raises(BackendError, match=r"there are .*CPUExecutionProvider"):
+        execution_provider("NoSuchExecutionProvider")
+
+
+def test_a_provider_that_cannot_load_is_an_error_not_a_fallback(exported: Exported) -> None:
+    listed = "CUDAExecutionProvider" in ort.get_available_providers()
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, so the provider may load")
+    with pytest.raises(BackendError, match="CPUExecutionProvider"):
+        lutdeploy.load(exported(), "onnxruntime", "cuda")
+    if not listed:
+        pytest.skip("the installed onnxruntime does not even list CUDA: only the listing was seen")
+
+
+def test_a_session_that_fell_back_is_an_error(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ONNX Runtime does with a log line: asked for one provider, it runs on another."""
+    real = ort.InferenceSession
+    monkeypatch.setattr(
+        ort,
+        "InferenceSession",
+        lambda source, options, **_: real(source, options, providers=["CPUExecutionProvider"]),
+    )
+    with pytest.raises(BackendError, match="would run on CPUExecutionProvider"):
+        open_session(exported() / "step.onnx", "CUDAExecutionProvider")
+
+
+def test_absent_torch_device_is_an_error(golden_runs: RunOf) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(BackendError, match=r"no device 'cuda' here; there are cpu"):
+        lutdeploy.load(golden_runs("static-tanh-64").path, device="cuda")
+
+
+def test_threads_are_passed_on(exported: Exported) -> None:
+    with open_engine(exported(), threads=1) as one, open_engine(exported(), threads=2) as two:
+        x = batch_noise(0, range(2), one.config.image_shape)
+        t = np.zeros(2, np.float32)
+        assert np.abs(one.predict_x0(x, t) - two.predict_x0(x, t)).max() < 1e-5
+
+
+def test_reference_is_what_the_torch_backend_runs(golden_runs: RunOf) -> None:
+    engine = lutdeploy.load(golden_runs("dynamic-64").path)
+    x = batch_noise(1, range(2), engine.config.image_shape)
+    model = golden_model("dynamic-64")
+    expected = model(torch.from_numpy(x), torch.full((2,), 0.3)).detach().numpy()
+    found = engine.step(x, step_table("euler", 10).rows[3], None)[1]
+    assert np.abs(found - expected).max() < 1e-6

@@ -1,0 +1,317 @@
+"""What the exported graphs are made of."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from lutdeploy import bundle
+from lutdeploy.checkpoint import load_model
+from lutdeploy.config import model_config
+from lutdeploy.errors import ConfigError
+from lutdeploy.export import (
+    ISLANDS,
+    OPSET,
+    ExportPlan,
+    FusedNetwork,
+    TimeBias,
+    WeightsFile,
+    export_model,
+    write_graphs,
+)
+from lutdeploy.model import LutTransformer
+from lutdeploy.solvers import step_table
+from tests.conftest import golden_model
+
+Exported = Callable[..., Path]
+DEPTH = 2  # of the tiny models
+# Nodes of a static fp32 step graph; per block what BLOCK says.
+CENSUS = {
+    "time": {"Unsqueeze": 1, "Mul": 1, "Sin": 1, "Cos": 1, "Concat": 1, "Gemm": 1},
+    "stem": {
+        "Conv": 1,
+        "Reshape": 1,
+        "Transpose": 1,
+        "Unsqueeze": 1,
+        "Add": 2,
+        "Split": 1,
+        "Concat": 1,
+        "Mul": 2,
+    },
+    "head": {"MatMul": 2, "Add": 1, "Tanh": 1, "Reshape": 2, "Transpose": 1},
+    "sampler": {"Reshape": 3, "Mul": 3, "Add": 2},
+}
+BLOCK = {
+    "LayerNormalization": 2,
+    "MatMul": 5,
+    "Add": 5,
+    "Split": 2,
+    "Reshape": 4,
+    "Transpose": 4,
+    "Softmax": 1,
+    "Sigmoid": 1,
+    "Mul": 2,
+}
+FORBIDDEN = {
+    "If",
+    "Scan",
+    "Loop",
+    "Shape",
+    "Slice",
+    "Gather",
+    "Expand",
+    "ConstantOfShape",
+    "Range",
+    "Where",
+    "Einsum",
+    "Attention",
+}
+
+
+def read(folder: Path, k: int = 0) -> onnx.ModelProto:
+    name = bundle.read_manifest(folder).graphs[k]
+    return onnx.load(folder / name, load_external_data=False)
+
+
+def census(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def expected_census() -> Counter[str]:
+    total: Counter[str] = Counter()
+    for part in CENSUS.values():
+        total.update(part)
+    for _ in range(DEPTH):
+        total.update(BLOCK)
+    return total
+
+
+def test_op_census_of_the_step_graph(exported: Exported) -> None:
+    assert census(read(exported())) == expected_census()
+
+
+def test_op_census_of_the_dynamic_step_graph(exported: Exported) -> None:
+    extra = {"Pad": 1, "Add": 2, "Split": 2, "MatMul": 1, "Reshape": 2, "Transpose": 1, "Mul": 1}
+    assert census(read(exported("dynamic-64"))) == expected_census() + Counter(extra)
+
+
+def test_op_census_of_an_fp16_graph_differs_by_casts_alone(exported: Exported) -> None:
+    found = census(read(exported(precision="fp16")))
+    casts = found.pop("Cast")
+    assert found == expected_census()
+    # x, the time bias, both sides of each LayerNormalization, the logits
+    assert casts == 1 + 1 + 2 * 2 * DEPTH + 1
+
+
+def test_a_loop_is_its_steps_and_nothing_else(exported: Exported) -> None:
+    loop = census(read(exported(graph="loop")))
+    steps: Counter[str] = Counter()
+    for k in range(5):
+        steps += census(read(exported(graph="per-step"), k))
+    assert loop == steps
+
+
+@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+def test_no_forbidden_operator_and_one_dynamic_axis(
+    exported: Exported, preset: str, graph: str
+) -> None:
+    model = read(exported(preset, graph))
+    assert not FORBIDDEN & set(census(model))
+    assert [opset.version for opset in model.opset_import if opset.domain == ""] == [OPSET]
+    for value in (*model.graph.input, *model.graph.output):
+        first, *others = value.type.tensor_type.shape.dim
+        assert first.dim_param == "batch"
+        assert all(dim.dim_value > 0 for dim in others)
+        assert value.type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+def test_graph_inputs_and_outputs_are_named_by_the_signature(exported: Exported) -> None:
+    def names(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
+        return [v.name for v in model.graph.input], [v.name for v in model.graph.output]
+
+    step = (["x", "t", "a", "b", "c", "x0_prev"], ["x_next", "x0"])
+    assert names(read(exported())) == step
+    per_step = exported(graph="per-step")
+    table = bundle.read_manifest(per_step).table
+    assert table is not None
+    for k, row in enumerate(table.rows):
+        inputs = ["x", "x0_prev"] if row.c else ["x"]
+        assert names(read(per_step, k)) == (inputs, ["x_next", "x0"])
+    assert names(read(exported(graph="loop"))) == (["noise"], ["image"])
+
+
+def test_static_lut_is_an_initializer_named_lut(exported: Exported) -> None:
+    for precision in ("fp32", "fp16"):
+        folder = exported(precision=precision)
+        model = onnx.load(folder / "step.onnx")
+        lut = next(i for i in model.graph.initializer if i.name == "lut")
+        entries = golden_model("static-tanh-64").lut.entries.flatten(1).numpy()  # type: ignore
+        assert np.array_equal(numpy_helper.to_array(lut), entries)
+
+
+def test_dynamic_lut_is_a_subgraph_found_by_name(exported: Exported) -> None:
+    model = read(exported("dynamic-64"))
+    scoped = [node for node in model.graph.node if node.name.startswith("lut")]
+    assert {"MatMul", "Mul"} <= {node.op_type for node in scoped}
+    assert scoped[-1].output[0] == "lut"
+    readers = [node.name for node in model.graph.node if "lut" in node.input]
+    assert len(readers) == 1
+    assert readers[0].startswith("head/MatMul")
+
+
+def test_nodes_are_named_after_their_modules(exported: Exported) -> None:
+    names = [node.name for node in read(exported()).graph.node]
+    assert len(set(names)) == len(names)
+    parts = {name.split("/")[0].split(".")[0] for name in names}
+    assert parts == {"time", "stem", "blocks", "head", "sampler"}
+    by_part = Counter(name.split("/")[0].split(".")[0] for name in names)
+    for part, ops in CENSUS.items():
+        assert by_part[part] == sum(ops.values()), part
+
+
+def test_fp16_islands_are_float32_in_the_graph(exported: Exported, preset: str) -> None:
+    folder = exported(preset, precision="fp16")
+    assert bundle.read_manifest(folder).islands == ISLANDS
+    assert bundle.read_manifest(exported(preset)).islands == ()
+    model = onnx.shape_inference.infer_shapes(onnx.load(folder / "step.onnx"), strict_mode=True)
+    graph = model.graph
+    dtypes = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input)}
+    dtypes |= {v.name: v.type.tensor_type.elem_type for v in graph.output}
+    dtypes |= {i.name: i.data_type for i in graph.initializer}
+    for node in graph.node:
+        inputs = {dtypes[name] for name in node.input if dtypes[name] != TensorProto.INT64}
+        island = (
+            node.op_type in ("LayerNormalization", "Tanh", "Sin", "Cos", "Gemm")
+            or node.name.startswith(("sampler/", "time/"))
+            or (node.op_type == "Softmax" and node.name.startswith("head"))
+            or (node.op_type == "MatMul" and node.name.startswith("head/"))  # with the LUT
+            or (node.op_type == "Mul" and node.name.startswith("lut/"))
+        )
+        if node.op_type != "Cast":
+            expected = TensorProto.FLOAT if island else None
+            assert expected is None or inputs == {expected}, node.name
+        if (node.op_type == "MatMul" and not island) or node.op_type == "Conv":
+            assert inputs == {TensorProto.FLOAT16}, node.name
+    assert dtypes["lut"] == TensorProto.FLOAT
+
+
+def test_per_step_graphs_share_one_weights_file(exported: Exported) -> None:
+    many, one = exported(graph="per-step"), exported()
+    files = bundle.read_manifest(many).files
+    assert sorted(files) == [*(f"step-{k:03d}.onnx" for k in range(5)), "weights.bin"]
+    weights = bundle.read_manifest(one).files["weights.bin"]["bytes"]
+    assert files["weights.bin"]["bytes"] <= weights
+    assert max(files[name]["bytes"] for name in files if name.endswith(".onnx")) < weights / 5
+
+
+def test_same_name_is_same_bytes_in_every_graph_of_an_export(exported: Exported) -> None:
+    folder = exported("dynamic-64", "per-step")
+    seen: dict[str, bytes] = {}
+    row = ("time_bias", "a", "b", "c")
+    for name in bundle.read_manifest(folder).graphs:
+        for tensor in onnx.load(folder / name).graph.initializer:
+            data = numpy_helper.to_array(tensor).tobytes()
+            assert tensor.name in row or seen.setdefault(tensor.name, data) == data, tensor.name
+
+
+def test_coefficients_are_inside_per_step_graphs(exported: Exported) -> None:
+    folder = exported(graph="per-step")
+    table = bundle.read_manifest(folder).table
+    assert table is not None
+    time = TimeBias(golden_model("static-tanh-64").stem)
+    for name, row in zip(bundle.read_manifest(folder).graphs, table.rows, strict=True):
+        held = {
+            i.name: numpy_helper.to_array(i) for i in onnx.load(folder / name).graph.initializer
+        }
+        assert held["a"] == np.float32(row.a)
+        assert held["b"] == np.float32(row.b)
+        assert ("c" in held) == bool(row.c)
+        bias = time(torch.tensor([row.t])).detach().numpy()
+        assert np.array_equal(held["time_bias"], bias)
+
+
+def test_exports_hold_no_path_of_this_machine(exported: Exported) -> None:
+    for graph in ("step", "per-step", "loop"):
+        for path in exported(graph=graph).glob("*.onnx"):
+            data = path.read_bytes()
+            assert str(Path.cwd()).encode() not in data
+            assert b"site-packages" not in data
+            assert b".py" not in data
+
+
+def test_same_export_twice_is_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
+    write_graphs(golden_model("static-tanh-64"), ExportPlan(), tmp_path)
+    for name, file in bundle.read_manifest(exported()).files.items():
+        assert bundle.sha256(tmp_path / name) == file["sha256"], name
+
+
+def test_fused_network_equals_the_model(preset: str) -> None:
+    """The rewrites are algebra: against the model in float64 only rounding is left."""
+    torch.manual_seed(0)
+    model = LutTransformer(model_config(preset, "tiny")).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if ".norm" in name:  # an affine that does something
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    network, time = FusedNetwork(model, "fp32"), TimeBias(model.stem)
+    x, t = torch.randn(2, 3, 64, 64), torch.tensor([0.1, 0.8])
+    found = network(x, time(t))
+    expected = model.double()(x.double(), t.double())
+    assert (found - expected).abs().max() < 2e-5 * expected.std()
+
+
+def test_weights_file_places_a_name_once(tmp_path: Path) -> None:
+    with WeightsFile(tmp_path / "w.bin") as weights:
+        assert weights.placed == {}
+    assert (tmp_path / "w.bin").read_bytes() == b""
+
+
+def test_exports_live_side_by_side_newest_first(
+    tmp_path: Path, golden_runs: Callable[[str], bundle.Run]
+) -> None:
+    source = golden_runs("static-tanh-64")
+    run = bundle.Run(tmp_path)
+    bundle.write_atomic(run.model, source.model.read_bytes())
+    model = load_model(run.model)
+    names = []
+    for precision in ("fp32", "fp16", "fp32"):
+        plan = ExportPlan("step", precision)
+        names.append(export_model(model, plan, run, "0" * 64).name)
+        assert run.exports()[0].name == names[-1]
+    assert {folder.name for folder in run.exports()} == {"step-fp32", "step-fp16"}
+    assert not [p.name for p in (run.path / "onnx").iterdir() if p.name.startswith(".")]
+
+
+def test_a_refused_export_leaves_the_old_one(tmp_path: Path) -> None:
+    run, model = bundle.Run(tmp_path), golden_model("static-tanh-64")
+    folder = export_model(model, ExportPlan(), run, "0" * 64)
+    before = json.loads((folder / "manifest.json").read_text())
+
+    def refuse(stage: Path) -> None:
+        raise ConfigError("no")
+
+    with pytest.raises(ConfigError):
+        export_model(model, ExportPlan(), run, "0" * 64, refuse)
+    assert json.loads((folder / "manifest.json").read_text()) == before
+    assert [p.name for p in (tmp_path / "onnx").iterdir()] == ["step-fp32"]
+
+
+def test_plan_names_and_impossible_plans() -> None:
+    table = step_table("euler", 64)
+    assert ExportPlan("step", "fp16").name == "step-fp16"
+    assert ExportPlan("per-step", "fp16", table).name == "per-step-fp16-euler-64"
+    for graph, precision, steps in (
+        ("step", "fp16", table),
+        ("loop", "fp16", None),
+        ("steps", "fp16", None),
+        ("step", "int8", None),
+    ):
+        with pytest.raises(ConfigError):
+            ExportPlan(graph, precision, steps)

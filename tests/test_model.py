@@ -1,0 +1,147 @@
+"""The PyTorch model against the golden vectors; the author's checkpoints both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lutdeploy.checkpoint import (
+    from_author_state,
+    import_author_file,
+    infer_author_config,
+    load_model,
+    save_author_file,
+    save_model,
+    to_author_state,
+)
+from lutdeploy.config import ModelConfig, model_config
+from lutdeploy.errors import ArtefactError
+from lutdeploy.lut import image_to_tiles, tiles_to_image
+from lutdeploy.model import LutTransformer, position_tables, rotate
+from lutdeploy.reference import TorchDenoiser
+from lutdeploy.sampling import trajectory
+from lutdeploy.solvers import step_table
+from tests.conftest import Golden
+
+TOLERANCE = 2e-5  # of the output's standard deviation
+
+
+def test_one_pass_equals_the_golden_vector(golden: Golden) -> None:
+    model = from_author_state(golden.state, golden.config)
+    found = TorchDenoiser(model).predict_x0(golden.arrays["x"], golden.arrays["t"])
+    expected = golden.arrays["x0"]
+    assert np.abs(found - expected).max() <= TOLERANCE * expected.std()
+
+
+def test_trajectory_equals_the_golden_vector(golden: Golden) -> None:
+    model = from_author_state(golden.state, golden.config)
+    table = step_table("euler", int(golden.arrays["euler_steps"]))
+    states = [s.x for s in trajectory(TorchDenoiser(model), golden.arrays["x"], table)]
+    kept = golden.arrays["euler_kept"]
+    for step, expected in zip(kept, golden.arrays["euler_x"], strict=True):
+        assert np.abs(states[int(step)] - expected).max() <= TOLERANCE * expected.std()
+
+
+def test_author_state_round_trip_is_bit_exact(golden: Golden) -> None:
+    model = from_author_state(golden.state, golden.config)
+    back = to_author_state(model)
+    assert set(back) == set(golden.state)
+    for key, value in golden.state.items():
+        assert torch.equal(back[key], value), key
+
+
+def test_author_file_round_trip_infers_the_config(golden: Golden, tmp_path: Path) -> None:
+    torch.save(golden.state, tmp_path / "theirs.pth")
+    model = import_author_file(tmp_path / "theirs.pth", heads=golden.config.heads)
+    assert model.config == golden.config
+    save_author_file(model, tmp_path / "ours.pth")
+    back = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert all(torch.equal(back[key], value) for key, value in golden.state.items())
+
+
+def test_weights_option_overrides_the_guess(golden: Golden) -> None:
+    assert infer_author_config(golden.state, 4, "softmax").weights == "softmax"
+    assert infer_author_config(golden.state, 4, "tanh").weights == "tanh"
+
+
+def test_safetensors_round_trip_is_bit_exact(golden: Golden, tmp_path: Path) -> None:
+    model = from_author_state(golden.state, golden.config)
+    save_model(model, tmp_path / "m.safetensors", about={"origin": "test"})
+    loaded = load_model(tmp_path / "m.safetensors")
+    assert loaded.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_first_wrong_key_is_named(golden: Golden) -> None:
+    for key in ("time_mlp.0.weight", "projection.bias"):
+        state = dict(golden.state)
+        del state[key]
+        with pytest.raises(ArtefactError, match=f"{key} is missing"):
+            from_author_state(state, golden.config)
+    state = dict(golden.state, extra=torch.zeros(1))
+    with pytest.raises(ArtefactError, match="extra is unknown"):
+        from_author_state(state, golden.config)
+    state = dict(golden.state, **{"projection.bias": torch.zeros(3)})
+    with pytest.raises(ArtefactError, match=r"projection.bias has shape \[3\]"):
+        from_author_state(state, golden.config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"image_size": 32},
+        {"image_size": 24, "patch_size": 4, "channels": 1},
+        {"entries": 5, "width": 36, "heads": 3, "depth": 1},
+        {"stem_channels": 7, "time_frequencies": 3},
+    ],
+)
+def test_any_size_keeps_shapes(preset: str, overrides: dict[str, int]) -> None:
+    config = model_config(preset, "tiny", **overrides)
+    model = LutTransformer(config).eval()
+    x = torch.randn(2, *config.image_shape)
+    x0, weights, lut = model.paint(x, torch.tensor([0.0, 0.9]))
+    assert x0.shape == x.shape
+    assert weights.shape == (2, config.image_tokens, config.entries)
+    assert lut.shape[-2:] == (config.entries, config.entry_values)
+    assert torch.isfinite(x0).all()
+
+
+def test_softmax_weights_are_convex() -> None:
+    model = LutTransformer(model_config("static-softmax-512", "tiny"))
+    _, weights, _ = model.paint(torch.randn(2, 3, 64, 64), torch.rand(2))
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 64))
+
+
+def test_position_by_the_specs_words() -> None:
+    """Spec step 4, spelled out channel by channel."""
+    config = model_config("static-tanh-64", "tiny", width=8, heads=2, image_size=16)
+    cos, sin = position_tables(config)
+    u = torch.randn(4, 8)
+    half = 4
+    for token in range(4):
+        row, column = divmod(token, 2)
+        for index, part in ((row, slice(0, 4)), (column, slice(4, 8))):
+            phi = [index * 10000 ** (-2 * j / half) for j in (0, 0, 1, 1)]
+            v = u[token, part].double()
+            rotated = torch.tensor([-v[2], -v[3], v[0], v[1]])
+            angles = torch.tensor(phi, dtype=torch.float64)
+            expected = v * angles.cos() + rotated * angles.sin()
+            found = rotate(u, cos, sin)[token, part].double()
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@settings(max_examples=20)
+@given(grid=st.integers(1, 4), patch=st.integers(1, 5), channels=st.integers(1, 4))
+def test_tiles_and_images_are_inverse(grid: int, patch: int, channels: int) -> None:
+    config = ModelConfig(image_size=grid * patch, patch_size=patch, channels=channels)
+    images = torch.randn(2, *config.image_shape)
+    tiles = image_to_tiles(images, config)
+    assert torch.equal(tiles_to_image(tiles, config), images)
+    assert torch.equal(tiles[0, 0].reshape(channels, patch, patch), images[0, :, :patch, :patch])

@@ -1,0 +1,158 @@
+"""Noise, the loop, and pictures that do not depend on the batch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lutdeploy
+from lutdeploy import images, sample_folder
+from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
+from lutdeploy.reference import TorchDenoiser
+from lutdeploy.sampling import Images, batch_noise, image_noise, sample, trajectory
+from lutdeploy.solvers import Step, step_table
+from tests.conftest import golden_model
+
+SHAPE = (3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> TorchDenoiser:
+    return TorchDenoiser(golden_model("static-tanh-64"))
+
+
+def test_noise_never_changes() -> None:
+    """Every picture ever made depends on these bytes."""
+    digest = hashlib.sha256(batch_noise(7, [0, 1, 1000], SHAPE).tobytes()).hexdigest()
+    assert digest == "3b74ff0748229f447692af13773b94138ef4cf8113baefafa92584b168c1c487"
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**64 - 1), start=st.integers(0, 2**40), n=st.integers(1, 5))
+def test_noise_depends_on_seed_and_index_alone(seed: int, start: int, n: int) -> None:
+    together = batch_noise(seed, range(start, start + n), (1, 4, 4))
+    for row, index in enumerate(range(start, start + n)):
+        assert np.array_equal(together[row], image_noise(seed, index, (1, 4, 4)))
+    assert len({row.tobytes() for row in together}) == n
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = batch_noise(3, range(100), SHAPE)
+    assert noise.dtype == np.float32
+    assert abs(noise.mean()) < 3e-3
+    assert abs(noise.std() - 1) < 3e-3
+    flat = noise.reshape(100, -1)
+    correlation = np.corrcoef(flat) - np.eye(100)
+    assert np.abs(correlation).max() < 0.05
+
+
+@pytest.mark.parametrize(("seed", "index"), [(-1, 0), (2**64, 0), (0, -1)])
+def test_noise_outside_its_range_raises(seed: int, index: int) -> None:
+    with pytest.raises(ConfigError, match=str(min(seed, index)) if seed < 2**64 else str(seed)):
+        image_noise(seed, index, SHAPE)
+
+
+def test_batch_size_changes_no_picture(denoiser: TorchDenoiser) -> None:
+    alone = sample(denoiser, 7, seed=5, steps=6, batch=1)
+    together = sample(denoiser, 7, seed=5, steps=6, batch=7)
+    uneven = sample(denoiser, 7, seed=5, steps=6, batch=3)
+    for other in (together, uneven):
+        difference = images.to_uint8(alone).astype(int) - images.to_uint8(other)
+        assert np.abs(difference).max() <= 1
+
+
+def test_noise_argument_overrides_the_seed(denoiser: TorchDenoiser) -> None:
+    noise = batch_noise(9, range(3), SHAPE)
+    given_noise = sample(denoiser, 3, seed=1, steps=4, noise=noise)
+    assert np.array_equal(given_noise, sample(denoiser, 3, seed=9, steps=4))
+    with pytest.raises(UsageError, match="noise must have shape"):
+        sample(denoiser, 4, noise=noise)
+
+
+def test_trajectory_yields_every_state(denoiser: TorchDenoiser) -> None:
+    noise = batch_noise(0, range(2), SHAPE)
+    states = list(trajectory(denoiser, noise, step_table("dpmpp-2m", 6)))
+    assert [state.step for state in states] == list(range(7))
+    assert states[0].x is noise
+    assert states[0].x0 is None
+    assert np.array_equal(states[-1].x, states[-1].x0)  # the last step gives x' = x0
+
+
+def test_one_step_is_the_prediction(denoiser: TorchDenoiser) -> None:
+    noise = batch_noise(0, range(2), SHAPE)
+    one = sample(denoiser, 2, steps=1, noise=noise)
+    assert np.array_equal(one, denoiser.predict_x0(noise, np.zeros(2, np.float32)))
+
+
+@pytest.mark.parametrize(("n", "batch"), [(0, 1), (1, 0), (-3, 1)])
+def test_impossible_counts_raise(denoiser: TorchDenoiser, n: int, batch: int) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        sample(denoiser, n, batch=batch)
+
+
+class Poisoned(TorchDenoiser):
+    """Turns one image to NaN at one timestep."""
+
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        x_next, x0 = super().step(x, row, x0_prev)
+        if row.t == 0.5:
+            x_next[1, 0, 3, 3] = np.nan
+        return x_next, x0
+
+
+def test_nan_is_named_with_step_and_image(tmp_path: Path) -> None:
+    denoiser = Poisoned(golden_model("static-tanh-64"))
+    table = step_table("euler", 4)
+    with pytest.raises(NonFiniteError, match="after step 3 in image 1"):
+        sample(denoiser, 2, steps=4)
+    made = sample_folder.settings({"backend": "test"}, table, 0, "png")
+    with (
+        sample_folder.open_folder(tmp_path / "s", made) as folder,
+        pytest.raises(NonFiniteError, match="after step 3 in image 3"),
+    ):
+        folder.write([0, 1], np.zeros((2, *SHAPE), np.float32))  # there already
+        list(sample_folder.fill(folder, denoiser, table, 6, batch=2))
+
+
+def test_public_names() -> None:
+    assert lutdeploy.sample is sample
+    assert set(lutdeploy.__all__) == {"ModelConfig", "__version__", "load", "sample"}
+    with pytest.raises(AttributeError, match="nothing"):
+        lutdeploy.nothing  # noqa: B018
+
+
+def test_uint8_is_rounded_and_clipped() -> None:
+    values = np.array([-2, -1, 0, 1, 3], np.float32).reshape(1, 1, 5)
+    assert images.to_uint8(values).ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+@settings(max_examples=20)
+@given(n=st.integers(1, 12), columns=st.integers(1, 5), gap=st.integers(0, 2))
+def test_grid_places_every_picture(n: int, columns: int, gap: int) -> None:
+    pixels = np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, 3, 2, 3), np.uint8
+    )
+    sheet = images.grid(pixels, columns, gap)
+    for k in range(n):
+        row, column = divmod(k, columns)
+        tile = sheet[row * (3 + gap) :, column * (2 + gap) :][:3, :2]
+        assert (tile == k + 1).all()
+
+
+def test_png_round_trip() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    assert np.array_equal(images.decode_png(images.encode_png(pixels)), pixels)
+    assert images.encode_png(pixels) == images.encode_png(pixels)
+
+
+def test_trajectory_picture_has_noise_on_top_and_every_fourth_step() -> None:
+    states = [np.full((2, 3, 4, 4), k / 64, np.float32) for k in range(65)]
+    picture = images.trajectory_rows(states)
+    assert picture.shape == (17 * 4, 2 * 4, 3)
+    expected = images.to_uint8(np.float32(np.arange(0, 65, 4) / 64).reshape(17, 1, 1, 1))
+    assert np.array_equal(picture[::4, 0, 0], expected[:, 0, 0, 0])

@@ -1,0 +1,427 @@
+"""Data, losses, recipes, the loop: what a training run promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lutdeploy import bundle
+from lutdeploy.checkpoint import load_model, read_metadata
+from lutdeploy.config import PRESETS, model_config
+from lutdeploy.errors import BackendError, ConfigError, UsageError
+from lutdeploy.model import LutTransformer
+from training.data import (
+    ImageSet,
+    batch_indices,
+    decode,
+    draw_set,
+    find_images,
+    load_folder,
+)
+from training.loop import Progress, Schedule, TrainingState, resumable_settings, train
+from training.losses import (
+    denoising_loss,
+    gram_penalty,
+    load_perceptual,
+    objective,
+    sample_timesteps,
+)
+from training.recipes import RECIPES, TrainSettings, train_settings
+
+SMALL = Schedule(checkpoint=3, picture=100, held_out=4, log=1)
+
+
+def tiny_settings(preset: str = "static-tanh-64", **changes: object) -> TrainSettings:
+    values: dict[str, object] = {"data": "test", "steps": 6, "batch": 4, **changes}
+    model = model_config(preset, "tiny", width=16, heads=2, depth=1, image_size=16)
+    return train_settings(model, **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> ImageSet:
+    return draw_set(16, count=24)
+
+
+def states_of(run: bundle.Run) -> dict[str, Tensor]:
+    return load_model(run.model).state_dict()
+
+
+# Data
+
+
+def test_every_kind_of_file_is_decoded(tmp_path: Path) -> None:
+    """RGBA, grey, palette, JPEG, WebP, nested, any size and shape."""
+    nested = tmp_path / "a" / "b"
+    nested.mkdir(parents=True)
+    red = Image.new("RGB", (40, 20), (200, 30, 30))
+    red.save(tmp_path / "wide.png")
+    red.resize((9, 31)).save(nested / "tall.jpg", quality=95)
+    red.save(nested / "upper.WEBP", lossless=True)
+    red.quantize(4).save(tmp_path / "palette.png")
+    Image.new("L", (30, 30), 90).save(tmp_path / "grey.png")
+    Image.new("LA", (30, 30), (90, 0)).save(tmp_path / "clear-grey.png")
+    Image.new("RGBA", (30, 30), (200, 30, 30, 0)).save(tmp_path / "clear.png")
+    Image.new("I;16", (20, 20), 40000).save(tmp_path / "deep.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    found = load_folder(tmp_path, 16)
+    assert found.images.shape == (8, 3, 16, 16)
+    assert found.images.dtype == np.uint8
+    assert found.skipped == ()
+    by_name = dict(zip([p.name for p in find_images(tmp_path)], found.images, strict=True))
+    for name in ("wide.png", "tall.jpg", "upper.WEBP", "palette.png"):
+        colour = by_name[name].reshape(3, -1).mean(1)
+        assert np.abs(colour - (200, 30, 30)).max() < 4, name
+    assert (by_name["clear.png"] == 255).all(), "transparent shows white"
+    assert (by_name["clear-grey.png"] == 255).all()
+    assert (by_name["grey.png"] == 90).all()
+
+
+def test_images_are_cropped_to_the_centre(tmp_path: Path) -> None:
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:, 16:48] = 255
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    pixels = decode(tmp_path / "wide.png", 16)
+    assert (pixels[:, :, 1:-1] == 255).all()
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[:16] = 255  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(picture).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    pixels = decode(tmp_path / "turned.jpg", 16)
+    assert pixels[:, :6].max() < 10
+    assert pixels[:, 10:].min() > 245
+
+
+def test_one_channel(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), (90, 90, 90)).save(tmp_path / "a.png")
+    assert load_folder(tmp_path, 8, channels=1).images.shape == (1, 1, 8, 8)
+
+
+def test_a_set_too_large_for_memory_is_the_same_from_a_file(tmp_path: Path) -> None:
+    for index in range(5):
+        Image.new("RGB", (20, 20), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "2.png").write_text("broken")
+    in_memory = load_folder(tmp_path, 8)
+    mapped = load_folder(tmp_path, 8, memory_limit=100, scratch=tmp_path / "run")
+    assert isinstance(mapped.images, np.memmap)
+    assert not isinstance(in_memory.images, np.memmap)
+    assert np.array_equal(in_memory.images, mapped.images)
+    assert len(mapped.skipped) == len(in_memory.skipped) == 1
+    assert "2.png" in mapped.skipped[0]
+    assert list((tmp_path / "run").iterdir()) == [], "the file has no name to leave behind"
+
+
+def test_synthetic_images_are_reproducible_and_varied() -> None:
+    one, two = draw_set(16, count=6), draw_set(16, count=12)
+    assert np.array_equal(one.images, two.images[:6])
+    assert len({image.tobytes() for image in two.images}) == 12
+    assert two.images.std(axis=0).mean() > 20
+
+
+def test_split_is_disjoint_complete_and_by_seed(drawn: ImageSet) -> None:
+    kept, held = drawn.split(0.25, seed=1)
+    assert len(held) == 6
+    assert sorted([*kept, *held]) == list(range(24))
+    assert not np.array_equal(held, drawn.split(0.25, seed=2)[1])
+    kept, held = ImageSet(drawn.images[:1], ()).split(0.9, 0)
+    assert (len(kept), len(held)) == (1, 0)
+
+
+def test_batches_are_epochs_and_resume_anywhere() -> None:
+    batches = batch_indices(10, 4, seed=3, start=0)
+    first = [next(batches) for _ in range(10)]
+    flat = np.concatenate(first)
+    for epoch in range(4):
+        assert sorted(flat[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert not np.array_equal(flat[:10], flat[10:20])
+    later = batch_indices(10, 4, seed=3, start=7)
+    assert all(np.array_equal(next(later), batch) for batch in first[7:])
+
+
+# Losses and recipes
+
+
+def test_denoising_loss_by_hand() -> None:
+    x0, x = torch.tensor([[[[3.0]]], [[[1.0]]]]), torch.zeros(2, 1, 1, 1)
+    t = torch.tensor([0.5, 0.99])
+    assert denoising_loss(x0, x, t, None).item() == 5.0
+    expected = (9 / 0.5**2 + 1 / 0.05**2) / 2
+    assert math.isclose(denoising_loss(x0, x, t, 0.05).item(), expected, rel_tol=1e-6)
+
+
+def test_gram_penalty_by_hand() -> None:
+    entries = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 3.0]]).reshape(3, 1, 1, 2)
+    # G off the diagonal: G01 = 1, G02 = 0, G12 = 6, each twice, over 9 places.
+    assert math.isclose(gram_penalty(entries).item(), 2 * (1 + 36) / 9, rel_tol=1e-6)
+
+
+def test_post_recipe_is_the_posts(preset: str) -> None:
+    """Spec, "Training as in the post"."""
+    settings = train_settings(model_config(preset), "post", data="x", steps=10)
+    assert (settings.batch, settings.lr, settings.weight_decay) == (64, 3e-4, 1e-2)
+    assert (settings.flip, settings.ema, settings.ema_warmup) == (0.25, 0.99, False)
+    assert settings.perceptual == "lpips"
+    assert settings.gram_weight == (0.2 if preset == "static-tanh-64" else 0)
+    assert (settings.t_mean, settings.velocity_floor, settings.clip_norm) == (None, None, None)
+    assert [settings.learning_rate(step) for step in (0, 5, 9)] == [3e-4] * 3
+    assert settings.ema_decay(0) == 0.99
+
+
+def test_post_objective_is_mse_and_perceptual_and_gram() -> None:
+    settings = tiny_settings(recipe="post")
+    torch.manual_seed(0)
+    model = LutTransformer(settings.model)
+    x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 16, 16)
+    t = torch.tensor([0.2, 0.7])
+    x_t = t[:, None, None, None] * x + (1 - t[:, None, None, None]) * noise
+    x0 = model(x_t, t)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def perceptual(ours: Tensor, theirs: Tensor) -> Tensor:
+        seen.append((ours, theirs))
+        return torch.tensor(0.25)
+
+    entries = model.lut.entries.flatten(1)  # type: ignore[operator, union-attr]
+    gram = entries @ entries.T * (1 - torch.eye(64))
+    expected = (x0 - x).square().mean() + 0.25 + 0.2 * gram.square().mean()
+    found = objective(model, x, noise, t, settings, perceptual)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(seen[0][0], x0)
+
+
+def test_modern_schedule_warms_up_and_ends_at_zero() -> None:
+    settings = tiny_settings(steps=1000, batch=4)
+    rates = [settings.learning_rate(step) for step in range(1001)]
+    assert rates[0] == settings.lr / settings.warmup
+    assert max(rates) == rates[settings.warmup] == settings.lr
+    assert rates[1000] < 1e-9
+    assert settings.ema_decay(0) == 0.1
+    assert settings.ema_decay(10**6) == settings.ema
+
+
+def test_timesteps_are_logit_normal_or_uniform() -> None:
+    generator = torch.Generator().manual_seed(0)
+    modern = sample_timesteps(20000, tiny_settings(t_mean=-0.5), generator)
+    logits = torch.logit(modern)
+    assert abs(logits.mean().item() + 0.5) < 0.02
+    assert abs(logits.std().item() - 0.8) < 0.02
+    uniform = sample_timesteps(20000, tiny_settings(recipe="post"), generator)
+    assert abs(uniform.mean().item() - 0.5) < 0.01
+    assert 0 <= uniform.min() < uniform.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"batch": 0}, {"lr": math.nan}, {"held_out": 1.0}, {"ema": 1.0}]
+)
+def test_impossible_settings_raise_with_the_value(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        tiny_settings(**change)
+
+
+@pytest.mark.parametrize("recipe", tuple(RECIPES))
+def test_settings_round_trip(recipe: str) -> None:
+    settings = tiny_settings(recipe=recipe)
+    plain = json.loads(json.dumps(settings.to_dict()))
+    assert TrainSettings.from_dict(plain) == settings
+
+
+# LPIPS: the real loading code, on a small VGG16 made here, since its weights are a download.
+
+
+@pytest.fixture
+def small_torchvision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A torchvision with nothing but a VGG16 of random weights, in the layout LPIPS reads."""
+
+    class Vgg(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers: list[nn.Module] = []
+            channels = 3
+            for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+                for _ in range(count):
+                    layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                    channels = width
+                layers.append(nn.MaxPool2d(2))
+            self.features = nn.Sequential(*layers)
+
+    models = types.ModuleType("torchvision.models")
+    models.vgg16 = lambda weights=None, **_: Vgg()  # type: ignore[attr-defined]
+    for name in ("VGG16_Weights", "AlexNet_Weights", "SqueezeNet1_1_Weights"):
+        setattr(models, name, types.SimpleNamespace(IMAGENET1K_V1=None))
+    package = types.ModuleType("torchvision")
+    package.models = models  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    lpip = pytest.importorskip("torchmetrics.functional.image.lpips")
+    monkeypatch.setattr(lpip, "_TORCHVISION_AVAILABLE", True, raising=False)
+    monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True, raising=False)
+    yield
+
+
+def test_lpips_is_loaded_and_clamps(small_torchvision: None) -> None:
+    torch.manual_seed(0)
+    perceptual = load_perceptual(torch.device("cpu"))
+    x = torch.rand(2, 3, 32, 32)
+    assert perceptual(x, x).item() == 0
+    other = torch.rand(2, 3, 32, 32, requires_grad=True)
+    distance = perceptual(other, x)
+    assert distance.item() > 0
+    distance.backward()
+    assert other.grad is not None
+    assert torch.isfinite(other.grad).all()
+    beyond = torch.where(x < 0.5, x - 1, x + 1)
+    torch.testing.assert_close(perceptual(beyond, other), perceptual(beyond.clamp(0, 1), other))
+
+
+def test_post_recipe_trains_with_lpips(
+    small_torchvision: None, drawn: ImageSet, tmp_path: Path
+) -> None:
+    model = model_config("static-tanh-64", "tiny", width=16, heads=2, depth=1, image_size=32)
+    settings = train_settings(model, "post", data="test", steps=2, batch=2)
+    data = draw_set(32, count=4)
+    losses = [p.loss for p in train(settings, data, bundle.Run(tmp_path), schedule=SMALL)]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_lpips_without_its_package_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    with pytest.raises(BackendError, match="--perceptual none"):
+        load_perceptual(torch.device("cpu"))
+
+
+def test_lpips_without_its_weights_names_the_way_out(
+    small_torchvision: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(**_: object) -> nn.Module:
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr(sys.modules["torchvision.models"], "vgg16", offline)
+    with pytest.raises(BackendError, match=r"VGG16 weights.*--perceptual none"):
+        load_perceptual(torch.device("cpu"))
+
+
+# The loop
+
+
+def run_all(
+    settings: TrainSettings, data: ImageSet, path: Path, **options: object
+) -> list[Progress]:
+    options = {"schedule": SMALL, **options}
+    return list(train(settings, data, bundle.Run(path), **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset_name", tuple(PRESETS))
+@pytest.mark.parametrize("recipe", tuple(RECIPES))
+def test_every_preset_learns(
+    preset_name: str, recipe: str, drawn: ImageSet, tmp_path: Path
+) -> None:
+    settings = tiny_settings(
+        preset_name, recipe=recipe, steps=60, batch=16, perceptual="none", lr=3e-3, warmup=5
+    )
+    progress = run_all(settings, drawn, tmp_path)
+    first, last = (np.mean([p.loss for p in part]) for part in (progress[:5], progress[-5:]))
+    assert last < 0.8 * first
+    assert progress[-1].saved
+
+
+def test_a_run_folder_holds_what_it_should(drawn: ImageSet, tmp_path: Path) -> None:
+    settings = tiny_settings("dynamic-64")
+    run_all(settings, drawn, tmp_path)
+    run = bundle.Run(tmp_path)
+    config, about = read_metadata(run.model)
+    assert config == settings.model
+    assert about["step"] == 6
+    assert resumable_settings(run) == settings
+    lines = [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert "held_out_loss" in lines[3]
+    assert "held_out_loss" in lines[-1]
+    pictures = sorted(path.name for path in run.pictures.iterdir())
+    assert pictures == ["gram-000006.png", "lut-000006.png", "trajectory-000006.png"]
+    with Image.open(run.pictures / "trajectory-000006.png") as picture:
+        assert picture.size == (8 * 16, 17 * 16)  # 8 images; noise and every fourth of 64 steps
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_equals_unbroken_bit_for_bit(
+    drawn: ImageSet, tmp_path: Path, precision: str
+) -> None:
+    settings = tiny_settings(steps=8, precision=precision)
+    run_all(settings, drawn, tmp_path / "whole")
+    # Killed in step 5: the checkpoint of step 3 is the last.
+    for progress in train(settings, drawn, bundle.Run(tmp_path / "broken"), schedule=SMALL):
+        if progress.step == 5:
+            break
+    (tmp_path / "broken" / "train.jsonl").open("a").write('{"step": 6, "lo')  # cut-off line
+    run_all(settings, drawn, tmp_path / "broken", resume=True)
+    whole, broken = (states_of(bundle.Run(tmp_path / name)) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        for name in ("whole", "broken")
+    ]
+    losses = [[(line["step"], line["loss"]) for line in log] for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_another_seed_is_another_model(drawn: ImageSet, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run_all(tiny_settings(steps=2, seed=seed), drawn, tmp_path / str(seed))
+    zero, one = (states_of(bundle.Run(tmp_path / name)) for name in ("0", "1"))
+    assert not torch.equal(zero["head.weight"], one["head.weight"])
+
+
+def test_stop_request_saves_at_a_steps_end(drawn: ImageSet, tmp_path: Path) -> None:
+    asked = iter([False, True])
+    progress = run_all(tiny_settings(), drawn, tmp_path, should_stop=lambda: next(asked))
+    assert [p.step for p in progress] == [1, 2]
+    assert read_metadata(bundle.Run(tmp_path).model)[1]["step"] == 2
+
+
+def test_other_images_are_refused_on_resume(drawn: ImageSet, tmp_path: Path) -> None:
+    settings = tiny_settings(steps=3)
+    run_all(settings, drawn, tmp_path)
+    fewer = ImageSet(drawn.images[:10], ())
+    longer = dataclasses.replace(settings, steps=6)
+    with pytest.raises(UsageError, match="same images"):
+        run_all(longer, fewer, tmp_path, resume=True)
+    assert run_all(longer, drawn, tmp_path, resume=True)[-1].step == 6
+
+
+def test_ema_follows_its_formula(drawn: ImageSet, tmp_path: Path) -> None:
+    settings = tiny_settings(recipe="post", perceptual="none", steps=1)
+    start = TrainingState(settings, torch.device("cpu"))
+    before = {name: value.clone() for name, value in start.model.state_dict().items()}
+    run_all(settings, drawn, tmp_path)
+    end = TrainingState(settings, torch.device("cpu"))
+    end.restore(bundle.Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
+    for name, value in end.model.state_dict().items():
+        expected = 0.99 * before[name] + 0.01 * value
+        torch.testing.assert_close(end.ema.state_dict()[name], expected)
+
+
+@pytest.mark.slow
+def test_compiled_training_learns(drawn: ImageSet, tmp_path: Path) -> None:
+    import shutil
+
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile on a CPU needs a C++ compiler; there is none here")
+    progress = run_all(tiny_settings(steps=2, compile=True), drawn, tmp_path)
+    plain = run_all(tiny_settings(steps=2), drawn, tmp_path / "plain")
+    assert math.isclose(progress[0].loss, plain[0].loss, rel_tol=1e-4)
