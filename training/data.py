@@ -91,8 +91,8 @@ def _room(count: int, shape: tuple[int, ...], limit: int, scratch: Path) -> NDAr
     if count * int(np.prod(shape)) <= limit:
         return np.empty((count, *shape), np.uint8)
     scratch.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=scratch)
-    return np.memmap(file, np.uint8, "w+", shape=(count, *shape))
+    with tempfile.TemporaryFile(dir=scratch) as file:  # the mapping outlives the handle
+        return np.memmap(file, np.uint8, "w+", shape=(count, *shape))
 
 
 def load_folder(
