@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import json
 import math
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lutdeploy import bundle
 from lutdeploy.checkpoint import load_model, read_metadata
@@ -237,9 +240,83 @@ def test_settings_round_trip(recipe: str) -> None:
     assert TrainSettings.from_dict(plain) == settings
 
 
+# LPIPS: the real loading code, on a small VGG16 made here, since its weights are a download.
+
+
+@pytest.fixture
+def small_torchvision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A torchvision with nothing but a VGG16 of random weights, in the layout LPIPS reads."""
+
+    # Imported first: torchmetrics looks for a real torchvision, with more than a VGG16.
+    lpip = pytest.importorskip("torchmetrics.functional.image.lpips")
+    pytest.importorskip("torchmetrics.image.lpip")
+
+    class Vgg(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers: list[nn.Module] = []
+            channels = 3
+            for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+                for _ in range(count):
+                    layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                    channels = width
+                layers.append(nn.MaxPool2d(2))
+            self.features = nn.Sequential(*layers)
+
+    models = types.ModuleType("torchvision.models")
+    models.vgg16 = lambda weights=None, **_: Vgg()  # type: ignore[attr-defined]
+    for name in ("VGG16_Weights", "AlexNet_Weights", "SqueezeNet1_1_Weights"):
+        setattr(models, name, types.SimpleNamespace(DEFAULT=None))
+    package = types.ModuleType("torchvision")
+    package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+    package.models = models  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    monkeypatch.setattr(lpip, "_TORCHVISION_AVAILABLE", True, raising=False)
+    monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True, raising=False)
+    yield
+
+
+def test_lpips_is_loaded_and_clamps(small_torchvision: None) -> None:
+    torch.manual_seed(0)
+    perceptual = load_perceptual(torch.device("cpu"))
+    x = torch.rand(2, 3, 32, 32)
+    assert perceptual(x, x).item() == 0
+    other = torch.rand(2, 3, 32, 32, requires_grad=True)
+    distance = perceptual(other, x)
+    assert distance.item() > 0
+    distance.backward()
+    assert other.grad is not None
+    assert torch.isfinite(other.grad).all()
+    beyond = torch.where(x < 0.5, x - 1, x + 1)
+    torch.testing.assert_close(perceptual(beyond, other), perceptual(beyond.clamp(0, 1), other))
+
+
+def test_post_recipe_trains_with_lpips(
+    small_torchvision: None, drawn: ImageSet, tmp_path: Path
+) -> None:
+    model = model_config("static-tanh-64", "tiny", width=16, heads=2, depth=1, image_size=32)
+    settings = train_settings(model, "post", data="test", steps=2, batch=2)
+    data = draw_set(32, count=4)
+    losses = [p.loss for p in train(settings, data, bundle.Run(tmp_path), schedule=SMALL)]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
 def test_lpips_without_its_package_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     with pytest.raises(BackendError, match="--perceptual none"):
+        load_perceptual(torch.device("cpu"))
+
+
+def test_lpips_without_its_weights_names_the_way_out(
+    small_torchvision: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(**_: object) -> nn.Module:
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr(sys.modules["torchvision.models"], "vgg16", offline)
+    with pytest.raises(BackendError, match=r"VGG16 weights.*--perceptual none"):
         load_perceptual(torch.device("cpu"))
 
 

@@ -1,0 +1,36 @@
+"""The command line, run in this process."""
+
+from __future__ import annotations
+
+from click.testing import CliRunner, Result
+
+from lutdeploy.cli import cli
+
+# What a command may say on stderr before it fails: notes and a progress bar.
+NOTES = ("backend: ", "data: ", "  skipped ", "inferred: ", "this export ", "sample ", "train ")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> Result:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def fail(code: int, *arguments: object) -> str:
+    """The one line with which a command that exits with ``code`` says why."""
+    result = invoke(*arguments)
+    assert result.stdout == ""
+    assert result.exit_code == code, result.output
+    return error_line(result.stderr)
+
+
+def error_line(stderr: str) -> str:
+    """The last line of stderr, the only one besides notes."""
+    *before, last = [line for line in stderr.splitlines() if line.strip()]
+    assert last.startswith("error: ")
+    assert all(line.startswith(NOTES) or " images are there already" in line for line in before)
+    return last

@@ -1,0 +1,355 @@
+"""The daily commands, one after the other, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import lutdeploy
+from lutdeploy import bundle, images
+from lutdeploy.checkpoint import load_model, save_model
+from lutdeploy.cli import cli
+from lutdeploy.sampling import batch_noise
+from tests.conftest import golden_model, read_golden
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained for a few steps on a folder of small pictures."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "faces").mkdir()
+    pixels = images.to_uint8(np.tanh(batch_noise(0, range(12), (3, 16, 16))))
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / "faces" / f"{index}.png")
+    path = folder / "runs" / "tiny"
+    result = run(
+        "train",
+        "--data",
+        folder / "faces",
+        "--size",
+        "tiny",
+        "--steps",
+        4,
+        "--batch",
+        4,
+        "--set",
+        "image_size=16",
+        "--set",
+        "depth=1",
+        "--out",
+        path,
+        "--lr",
+        0.001,
+        "--held-out",
+        0.25,
+        "--precision",
+        "bf16",
+    )
+    assert "12 images, 0 unreadable" in result.stderr
+    run("export", path)
+    run("export", path, "--fp16")
+    return path
+
+
+@pytest.fixture
+def inside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Work in the folder that has runs/."""
+    monkeypatch.chdir(trained.parent.parent)
+    yield trained
+
+
+def test_pipeline_leaves_verified_exports(trained: Path) -> None:
+    names = {export.name for export in bundle.Run(trained).exports()}
+    assert names == {"step-fp32", "step-fp16"}
+    config = load_model(bundle.Run(trained).model).config
+    assert (config.image_size, config.depth) == (16, 1)
+
+
+def test_parity_is_recorded_and_shown(trained: Path) -> None:
+    for flag in ((), ("--fp16",)):
+        export = ("--export", "step-fp32") if not flag else ()
+        result = run("parity", trained, "-n", 2, "--steps", 8, *flag, *export)
+        assert "parity: passed" in result.stdout
+        assert "trajectory" in result.stderr
+    verdicts = json.loads(bundle.Run(trained).parity.read_text())
+    assert {name.split()[0] for name in verdicts} == {"step-fp32", "step-fp16"}
+    assert all(verdict["passed"] for verdict in verdicts.values())
+
+
+def test_torch_backend_has_parity_with_itself(trained: Path) -> None:
+    result = run("parity", trained, "--backend", "torch", "-n", 1, "--steps", 4)
+    assert "parity: passed" in result.stdout
+
+
+def test_sample_takes_the_newest_run_and_says_so(inside: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    result = run(
+        "sample",
+        "-n",
+        5,
+        "--batch",
+        2,
+        "--out",
+        out,
+        "--steps",
+        3,
+        "--seed",
+        7,
+        "--gif",
+        "--trajectory",
+    )
+    assert "run: runs/tiny (the newest)" in result.stderr
+    assert "backend: onnxruntime on CPUExecutionProvider, export step-fp16" in result.stderr
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    pictures = [f"{index:06d}.png" for index in range(5)]
+    assert names == [*pictures, "grid.png", "manifest.jsonl", "trajectory.gif", "trajectory.png"]
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == pictures
+    assert [line["index"] for line in lines] == list(range(5))
+    expected = {"seed": 7, "solver": "euler", "steps": 3, "backend": "onnxruntime"}
+    for line in lines:
+        assert expected.items() <= line.items()
+        assert len(line["model_sha256"]) == len(line["engine_sha256"]) == 64
+    with Image.open(out / "trajectory.gif") as gif:
+        assert getattr(gif, "n_frames", 1) == 4  # the noise and three steps
+
+
+def test_pictures_are_those_of_the_library(trained: Path, tmp_path: Path) -> None:
+    run(
+        "sample",
+        trained,
+        "-n",
+        3,
+        "--batch",
+        2,
+        "--out",
+        tmp_path,
+        "--steps",
+        4,
+        "--backend",
+        "torch",
+        "--solver",
+        "dpmpp-2m",
+        "--shift",
+        1.5,
+    )
+    expected = lutdeploy.sample(lutdeploy.load(trained), 3, steps=4, solver="dpmpp-2m", shift=1.5)
+    for index in range(3):
+        pixels = images.decode_png((tmp_path / f"{index:06d}.png").read_bytes())
+        difference = pixels.astype(int) - images.to_uint8(expected[index])
+        assert np.abs(difference).max() <= 1
+
+
+def test_npz_holds_float32(trained: Path, tmp_path: Path) -> None:
+    run(
+        "sample",
+        trained,
+        "-n",
+        2,
+        "--out",
+        tmp_path,
+        "--steps",
+        2,
+        "--format",
+        "npz",
+        "--backend",
+        "torch",
+    )
+    expected = lutdeploy.sample(lutdeploy.load(trained), 2, steps=2)
+    with np.load(tmp_path / "000001.npz") as arrays:
+        assert arrays["image"].dtype == np.float32
+        np.testing.assert_allclose(arrays["image"], expected[1], atol=1e-5)
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_more_images_extend_a_folder(trained: Path, tmp_path: Path) -> None:
+    command = ("sample", trained, "--out", tmp_path, "--steps", 2, "--no-grid")
+    run(*command, "-n", 2)
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.glob("*.png")}
+    result = run(*command, "-n", 4, "--batch", 3)
+    assert "2 of 4 images are there already" in result.stderr
+    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.glob("*.png")}
+    assert before.items() <= after.items()
+    assert sorted(after) == [f"{index:06d}.png" for index in range(4)]
+    assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 4
+
+
+def test_per_step_and_loop_exports_bring_their_own_steps(trained: Path, tmp_path: Path) -> None:
+    for graph in ("per-step", "loop"):
+        run("export", trained, "--graph", graph, "--steps", 3, "--solver", "dpmpp-2m")
+        folder = trained / "onnx" / f"{graph}-fp32-dpmpp-2m-3"
+        result = run("sample", folder, "-n", 2, "--out", tmp_path / graph)
+        assert f"export {folder.name}" in result.stderr
+    for index in range(2):
+        one, other = (
+            images.decode_png((tmp_path / graph / f"{index:06d}.png").read_bytes()).astype(int)
+            for graph in ("per-step", "loop")
+        )
+        assert np.abs(one - other).max() <= 1
+    result = run(
+        "sample",
+        trained,
+        "--export",
+        "loop-fp32-dpmpp-2m-3",
+        "--gif",
+        "--out",
+        tmp_path / "gif",
+        code=2,
+    )
+    assert "loop export shows no steps" in result.stderr
+
+
+def test_failed_parity_stops_sampling_unless_told(trained: Path, tmp_path: Path) -> None:
+    command = ("sample", trained, "--export", "step-fp32", "-n", 1, "--steps", 1)
+    run("parity", trained, "--export", "step-fp32", "-n", 1, "--steps", 2)
+    path = bundle.Run(trained).parity
+    kept = path.read_text()
+    verdicts = json.loads(kept)
+    name = next(name for name in verdicts if name.startswith("step-fp32"))
+    verdicts[name]["passed"] = False
+    path.write_text(json.dumps(verdicts))
+    result = run(*command, "--out", tmp_path / "a", code=1)
+    assert "failed parity" in result.stderr
+    run(*command, "--out", tmp_path / "b", "--unverified")
+    path.write_text(kept)
+
+
+def test_inspect_says_what_things_are(trained: Path) -> None:
+    text = run("inspect", trained).stdout
+    for word in ("static-tanh-64", "step-fp16", "float32 islands", "16×16×3", "sha256"):
+        assert word in text
+    found = json.loads(run("inspect", trained, "--json").stdout)
+    assert found["kind"] == "run"
+    assert found["model"]["config"]["image_size"] == 16
+    export = trained / "onnx" / "step-fp16"
+    values = json.loads(run("inspect", export, "--json").stdout)
+    assert values["islands"]
+    assert values["opset"] == 20
+    assert values["model_sha256"] == found["model"]["model_sha256"]
+    model = json.loads(run("inspect", trained / "model.safetensors", "--json").stdout)
+    weights = load_model(bundle.Run(trained).model).state_dict()
+    assert model["parameters"] == sum(value.numel() for value in weights.values())
+
+
+def test_inspect_names_a_stale_export(tmp_path: Path) -> None:
+    path = bundle.Run(tmp_path / "r")
+    save_model(golden_model("static-tanh-64"), path.model)
+    run("export", path.path)
+    save_model(golden_model("static-softmax-512"), path.model)
+    assert "STALE" in run("inspect", path.path).stdout
+    result = run("sample", path.path, "-n", 1, "--out", tmp_path / "s", code=1)
+    assert "exported from another" in result.stderr
+
+
+def test_import_says_what_it_inferred_and_goes_back(tmp_path: Path, preset: str) -> None:
+    import torch
+
+    golden = read_golden(preset)
+    torch.save(golden.state, tmp_path / "theirs.pth")
+    result = run("import", tmp_path / "theirs.pth", "--out", tmp_path / "r", "--heads", 4)
+    for word in (preset, "width 64", "depth 2", f"K {golden.config.entries}", "4 heads"):
+        assert word in result.stderr
+    assert load_model(bundle.Run(tmp_path / "r").model).config == golden.config
+    run("export", tmp_path / "r", "--author-format", tmp_path / "ours.pth")
+    back = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert set(back) == set(golden.state)
+    assert all(torch.equal(back[key], value) for key, value in golden.state.items())
+
+
+def test_training_on_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.draw_set.__defaults__", (3, 6, 0))
+    run(
+        "train",
+        "--data",
+        "synthetic",
+        "--preset",
+        "dynamic-64",
+        "--size",
+        "tiny",
+        "--steps",
+        2,
+        "--batch",
+        2,
+        "--out",
+        tmp_path / "r",
+        "--compile",
+        "off",
+    )
+    assert load_model(bundle.Run(tmp_path / "r").model).config.lut == "dynamic"
+
+
+def test_embedded_model_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("sample", "-n", 2, "--steps", 2)
+    assert "model: static-tanh-64-small (embedded" in result.stderr
+    assert "backend: torch" in result.stderr
+    assert (tmp_path / "samples" / "grid.png").is_file()
+    assert not (tmp_path / "runs").exists()
+    run("export", "--fp16")
+    assert (tmp_path / "runs" / "static-tanh-64-small" / "onnx" / "step-fp16").is_dir()
+
+
+def test_embedded_model_is_small_fp16_and_paints() -> None:
+    path = bundle.embedded_model()
+    assert path.stat().st_size < 8e6
+    found = json.loads(run("inspect", path, "--json").stdout)
+    assert found["dtypes"] == ["F16"]
+    assert found["preset"] == "static-tanh-64"
+    assert found["config"]["width"] == 256
+    card = path.with_suffix(".md").read_text()
+    for word in ("Data", "Recipe", "Steps", "Held-out"):
+        assert word in card
+    made = lutdeploy.sample(lutdeploy.load(path), 4, steps=16, solver="dpmpp-2m")
+    assert np.isfinite(made).all()
+    assert 0.2 < made.std() < 1
+    assert np.abs(made).max() < 2.5
+    spread = (made - made.mean(axis=0)).std()
+    assert spread > 0.15, "four samples should be four pictures"
+
+
+def test_doctor_tells_what_computes() -> None:
+    result = run("doctor")
+    assert "onnxruntime CPUExecutionProvider" in result.stdout
+    findings = {f["subject"]: f for f in json.loads(run("doctor", "--json").stdout)}
+    assert findings["onnxruntime CPUExecutionProvider"]["works"]
+    assert findings["torch cpu"]["works"]
+    for finding in findings.values():
+        assert finding["works"] or not finding["required"]
+
+
+def test_doctor_fails_when_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.doctor.PACKAGES", ("torch", "no-such-package"))
+    result = run("doctor", code=1)
+    assert "missing or broken: no-such-package" in result.stderr
+    assert "pip install no-such-package" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "import", "export", "parity", "sample", "inspect", "doctor"]
+)
+def test_every_command_has_help(command: str) -> None:
+    assert "Usage: " in run(command, "--help").stdout
+
+
+def test_it_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lutdeploy.cli", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == f"lutdeploy, version {lutdeploy.__version__}"
