@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 mypy
-python -m pytest "$@"
+# A process for each core: most of the time goes into tracing, which uses one.
+python -m pytest --numprocesses logical --dist worksteal "$@"

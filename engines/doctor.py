@@ -100,6 +100,6 @@ def examine() -> list[Finding]:
     findings.append(Finding("C++ compiler", compiler is not None, detail, required=False))
     lpips = _version("torchmetrics") and _version("torchvision")
     detail = "for `train --perceptual lpips`; its VGG16 weights come from the network"
-    missing = "pip install 'lutdeploy[lpips]' for `train --perceptual lpips`"
+    missing = "pip install 'lutdeploy[train]' for `train --perceptual lpips`"
     findings.append(Finding("lpips", bool(lpips), detail if lpips else missing, required=False))
     return findings

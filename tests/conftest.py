@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,11 @@ from lutdeploy.model import LutTransformer
 from lutdeploy.solvers import step_table
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # a process for each core: more threads only get in the way
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,22 +80,31 @@ def golden_model(preset: str) -> LutTransformer:
 
 
 @pytest.fixture(scope="session")
-def golden_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], bundle.Run]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test session, the same in all processes that pytest-xdist starts."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_runs(shared_folder: Path) -> Callable[[str], bundle.Run]:
     """A run folder for each preset, with the golden model."""
 
     @cache
     def make(preset: str) -> bundle.Run:
-        run = bundle.Run(tmp_path_factory.mktemp("runs") / preset)
-        save_model(golden_model(preset), run.model)
+        run = bundle.Run(shared_folder / preset)
+        with filelock.FileLock(shared_folder / "models.lock"):
+            if not run.model.is_file():
+                save_model(golden_model(preset), run.model)
         return run
 
     return make
 
 
 @pytest.fixture(scope="session")
-def exported(
-    golden_runs: Callable[[str], bundle.Run],
-) -> Callable[..., Path]:
+def exported(golden_runs: Callable[[str], bundle.Run], shared_folder: Path) -> Callable[..., Path]:
     """Export folders by (preset, graph, precision, solver, steps), each made once.
 
     They are shared: a test that changes one works on a copy.
@@ -105,6 +121,10 @@ def exported(
         run = golden_runs(preset)
         table = None if graph == "step" else step_table(solver, steps)
         plan = ExportPlan(graph, precision, table)
-        return export_model(load_model(run.model), plan, run, bundle.sha256(run.model))
+        folder = run.export_folder(plan.name)
+        with filelock.FileLock(shared_folder / f"{preset}-{plan.name}.lock"):
+            if not folder.is_dir():
+                export_model(load_model(run.model), plan, run, bundle.sha256(run.model))
+        return folder
 
     return make

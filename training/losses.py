@@ -63,7 +63,7 @@ def load_perceptual(device: torch.device) -> Perceptual:
     except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError when broken
         reason = str(error).splitlines()[0]
         raise BackendError(
-            f"LPIPS needs the lpips extra (pip install 'lutdeploy[lpips]'): {reason}; {way_out}"
+            f"LPIPS needs the train extra (pip install 'lutdeploy[train]'): {reason}; {way_out}"
         ) from error
     except OSError as error:  # URLError: torch.hub found no network
         raise BackendError(
