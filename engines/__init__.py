@@ -45,7 +45,7 @@ def open_engine(
             where there is an export and the former elsewhere.
         device: "cpu", "cuda", or for onnxruntime an execution provider's name.
         export: the name of an export of the run, such as "step-fp16".
-        threads: of one operator, for onnxruntime.
+        threads: of one operator; with torch, of every operator in the process.
 
     Raises:
         UsageError: nothing there, or nothing that this backend can run.
@@ -74,7 +74,7 @@ def open_engine(
         _require_same_model(bundle.read_manifest(located.export), located.model)
     from engines.torch_engine import TorchEngine
 
-    return TorchEngine(located.model, device)
+    return TorchEngine(located.model, device, threads)
 
 
 def choose_export(located: bundle.Located, name: str | None = None) -> Path | None:

@@ -19,14 +19,17 @@ class TorchEngine(TorchDenoiser):
     Args:
         model: a model.safetensors.
         device: "cpu", "cuda" or another torch device.
+        threads: of one operator, for the whole process, as torch has it; None leaves that.
 
     Raises:
         BackendError: the device is not there.
         ArtefactError, UsageError: the file is damaged, foreign or missing.
     """
 
-    def __init__(self, model: Path, device: str = "cpu") -> None:
+    def __init__(self, model: Path, device: str = "cpu", threads: int | None = None) -> None:
         check_device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
         super().__init__(load_model(model), device)
         self.model_sha256 = bundle.sha256(model)
 

@@ -58,6 +58,20 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def clear_leftovers(folder: Path, names: str) -> None:
+    """Remove what killed writers left in a folder; the caller is now its only writer.
+
+    Args:
+        folder: where they wrote; it need not exist.
+        names: the file or folder that they were writing, or a pattern such as ``*.png``.
+    """
+    for left in folder.glob(f".{names}.*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
 def _name(error: BaseException, path: Path, temporary: str | None = None) -> None:
     """Tell a failed write which file it was for; a full disk, for one, does not say."""
     if isinstance(error, OSError) and error.filename in (None, temporary):
@@ -135,8 +149,16 @@ def lock(folder: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A new folder that takes ``target``'s place when the block ends without an error."""
+    """A new folder that takes ``target``'s place when the block ends without an error.
+
+    The caller holds a lock: whatever else looks like a stage of ``target`` was left by a kill.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f".old-{target.name}.*"):
+        if (old / target.name).is_dir() and not target.exists():  # killed between two renames
+            os.replace(old / target.name, target)
+        shutil.rmtree(old)
+    clear_leftovers(target.parent, target.name)
     stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield stage

@@ -9,6 +9,7 @@ import contextlib
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,9 @@ DEVICE = click.option(
     help="cpu, cuda, or for onnxruntime an execution provider's name. No fallback.",
 )
 EXPORT = click.option("--export", help="Name of an export of the run; the newest by default.")
-THREADS = click.option("--threads", type=POSITIVE, help="onnxruntime threads.")
+THREADS = click.option(
+    "--threads", type=POSITIVE, help="CPU threads; the backend's own choice by default."
+)
 SOLVER = click.option("--solver", type=click.Choice(tuple(SOLVERS)), help="Default: euler.")
 STEPS = click.option("--steps", type=POSITIVE, help="Network evaluations. Default: 64.")
 SHIFT = click.option(
@@ -343,6 +346,17 @@ def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[s
     if len(data.skipped) > 20:
         _note(f"  … and {len(data.skipped) - 20} more")
 
+    if settings.precision == "bf16" and device == "cpu":
+        from engines.doctor import bf16_speedup
+
+        speedup = bf16_speedup()
+        if speedup < 1:
+            _note(
+                f"warning: this CPU multiplies bfloat16 at {speedup:.2g} × the speed of float32; "
+                "--precision fp32 trains faster here"
+            )
+    if settings.compile:  # deprecations inside the compiler, which are not the user's to mend
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     stopping: list[int] = []
 
     def stop(number: int, frame: Any) -> None:

@@ -144,9 +144,11 @@ class SampleFolder:
             ) from error
 
     def write_extra(self, name: str, data: bytes) -> Path:
-        """Write one of the pictures about the pictures."""
-        bundle.write_atomic(self.path / name, data)
-        return self.path / name
+        """Write one of the pictures about the pictures, unless it is there as it should be."""
+        path = self.path / name
+        if not path.is_file() or path.read_bytes() != data:
+            bundle.write_atomic(path, data)
+        return path
 
 
 @contextlib.contextmanager
@@ -160,6 +162,11 @@ def open_folder(
     """
     bundle.output_folder(path)
     with bundle.lock(path, "`lutdeploy sample`"):
+        for name in (MANIFEST, *EXTRAS):
+            bundle.clear_leftovers(path, name)
+        for suffix in FORMATS:
+            for left in path.glob(f".[0-9]*.{suffix}"):  # a picture whose writer was killed
+                left.unlink()
         if overwrite:
             _clear(path)
         yield SampleFolder(path, wanted)

@@ -7,7 +7,16 @@ from click.testing import CliRunner, Result
 from lutdeploy.cli import cli
 
 # What a command may say on stderr before it fails: notes and a progress bar.
-NOTES = ("backend: ", "data: ", "  skipped ", "inferred: ", "this export ", "sample ", "train ")
+NOTES = (
+    "warning: ",
+    "backend: ",
+    "data: ",
+    "  skipped ",
+    "inferred: ",
+    "this export ",
+    "sample ",
+    "train ",
+)
 
 
 def invoke(*arguments: object) -> Result:

@@ -292,6 +292,19 @@ def test_training_on_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert load_model(bundle.Run(tmp_path / "r").model).config.lut == "dynamic"
 
 
+@pytest.mark.parametrize(("speedup", "warned"), [(0.01, True), (2.0, False)])
+def test_training_says_where_bf16_is_slow(
+    speedup: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.data.draw_set.__defaults__", (3, 4, 0))
+    monkeypatch.setattr("engines.doctor.bf16_speedup", lambda: speedup)
+    small = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--steps", 1)
+    options = ("--batch", 2, "--device", "cpu", "--precision", "bf16", "--out", tmp_path / "r")
+    assert (
+        "--precision fp32 trains faster here" in run("train", *small, *options).stderr
+    ) == warned
+
+
 def test_embedded_model_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("sample", "-n", 2, "--steps", 2)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,17 @@ def test_picture_that_was_removed(model: Path, tmp_path: Path) -> None:
     complete(model, tmp_path)
 
 
+def test_what_a_kill_left_of_pictures_is_cleared(model: Path, tmp_path: Path) -> None:
+    succeed(*sample(model, tmp_path, "-n", 4, "--grid"))
+    for name in (".000007.png", ".grid.png.abc", ".manifest.jsonl.abc"):
+        (tmp_path / name).write_bytes(b"half")
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in contents(tmp_path)}
+    succeed(*sample(model, tmp_path, "-n", 4, "--grid"))
+    assert hidden(tmp_path) == []
+    for path in tmp_path.glob("*"):  # nothing was written a second time
+        assert path.name == ".lock" or path.stat().st_mtime_ns == before[path.name]
+
+
 def test_no_room_for_the_manifest(model: Path, tmp_path: Path) -> None:
     """A real limit, which cuts a line of the manifest in two."""
     with files_limited_to(20_000):
@@ -339,6 +351,16 @@ def test_kill_between_the_files_of_a_checkpoint(
     resume(cats, run, unbroken)
 
 
+def test_what_a_kill_left_of_a_checkpoint_is_cleared(cats: Path, tmp_path: Path) -> None:
+    run = bundle.Run(tmp_path)
+    succeed(*train(cats, run.path, "--steps", 2))
+    left = (run.path / ".model.safetensors.abc", run.pictures / ".lut-000002.png.abc")
+    for path in left:
+        path.write_bytes(b"half")
+    succeed(*train(cats, run.path, "--steps", 3, "--resume"))
+    assert hidden(run.path) == []
+
+
 def test_two_trainings_in_one_run(cats: Path, tmp_path: Path) -> None:
     run = bundle.Run(tmp_path / "run")
     with started(*train(cats, run.path, "--steps", 900)) as process:
@@ -369,7 +391,7 @@ def test_full_disk_while_training(cats: Path, tmp_path: Path) -> None:
 def test_loss_that_is_not_finite(
     cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.loop import objective
+    from training.losses import objective
 
     run = bundle.Run(tmp_path)
     arguments = train(cats, run.path, "--held-out", 0)
@@ -377,7 +399,7 @@ def test_loss_that_is_not_finite(
     before = contents(run.path)
     calls = 0
 
-    def diverge(*given: object) -> Tensor:
+    def diverge(*given: Any) -> Tensor:
         nonlocal calls
         calls += 1
         loss: Tensor = objective(*given)
@@ -397,14 +419,14 @@ def test_weights_that_are_not_finite_are_not_saved(
     cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step before a checkpoint spoils the weights; its own loss was still finite."""
-    from training.loop import objective
+    from training.losses import objective
 
     run = bundle.Run(tmp_path)
     arguments = train(cats, run.path, "--held-out", 0)
     succeed(*arguments, "--steps", 4)
     before = contents(run.path)
 
-    def spoil(*given: object) -> Tensor:
+    def spoil(*given: Any) -> Tensor:
         loss: Tensor = objective(*given)
         return loss + (loss - loss.detach()).abs().sqrt()  # 0, with a gradient of NaN
 
@@ -453,6 +475,18 @@ def test_export_that_does_not_end(
     after.pop("onnx/.lock", None)
     assert after == before
     assert hidden(run.path) == []
+
+
+def test_what_a_kill_left_of_an_export_is_cleared(tmp_path: Path) -> None:
+    target = tmp_path / "step-fp32"
+    for folder in (".step-fp32.abc", ".step-fp16.abc", ".old-step-fp32.abc/step-fp32"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "manifest.json").write_text(folder)
+    with pytest.raises(KeyboardInterrupt), bundle.staged(target):
+        # Killed between the two renames: the old export comes back first.
+        assert (target / "manifest.json").read_text() == ".old-step-fp32.abc/step-fp32"
+        raise KeyboardInterrupt
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step-fp16.abc", "step-fp32"]
 
 
 def test_full_disk_while_importing(model: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class Faulty(TorchDenoiser):
 )
 def test_a_trajectory_gone_wrong_late_fails(fault: Callable[[Images], Images]) -> None:
     denoiser = Faulty(golden_model("static-tanh-64"))
-    denoiser.fault = fault  # type: ignore[method-assign]
+    denoiser.fault = fault
     report = compare(golden_model("static-tanh-64"), denoiser, "fp32", step_table("euler", 8))
     failed = {c.level for c in report.checks if not c.passed}
     assert "trajectory" in failed

@@ -80,6 +80,7 @@ def test_trajectory_yields_every_state(denoiser: TorchDenoiser) -> None:
     assert [state.step for state in states] == list(range(7))
     assert states[0].x is noise
     assert states[0].x0 is None
+    assert states[-1].x0 is not None
     assert np.array_equal(states[-1].x, states[-1].x0)  # the last step gives x' = x0
 
 

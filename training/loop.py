@@ -249,6 +249,9 @@ def train(
         ArtefactError: a damaged training state.
     """
     schedule = schedule or Schedule()
+    for path in (run.settings, run.model, run.training_state, run.log):
+        bundle.clear_leftovers(run.path, path.name)
+    bundle.clear_leftovers(run.pictures, "*.png")
     place = torch.device(device)
     perceptual = load_perceptual(place) if settings.perceptual == "lpips" else None
     state = TrainingState(settings, place)
