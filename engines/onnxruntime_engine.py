@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 from numpy.typing import NDArray
 
 from lutdeploy.bundle import Manifest
@@ -24,6 +25,7 @@ from lutdeploy.solvers import Step, StepTable
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 WARNINGS, FATAL = 2, 4  # ONNX Runtime's log severities
+SESSION_OVERHEAD = 1.2  # memory of a session over that of its float32 weights
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
@@ -87,8 +89,23 @@ def open_session(
     return session
 
 
+def sessions_that_fit(manifest: Manifest) -> int:
+    """How many sessions of a ``per-step`` export half of this machine's memory holds.
+
+    Each has the weights to itself, in float32 and in the layout of the CPU's kernels.
+    """
+    weights = sum(
+        file["bytes"] for name, file in manifest.files.items() if name not in manifest.graphs
+    )
+    in_memory = max(1, weights * (2 if manifest.precision == "fp16" else 1))
+    return max(1, int(psutil.virtual_memory().total / 2 / (SESSION_OVERHEAD * in_memory)))
+
+
 class OnnxRuntimeDenoiser:
     """One export in ONNX Runtime. The files are verified before anything runs.
+
+    A ``per-step`` export has a session for each step: 0.12 GB each at ``seed`` size. Those that
+    do not fit into half of the memory are opened anew whenever their step comes.
 
     Args:
         manifest: of the export folder.
@@ -106,6 +123,7 @@ class OnnxRuntimeDenoiser:
         self.manifest, self.threads = manifest, threads
         self.whole_trajectory = manifest.graph == "loop"
         self._sessions: dict[int, ort.InferenceSession] = {}
+        self._room = sessions_that_fit(manifest)
         self._session(0)
 
     def __enter__(self) -> OnnxRuntimeDenoiser:
@@ -200,16 +218,18 @@ class OnnxRuntimeDenoiser:
         return fixed_step_signature(self.config, self.table.rows[k])
 
     def _session(self, k: int) -> ort.InferenceSession:
-        if k not in self._sessions:
-            path = self.manifest.folder / self.manifest.graphs[k]
-            session = open_session(path, self.provider, self.threads, self.whole_trajectory)
-            inputs, outputs = (
-                [(a.name, DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments]
-                for arguments in (session.get_inputs(), session.get_outputs())
-            )
-            self._signature(k).check_graph(inputs, outputs, str(path))
+        if k in self._sessions:
+            return self._sessions[k]
+        path = self.manifest.folder / self.manifest.graphs[k]
+        session = open_session(path, self.provider, self.threads, self.whole_trajectory)
+        inputs, outputs = (
+            [(a.name, DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments]
+            for arguments in (session.get_inputs(), session.get_outputs())
+        )
+        self._signature(k).check_graph(inputs, outputs, str(path))
+        if len(self._sessions) < self._room:
             self._sessions[k] = session
-        return self._sessions[k]
+        return session
 
     def _infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
         feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}

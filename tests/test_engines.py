@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -220,6 +221,27 @@ def test_threads_are_passed_on(exported: Exported) -> None:
         x = batch_noise(0, range(2), one.config.image_shape)
         t = np.zeros(2, np.float32)
         assert np.abs(one.predict_x0(x, t) - two.predict_x0(x, t)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("room", "again"), [(5, range(0)), (2, range(2, 5))])
+def test_sessions_that_do_not_fit_are_opened_again(
+    room: int, again: range, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def count(graph: Path, *more: Any) -> ort.InferenceSession:
+        opened.append(graph.name)
+        return open_session(graph, *more)
+
+    monkeypatch.setattr("engines.onnxruntime_engine.open_session", count)
+    with open_engine(exported(graph="per-step"), "onnxruntime") as engine:
+        expected = lutdeploy.sample(engine, 2)
+    opened.clear()
+    monkeypatch.setattr("engines.onnxruntime_engine.sessions_that_fit", lambda manifest: room)
+    with open_engine(exported(graph="per-step"), "onnxruntime") as engine:
+        for _ in range(2):
+            assert np.array_equal(lutdeploy.sample(engine, 2), expected)
+    assert opened == [f"step-{k:03d}.onnx" for k in (*range(5), *again)]
 
 
 def test_reference_is_what_the_torch_backend_runs(golden_runs: RunOf) -> None:
