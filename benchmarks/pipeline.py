@@ -63,10 +63,10 @@ def measure_help() -> dict[str, Any]:
     return {"seconds": median(times), "seconds_min": min(times), "seconds_max": max(times)}
 
 
-def measure_training(data: str, steps: int, out: Path) -> dict[str, Any]:
-    """Steps per second of `lutdeploy train`, small, batch 64, bf16, compiled, once it is warm."""
+def measure_training(data: str, steps: int, precision: str, out: Path) -> dict[str, Any]:
+    """Steps per second of `lutdeploy train`, small, batch 64, compiled, once it is warm."""
     small = ("--preset", "static-tanh-64", "--size", "small", "--batch", 64, "--steps", steps)
-    fast = ("--precision", "bf16", "--compile", "on", "--device", "cpu")
+    fast = ("--precision", precision, "--compile", "on", "--device", "cpu")
     whole = run(*LUTDEPLOY, "train", "--data", data, *small, *fast, "--out", out)
     lines = [json.loads(line) for line in bundle.Run(out).log.read_text().splitlines()]
     rates = [line["images_per_second"] / 64 for line in lines if line["step"] > WARM]
@@ -74,6 +74,7 @@ def measure_training(data: str, steps: int, out: Path) -> dict[str, Any]:
         raise click.ClickException(f"--train-steps {steps} leaves nothing behind {WARM} of warm-up")
     return {
         "steps": steps,
+        "precision": precision,
         "steps_per_second": median(rates),
         "steps_per_second_min": min(rates),
         "steps_per_second_max": max(rates),
@@ -143,7 +144,7 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
     )
     trained = result["train"]
     yield (
-        f"| `train`, static-tanh-64 small, batch 64, bf16, compiled | "
+        f"| `train`, static-tanh-64 small, batch 64, {trained['precision']}, compiled | "
         f"{trained['steps_per_second']:.2f} steps/s once warm, median "
         f"({trained['steps_per_second_min']:.2f} … {trained['steps_per_second_max']:.2f}); "
         f"{trained['steps']} steps with start and compilation "
@@ -165,17 +166,25 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
 @click.command()
 @click.option("--data", default="synthetic", show_default=True, help="Training images.")
 @click.option("--train-steps", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--precision", type=click.Choice(("fp32", "bf16")), default="fp32", show_default=True)
 @click.option("-n", "count", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--export-size", default="seed", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-def main(data: str, train_steps: int, count: int, export_size: str, json_file: Path | None) -> None:
+def main(
+    data: str,
+    train_steps: int,
+    precision: str,
+    count: int,
+    export_size: str,
+    json_file: Path | None,
+) -> None:
     """Time the commands. Linux and macOS."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = {
             "machine": machine(),
             "help": measure_help(),
-            "train": measure_training(data, train_steps, folder / "trained"),
+            "train": measure_training(data, train_steps, precision, folder / "trained"),
             "export": measure_export(export_size, folder / "exported"),
             "sample": measure_sampling(bundle.embedded_model(), count, folder / "sampled"),
         }
