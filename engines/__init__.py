@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from lutdeploy import bundle
+from lutdeploy import bundle, plan
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import Denoiser
 
-BACKENDS = ("auto", "torch", "onnxruntime")
+BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
 
 
 class Engine(Denoiser, Protocol):
@@ -33,48 +33,133 @@ class Engine(Denoiser, Protocol):
 def open_engine(
     path: str | Path,
     backend: str = "auto",
-    device: str = "cpu",
+    device: str | None = None,
     export: str | None = None,
     threads: int | None = None,
+    batch: int | None = None,
+    unverified: bool = False,
 ) -> Engine:
     """Open a run folder, an export folder or a model.safetensors with a backend.
 
     Args:
         path: what to open; of a run folder the newest export, unless ``export`` names one.
-        backend: "torch" runs the model file, "onnxruntime" an export, "auto" the latter
-            where there is an export and the former elsewhere.
-        device: "cpu", "cuda", or for onnxruntime an execution provider's name.
+        backend: "torch" runs the model file, "onnxruntime" an export, "tensorrt" the engines
+            that were built from an export, "auto" an export in ONNX Runtime where there is
+            one and the model file elsewhere.
+        device: "cpu", "cuda" or "cuda:N"; for onnxruntime also "tensorrt" or an execution
+            provider's name. By default "cuda" for tensorrt, "cpu" for the others.
         export: the name of an export of the run, such as "step-fp16".
         threads: of one operator; with torch, of every operator in the process.
+        batch: for tensorrt, the batch size to choose among several engines for.
+        unverified: for tensorrt, use engines that have not passed their checks.
 
     Raises:
         UsageError: nothing there, or nothing that this backend can run.
         ArtefactError: a damaged file, or an export of another model.
         BackendError: a backend, device or provider that is not there.
+        ParityError: TensorRT engines that have not passed their checks.
     """
     if backend not in BACKENDS:
         raise BackendError(
             f"no backend {backend!r} in this version; there are {', '.join(BACKENDS)}"
         )
     located = bundle.locate(Path(path))
+    if backend == "tensorrt" and export is None and located.export is None and located.run:
+        export = newest_built_export(located.run)
     folder = choose_export(located, export)
     if backend == "auto":
         backend = "onnxruntime" if folder else "torch"
-    if backend == "onnxruntime":
+    if backend in ("onnxruntime", "tensorrt"):
         if folder is None:
             raise UsageError(f"{path} has no export; run `lutdeploy export {path}` first")
         manifest = bundle.read_manifest(folder)
-        _require_same_model(manifest, located.model)
-        from engines.onnxruntime_engine import OnnxRuntimeDenoiser
-
-        return OnnxRuntimeDenoiser(manifest, device, threads)
+        require_same_model(manifest, located.model)
+        if backend == "tensorrt":
+            return _open_tensorrt(located.run, manifest, device or "cuda", batch, unverified)
+        return _open_onnxruntime(located.run, manifest, device or "cpu", threads)
     if located.model is None:
         raise UsageError(f"{path} has no {bundle.MODEL} beside it, which backend torch runs")
     if located.export is not None:
-        _require_same_model(bundle.read_manifest(located.export), located.model)
+        require_same_model(bundle.read_manifest(located.export), located.model)
     from engines.torch_engine import TorchEngine
 
-    return TorchEngine(located.model, device, threads)
+    return TorchEngine(located.model, device or "cpu", threads)
+
+
+def _open_onnxruntime(
+    run: bundle.Run | None, manifest: bundle.Manifest, device: str, threads: int | None
+) -> Engine:
+    from engines.onnxruntime_engine import PROVIDERS, OnnxRuntimeDenoiser, execution_provider
+
+    provider = execution_provider(device)
+    if provider not in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
+        return OnnxRuntimeDenoiser(manifest, device, threads)
+    from engines.cuda_device import CudaDevice
+    from engines.onnxruntime_device import OnnxRuntimeDeviceDenoiser
+
+    try:
+        cuda = CudaDevice()
+    except BackendError as error:
+        raise BackendError(
+            f"{provider} cannot run here, {PROVIDERS['cpu']} can: it computes on torch's CUDA "
+            f"streams, and there is {error}"
+        ) from error
+    cache = run.provider_cache if run else None
+    return OnnxRuntimeDeviceDenoiser(manifest, device, cuda, cache)
+
+
+def _open_tensorrt(
+    run: bundle.Run | None,
+    manifest: bundle.Manifest,
+    device: str,
+    batch: int | None,
+    unverified: bool,
+) -> Engine:
+    if run is None:
+        raise UsageError(
+            f"{manifest.folder} lies in no run folder, where `lutdeploy build` keeps its engines"
+        )
+    require_tensorrt()
+    from engines.cuda_device import CudaDevice
+    from engines.tensorrt_engine import TensorRTDenoiser, this_machine, usable_plans
+
+    gpu = CudaDevice(device)
+    records = usable_plans(run, manifest, this_machine(gpu), batch)
+    return TensorRTDenoiser(manifest, gpu, records, unverified)
+
+
+def require_tensorrt() -> None:
+    """Import TensorRT.
+
+    Raises:
+        BackendError: it is not installed or does not load; says how to get it.
+    """
+    try:
+        import tensorrt  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BackendError(
+            f"TensorRT does not load here ({reason}); docs/tensorrt.md says how to install it"
+        ) from error
+
+
+def tensorrt_machine(device: str = "cuda") -> plan.Machine | None:
+    """What TensorRT engines are tied to here; None where TensorRT or the GPU is missing."""
+    try:
+        require_tensorrt()
+        from engines.cuda_device import CudaDevice
+        from engines.tensorrt_engine import this_machine
+
+        return this_machine(CudaDevice(device))
+    except BackendError:
+        return None
+
+
+def newest_built_export(run: bundle.Run) -> str | None:
+    """The export that the newest TensorRT engine of a run was built from; None: none is there."""
+    records = [state.record for state in plan.survey(run, None) if state.record is not None]
+    newest = max(records, key=lambda record: record.created, default=None)
+    return newest.export if newest else None
 
 
 def choose_export(located: bundle.Located, name: str | None = None) -> Path | None:
@@ -95,7 +180,12 @@ def choose_export(located: bundle.Located, name: str | None = None) -> Path | No
     raise UsageError(f"{located.run.path} has no export {name!r}; it has {there}")
 
 
-def _require_same_model(manifest: bundle.Manifest, model: Path | None) -> None:
+def require_same_model(manifest: bundle.Manifest, model: Path | None) -> None:
+    """Refuse an export of another model than ``model``.
+
+    Raises:
+        ArtefactError: says what to do.
+    """
     if model is not None and bundle.sha256(model) != manifest.source_sha256:
         raise ArtefactError(
             f"{manifest.folder} was exported from another {bundle.MODEL} than the one beside it "

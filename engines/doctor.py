@@ -9,7 +9,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-from lutdeploy.errors import LutDeployError
+from engines import require_tensorrt, tensorrt_machine
+from lutdeploy import bundle, plan
+from lutdeploy.errors import BackendError, LutDeployError
 
 PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "safetensors", "pillow", "click", "rich")
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
@@ -68,6 +70,32 @@ def _providers() -> list[Finding]:
     return findings
 
 
+def _tensorrt() -> list[Finding]:
+    """TensorRT, and of every engine under runs/ whether it fits and in what it does not."""
+    machine = tensorrt_machine()
+    if machine is not None:
+        detail = f"{machine.tensorrt} on {machine.gpu}, compute capability"
+        findings = [
+            Finding("tensorrt", True, f"{detail} {machine.compute_capability}", required=False)
+        ]
+    else:
+        detail = "for `lutdeploy build`, on a machine with an NVIDIA GPU; see docs/tensorrt.md"
+        try:
+            require_tensorrt()
+        except BackendError as error:
+            detail = str(error)
+        findings = [Finding("tensorrt", False, detail, required=False)]
+    for path in sorted(bundle.RUNS.glob(f"*/{bundle.MODEL}")):
+        for state in plan.survey(bundle.Run(path.parent), machine):
+            verdict = state.record.verdict if state.record else "damaged"
+            reasons = "; ".join(state.reasons) or f"fits, {verdict}"
+            if machine is None and not state.reasons:
+                reasons = f"fits its export ({verdict}); no TensorRT here to compare with"
+            name = f"engine {path.parent.name}/{state.path.stem}"
+            findings.append(Finding(name, not state.reasons, reasons, required=False))
+    return findings
+
+
 def bf16_speedup() -> float:
     """How many times as fast as in float32 the CPU multiplies bfloat16 matrices.
 
@@ -109,6 +137,7 @@ def examine() -> list[Finding]:
     else:
         detail = "pip install onnxruntime-gpu (or onnxruntime where there is no such wheel)"
         findings.append(Finding("onnxruntime", False, detail))
+    findings += _tensorrt()
     import torch
 
     cuda = torch.cuda.is_available()

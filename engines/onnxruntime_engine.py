@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,16 +15,16 @@ from numpy.typing import NDArray
 from lutdeploy.bundle import Manifest
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
-from lutdeploy.sampling import Images
-from lutdeploy.signature import (
-    Signature,
-    fixed_step_signature,
-    loop_signature,
-    step_signature,
-)
+from lutdeploy.sampling import Images, predict_by_row
+from lutdeploy.signature import Signature, graph_signature
 from lutdeploy.solvers import Step, StepTable
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "Attention", "MultiHeadAttention")
 WARNINGS, FATAL = 2, 4  # ONNX Runtime's log severities
 SESSION_OVERHEAD = 1.2  # memory of a session over that of its float32 weights
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -43,12 +44,17 @@ def execution_provider(device: str) -> str:
 
 
 def open_session(
-    graph: Path | bytes, provider: str, threads: int | None = None, unrolled: bool = False
+    graph: Path | bytes,
+    provider: str,
+    threads: int | None = None,
+    unrolled: bool = False,
+    provider_options: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """A session that runs on ``provider`` and nowhere else.
 
     ``get_available_providers`` lists providers whose libraries cannot load; a session then
-    falls back to the CPU with a log line. So the session itself is asked.
+    falls back to the CPU with a log line. So the session itself is asked, and where each of
+    its matrix products went.
 
     Args:
         graph: a file, or a model's bytes.
@@ -57,21 +63,25 @@ def open_session(
         unrolled: the graph has many thousand nodes. Planning the reuse of its buffers takes
             time quadratic in that (24 s instead of 2 s for 16 steps of a small model) and
             saves no memory that was measurable.
+        provider_options: of the execution provider.
 
     Raises:
-        BackendError: the provider did not come up; lists what the session has.
+        BackendError: the provider did not come up, which lists what the session has, or left
+            a matrix product to the CPU.
         ArtefactError: ONNX Runtime cannot load the graph.
     """
     options = ort.SessionOptions()
     options.log_severity_level = FATAL  # exceptions say what else it would print
     options.enable_mem_reuse = not unrolled
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     source = str(graph) if isinstance(graph, Path) else graph
     # What a missing library makes ONNX Runtime print is said by the exception below.
     ort.set_default_logger_severity(FATAL)
     try:
-        session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+        chosen = [(provider, dict(provider_options or {}))]
+        session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # its exceptions derive from RuntimeError or from nothing
         first = str(error).splitlines()[0]
         if provider != PROVIDERS["cpu"]:
@@ -86,7 +96,24 @@ def open_session(
             f"{provider} was asked for, but its libraries cannot load here; this session "
             f"would run on {', '.join(session.get_providers())}"
         )
+    strays = misplaced_products(session, provider) if provider != PROVIDERS["cpu"] else []
+    if strays:
+        raise BackendError(
+            f"{provider} left {len(strays)} matrix products to other providers: "
+            f"{', '.join(strays[:5])}"
+        )
     return session
+
+
+def misplaced_products(session: ort.InferenceSession, provider: str) -> list[str]:
+    """The matrix products of a session that another provider than ``provider`` runs."""
+    return [
+        f"{node.name or node.op_type} on {part.ep_name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type in PRODUCTS
+    ]
 
 
 def sessions_that_fit(manifest: Manifest) -> int:
@@ -109,22 +136,30 @@ class OnnxRuntimeDenoiser:
 
     Args:
         manifest: of the export folder.
-        device: "cpu", "cuda" or an execution provider's name.
+        device: "cpu", "cuda", "tensorrt" or an execution provider's name.
         threads: of one operator; the physical cores by default.
+        provider_options: what the execution provider is told for graph k.
 
     Raises:
         ArtefactError: a file differs from its hash, or a graph from its signature.
         BackendError: the execution provider is not there.
     """
 
-    def __init__(self, manifest: Manifest, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str = "cpu",
+        threads: int | None = None,
+        provider_options: Callable[[int], Mapping[str, str]] = lambda k: {},
+    ) -> None:
         self.provider = execution_provider(device)
+        self._provider_options = provider_options
         manifest.verify()
         self.manifest, self.threads = manifest, threads
         self.whole_trajectory = manifest.graph == "loop"
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._room = sessions_that_fit(manifest)
-        self._session(0)
+        self.session(0)
 
     def __enter__(self) -> OnnxRuntimeDenoiser:
         return self
@@ -173,14 +208,7 @@ class OnnxRuntimeDenoiser:
             zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
             feed = {"x": x, "t": t, "a": zeros, "b": ones, "c": zeros, "x0_prev": x}
             return self._infer(0, feed)[1]
-        x0 = np.empty_like(x)
-        for value in np.unique(t):
-            rows = np.flatnonzero(t == value)
-            k = self._row_at(float(value))
-            feed = {"x": x[rows], "x0_prev": x[rows]}
-            wanted = {spec.name for spec in self._signature(k).inputs}
-            x0[rows] = self._infer(k, {n: v for n, v in feed.items() if n in wanted})[1]
-        return x0
+        return predict_by_row(self, x, t)
 
     def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
         """See :class:`lutdeploy.sampling.Denoiser`."""
@@ -202,26 +230,16 @@ class OnnxRuntimeDenoiser:
             raise UsageError(f"a {self.manifest.graph} export holds steps, no whole trajectory")
         return self._infer(0, {"noise": noise})[0]
 
-    def _row_at(self, t: float) -> int:
-        assert self.table is not None
-        for k, row in enumerate(self.table.rows):
-            if np.float32(row.t) == np.float32(t):
-                return k
-        held = ", ".join(f"{row.t:g}" for row in self.table.rows[:4])
-        raise UsageError(f"this export holds no timestep {t:g}; it holds {held}, …")
-
     def _signature(self, k: int) -> Signature:
-        if self.whole_trajectory:
-            return loop_signature(self.config)
-        if self.table is None:
-            return step_signature(self.config)
-        return fixed_step_signature(self.config, self.table.rows[k])
+        return graph_signature(self.config, self.manifest.graph, self.table, k)
 
-    def _session(self, k: int) -> ort.InferenceSession:
+    def session(self, k: int) -> ort.InferenceSession:
+        """The session of graph k, opened when it is first asked for."""
         if k in self._sessions:
             return self._sessions[k]
         path = self.manifest.folder / self.manifest.graphs[k]
-        session = open_session(path, self.provider, self.threads, self.whole_trajectory)
+        options = self._provider_options(k)
+        session = open_session(path, self.provider, self.threads, self.whole_trajectory, options)
         inputs, outputs = (
             [(a.name, DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments]
             for arguments in (session.get_inputs(), session.get_outputs())
@@ -234,7 +252,7 @@ class OnnxRuntimeDenoiser:
     def _infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
         feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}
         self._signature(k).check_feed(feed)
-        session = self._session(k)
+        session = self.session(k)
         try:
             outputs: list[Images] = session.run(None, feed)
         except Exception as error:  # as in open_session

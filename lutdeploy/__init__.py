@@ -16,13 +16,14 @@ __version__ = "0.1.0"
 __all__ = ["ModelConfig", "__version__", "load", "sample"]
 
 
-def load(path: str | Path, backend: str = "torch", device: str = "cpu") -> Engine:
+def load(path: str | Path, backend: str = "torch", device: str | None = None) -> Engine:
     """Open a model for inference.
 
     Args:
         path: a run folder (its newest export), a model.safetensors, or one export folder.
-        backend: "torch", "onnxruntime", or "auto".
-        device: "cpu", "cuda", or for onnxruntime an execution provider's name.
+        backend: "torch", "onnxruntime", "tensorrt", or "auto".
+        device: "cpu", "cuda", or for onnxruntime "tensorrt" or an execution provider's name;
+            by default the CPU, for tensorrt "cuda".
 
     Returns:
         An engine with ``config``, ``predict_x0(x, t)`` (float32 [B, C, S, S] and [B] to

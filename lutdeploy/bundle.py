@@ -7,6 +7,8 @@
       samples/                 pictures made while training
       onnx/EXPORT/             graphs, one weights file, manifest.json
       parity.json              the last verdict on every export
+      engines/KEY.plan         a TensorRT engine, and beside it KEY.json: what it was built from
+      engines/timing.cache     what its builder measured
 
 Every file is written beside its place and renamed into it, so that a reader sees a whole
 file or none, whenever a writer is killed.
@@ -20,7 +22,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ RUNS = Path("runs")
 MODEL = "model.safetensors"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+KEY_DIGITS = 20  # of an engine's key in its file names
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -127,11 +130,16 @@ def output_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, what: str) -> Iterator[None]:
+def lock(folder: Path, what: str, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a folder for one process; released by the system however the process ends.
 
+    Args:
+        folder: made if it is not there.
+        what: the command that holds it, for messages.
+        on_wait: told before waiting for another process; None refuses instead.
+
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, and ``on_wait`` is None.
     """
     import filelock
 
@@ -140,7 +148,10 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     try:
         held.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise UsageError(f"{folder} is in use by another {what}; wait for it to end") from error
+        if on_wait is None:
+            raise UsageError(f"{folder} is in use by another {what}; wait for it to end") from error
+        on_wait(f"{folder} is in use by another {what}: waiting for it")
+        held.acquire()
     try:
         yield
     finally:
@@ -209,6 +220,31 @@ class Run:
 
     def export_folder(self, name: str) -> Path:
         return self.path / "onnx" / name
+
+    @property
+    def engines(self) -> Path:
+        return self.path / "engines"
+
+    def plan(self, key: str) -> Path:
+        """The TensorRT engine of a key (:mod:`lutdeploy.plan`)."""
+        return self.engines / f"{key[:KEY_DIGITS]}.plan"
+
+    def plan_record(self, key: str) -> Path:
+        """What an engine was built from; the engine itself stands beside it."""
+        return self.engines / f"{key[:KEY_DIGITS]}.json"
+
+    def plan_records(self) -> list[Path]:
+        """The records of all engines, by name."""
+        return sorted(self.engines.glob("[0-9a-f]*.json"))
+
+    @property
+    def timing_cache(self) -> Path:
+        return self.engines / "timing.cache"
+
+    @property
+    def provider_cache(self) -> Path:
+        """Where ONNX Runtime's TensorRT provider keeps its own engines."""
+        return self.engines / "onnxruntime"
 
     def verdicts(self) -> dict[str, dict[str, Any]]:
         """What `lutdeploy parity` found last, by export, backend and device.

@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from engines import Engine
+    from engines.cuda_device import CudaDevice
+    from lutdeploy import plan
+    from lutdeploy.model import LutTransformer
     from training.recipes import TrainSettings
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -134,10 +137,18 @@ def _progress(*fields: str) -> Iterator[Progress]:
         yield bar
 
 
-def _open(path: Path, backend: str, device: str, export: str | None, threads: int | None) -> Engine:
+def _open(
+    path: Path,
+    backend: str,
+    device: str | None,
+    export: str | None,
+    threads: int | None,
+    **tensorrt: Any,
+) -> Engine:
+    """Open an engine and say what it is; ``tensorrt``: what that backend alone asks for."""
     from engines import open_engine
 
-    engine = open_engine(path, backend, device, export, threads)
+    engine = open_engine(path, backend, device, export, threads, **tensorrt)
     made = engine.identity
     name = f", export {made['export']}" if made["export"] else ""
     _note(f"backend: {made['backend']} on {made['device']}{name}")
@@ -151,16 +162,19 @@ RUN = click.argument("run", required=False, type=click.Path(path_type=Path))
 SEED = click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 BACKEND = click.option(
     "--backend",
-    type=click.Choice(("auto", "torch", "onnxruntime")),
+    type=click.Choice(("auto", "torch", "onnxruntime", "tensorrt")),
     default="auto",
     show_default=True,
     help="auto: onnxruntime when the run has an export, else torch.",
 )
 DEVICE = click.option(
     "--device",
-    default="cpu",
-    show_default=True,
-    help="cpu, cuda, or for onnxruntime an execution provider's name. No fallback.",
+    help="cpu, cuda or cuda:N. Default: cuda for tensorrt, else cpu. No fallback.",
+)
+PROVIDER = click.option(
+    "--provider",
+    help="cpu, cuda, tensorrt, or the name of an execution provider, for --backend onnxruntime. "
+    "No fallback.",
 )
 EXPORT = click.option("--export", help="Name of an export of the run; the newest by default.")
 THREADS = click.option(
@@ -173,6 +187,17 @@ SHIFT = click.option(
     type=click.FloatRange(min=0, min_open=True),
     help="Warp of the time grid. Default: 1.",
 )
+
+
+def _place(backend: str, device: str | None, provider: str | None) -> tuple[str, str | None]:
+    """The backend and the device that --device and --provider mean together."""
+    if provider is None:
+        return backend, device
+    if device is not None:
+        raise UsageError("--provider says where ONNX Runtime computes; leave out --device")
+    if backend not in ("auto", "onnxruntime"):
+        raise UsageError(f"--provider belongs to --backend onnxruntime, not {backend}")
+    return "onnxruntime", provider
 
 
 # train
@@ -514,6 +539,246 @@ def export(
     click.echo(folder)
 
 
+# build
+
+
+@cli.command()
+@RUN
+@EXPORT
+@click.option("--graph", type=click.Choice(GRAPHS), help="The newest export of this kind.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    default=("1:64:256",),
+    show_default=True,
+    metavar="N|MIN:OPT:MAX",
+    help="A static batch, or a range tuned for OPT; again for an engine each.",
+)
+@click.option("--workspace", type=POSITIVE, metavar="MIB", help="Default: what TensorRT takes.")
+@click.option(
+    "--opt-level",
+    type=click.IntRange(0, 5),
+    default=3,
+    show_default=True,
+    help="How hard TensorRT searches.",
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Default: engines/timing.cache in the run.",
+)
+@click.option("--hardware-compatible", is_flag=True, help="For every GPU from Ampere on; slower.")
+@click.option("--version-compatible", is_flag=True, help="For later TensorRT versions; slower.")
+@click.option("--refittable", is_flag=True, help="Weights can be changed afterwards; slower.")
+@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
+@click.option("--dry-run", is_flag=True, help="Check the graphs, say what would be built.")
+@click.option("--force", is_flag=True, help="Build even what is there and fits.")
+def build(
+    run: Path | None,
+    export: str | None,
+    graph: str | None,
+    batches: tuple[str, ...],
+    workspace: int | None,
+    opt_level: int,
+    timing_cache: Path | None,
+    hardware_compatible: bool,
+    version_compatible: bool,
+    refittable: bool,
+    device: str,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Build TensorRT engines from an export, and check them before they may be used.
+
+    Precision is the export's: `lutdeploy export --fp16` makes a float16 engine. An engine that
+    is there and fits exactly is used again. Exit code 1 when an engine fails its checks.
+    """
+    from lutdeploy import plan
+
+    options = [
+        plan.BuildOptions(
+            batch=plan.BatchProfile.parse(text),
+            workspace_mib=workspace,
+            optimization_level=opt_level,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
+            refittable=refittable,
+        )
+        for text in batches
+    ]
+    target = _find_run(run)
+    manifest = _export_to_build(target, run, export, graph)
+    if manifest.precision == "fp32":
+        _note("this export is float32, and so will be the engine; --fp16 belongs to `export`")
+    _check_graphs(manifest)
+    if dry_run:
+        for option in options:
+            _say_what_would_be_built(target, manifest, option, device, force)
+        return
+    from engines import require_tensorrt
+
+    require_tensorrt()
+    from engines.cuda_device import CudaDevice
+
+    gpu = CudaDevice(device)
+    if timing_cache is not None and opt_level == 0:
+        _note("TensorRT ignores the timing cache at --opt-level 0")
+    with bundle.lock(target.engines, "`lutdeploy build`", on_wait=_note):
+        for option in options:
+            _build(target, manifest, option, gpu, timing_cache, force)
+
+
+def _export_to_build(
+    target: bundle.Run, given: Path | None, export: str | None, graph: str | None
+) -> bundle.Manifest:
+    """The manifest of the export that was asked for, by path, name or kind; else the newest."""
+    from engines import choose_export, require_same_model
+
+    located = bundle.locate(given if given is not None and given.is_dir() else target.path)
+    if graph is not None and export is None and located.export is None:
+        kinds = [e for e in target.exports() if bundle.read_manifest(e).graph == graph]
+        if not kinds:
+            raise UsageError(
+                f"{target.path} has no {graph} export; run `lutdeploy export --graph {graph}` first"
+            )
+        export = kinds[0].name
+    folder = choose_export(located, export)
+    if folder is None:
+        raise UsageError(f"{target.path} has no export; run `lutdeploy export --fp16` first")
+    manifest = bundle.read_manifest(folder)
+    if graph is not None and manifest.graph != graph:
+        raise UsageError(f"{folder} is a {manifest.graph} export, not {graph}")
+    require_same_model(manifest, target.model)
+    _note(f"export: {manifest.name}")
+    return manifest
+
+
+def _check_graphs(manifest: bundle.Manifest) -> None:
+    """Hold the graphs against what TensorRT takes; a problem ends here, a warning is said."""
+    from engines.tensorrt_support import check_graph
+
+    manifest.verify()
+    warnings: dict[str, None] = {}
+    for name in manifest.graphs:
+        report = check_graph(manifest.folder / name, manifest.precision, manifest.config)
+        if report.problems:
+            raise LutDeployError(
+                f"{manifest.folder / name} does not suit TensorRT: {'; '.join(report.problems[:3])}"
+            )
+        warnings |= dict.fromkeys(report.warnings)
+    for warning in warnings:
+        _note(f"warning: {warning}")
+    _note(f"{len(manifest.graphs)} graph(s): operators, types, axes and islands suit TensorRT")
+
+
+def _say_what_would_be_built(
+    target: bundle.Run,
+    manifest: bundle.Manifest,
+    option: plan.BuildOptions,
+    device: str,
+    force: bool,
+) -> None:
+    from engines import tensorrt_machine
+    from lutdeploy import plan
+
+    machine = tensorrt_machine(device)
+    if machine is None:
+        size = f"{len(manifest.graphs)} engine(s), batch {option.batch}"
+        click.echo(f"would build {size}; TensorRT or the GPU is missing here, so no key is known")
+        return
+    for name in manifest.graphs:
+        fields = plan.key_fields(manifest, name, option, machine)
+        there = not force and plan.find_plan(target, fields) is not None
+        click.echo(
+            f"{'would reuse' if there else 'would build'} {target.plan(plan.key_of(fields))}"
+        )
+
+
+def _build(
+    target: bundle.Run,
+    manifest: bundle.Manifest,
+    option: plan.BuildOptions,
+    gpu: CudaDevice,
+    timing_cache: Path | None,
+    force: bool,
+) -> None:
+    """Build one set of engines, judge those that are new or were never judged, show it."""
+    from engines.tensorrt_builder import build_export, judge
+    from lutdeploy.checkpoint import load_model
+
+    with _build_progress(len(manifest.graphs)) as on_phase:
+        built = build_export(
+            target, manifest, option, gpu, timing_cache, force, on_phase, note=_note
+        )
+    records = [record for record, _ in built]
+    reused = sum(again for _, again in built)
+    if reused:
+        _note(f"{reused} engine(s) were there already and fit: reused")
+    if reused == len(built) and all(record.verdict == "passed" for record in records):
+        _note("their checks passed when they were built")
+    else:
+        _note("checking layers and parity")
+        model = load_model(target.model)
+        with _float32_reference(target, manifest, model) as reference:
+            records, layers, report = judge(records, manifest, gpu, model, reference)
+        for warning in layers.warnings:
+            _note(f"warning: {warning}")
+        _note(
+            f"layers: {layers.float16_products} matrix products in float16, "
+            f"{layers.float32_products} in float32, {layers.fused_attention} fused attentions"
+        )
+        if report is not None:
+            _show_report(report)
+        if layers.failures or report is None:
+            raise ParityError(f"the engine is not what its export says: {layers.failures[0]}")
+        if not report.passed:
+            raise ParityError(f"the engine failed parity: {'; '.join(report.failures()[:2])}")
+    for record in records:
+        click.echo(record.plan)
+
+
+@contextlib.contextmanager
+def _build_progress(graphs: int) -> Iterator[Callable[[int, str], None]]:
+    """The builder's phase and the time it has taken; gives what is to be told each phase."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("build")
+
+        def on_phase(k: int, phase: str) -> None:
+            number = f" {k + 1} of {graphs}" if graphs > 1 else ""
+            bar.update(task, description=f"build{number}: {phase[:60]}")
+
+        yield on_phase
+
+
+@contextlib.contextmanager
+def _float32_reference(
+    target: bundle.Run, manifest: bundle.Manifest, model: LutTransformer
+) -> Iterator[Engine]:
+    """ONNX Runtime on the CPU in float32: the run's step export, or one made for this."""
+    import tempfile
+
+    from engines import open_engine
+    from lutdeploy.export import ExportPlan, export_model
+
+    step = ExportPlan()
+    folder = target.export_folder(step.name)
+    fresh = (folder / bundle.MANIFEST).is_file() and bundle.read_manifest(
+        folder
+    ).source_sha256 == manifest.source_sha256
+    with tempfile.TemporaryDirectory() as scratch:
+        if not fresh:
+            own = bundle.Run(Path(scratch))
+            folder = export_model(model, step, own, manifest.source_sha256)
+        with open_engine(folder, "onnxruntime", "cpu") as reference:
+            yield reference
+
+
 # parity
 
 
@@ -521,13 +786,14 @@ def export(
 @RUN
 @click.option(
     "--backend",
-    type=click.Choice(("onnxruntime", "torch")),
+    type=click.Choice(("onnxruntime", "torch", "tensorrt")),
     default="onnxruntime",
     show_default=True,
 )
 @click.option("--fp16", is_flag=True, help="The newest fp16 export.")
 @EXPORT
 @DEVICE
+@PROVIDER
 @THREADS
 @click.option("-n", "count", type=POSITIVE, default=4, show_default=True, help="Images.")
 @SEED
@@ -539,7 +805,8 @@ def parity(
     backend: str,
     fp16: bool,
     export: str | None,
-    device: str,
+    device: str | None,
+    provider: str | None,
     threads: int | None,
     count: int,
     seed: int,
@@ -551,17 +818,20 @@ def parity(
 
     Exit code 1 when a limit is passed. The verdict goes to parity.json in the run.
     """
-    from engines import choose_export
+    from engines import choose_export, newest_built_export
     from lutdeploy.checkpoint import load_model
     from lutdeploy.parity import compare
     from lutdeploy.sampling import batch_noise, check_table, choose_table
 
+    backend, device = _place(backend, device, provider)
     path = _find(run)
     located = bundle.locate(path)
     if located.model is None:
         raise UsageError(f"{path} has no {bundle.MODEL} beside it to compare with")
     folder = None
-    if backend == "onnxruntime":
+    if backend != "torch":
+        if backend == "tensorrt" and export is None and not fp16 and located.run:
+            export = None if located.export else newest_built_export(located.run)
         if fp16 and export is None and located.export is None:
             halves = [
                 e
@@ -578,7 +848,8 @@ def parity(
             raise UsageError(f"{folder} is no fp16 export")
     precision = bundle.read_manifest(folder).precision if folder else "fp32"
     model = load_model(located.model)
-    with _open(folder or path, backend, device, None, threads) as engine:
+    opened = _open(folder or path, backend, device, None, threads, batch=count, unverified=True)
+    with opened as engine:
         table = choose_table(engine.table, solver, steps, shift)
         check_table(engine, table)
         noise = batch_noise(seed, range(count), model.config.image_shape)
@@ -639,6 +910,7 @@ def _show_report(report: Any) -> None:
 @SEED
 @BACKEND
 @DEVICE
+@PROVIDER
 @EXPORT
 @THREADS
 @click.option(
@@ -648,7 +920,7 @@ def _show_report(report: Any) -> None:
 @click.option("--gif", is_flag=True, help="trajectory.gif of 8 images.")
 @click.option("--trajectory", is_flag=True, help="trajectory.png: noise on top, every 4th step.")
 @click.option("--overwrite", is_flag=True, help="Replace what another command line made there.")
-@click.option("--unverified", is_flag=True, help="Use an export that failed parity.")
+@click.option("--unverified", is_flag=True, help="Use what failed or never had its checks.")
 def sample(
     run: Path | None,
     count: int,
@@ -659,7 +931,8 @@ def sample(
     shift: float | None,
     seed: int,
     backend: str,
-    device: str,
+    device: str | None,
+    provider: str | None,
     export: str | None,
     threads: int | None,
     file_format: str,
@@ -676,8 +949,10 @@ def sample(
     from lutdeploy import sample_folder
     from lutdeploy.sampling import check_table, choose_table
 
+    backend, device = _place(backend, device, provider)
     path = _find(run)
-    with _open(path, backend, device, export, threads) as engine:
+    opened = _open(path, backend, device, export, threads, batch=batch, unverified=unverified)
+    with opened as engine:
         table = choose_table(engine.table, solver, steps, shift)
         check_table(engine, table)
         if engine.whole_trajectory and (gif or trajectory):
@@ -737,7 +1012,12 @@ def inspect(path: Path, as_json: bool) -> None:
     """Say what a run, an export or a model file is, and verify its files."""
     from lutdeploy.inspection import inspect_path
 
-    found = inspect_path(path)
+    machine = None
+    if path.is_dir() and bundle.Run(path).plan_records():
+        from engines import tensorrt_machine
+
+        machine = tensorrt_machine()
+    found = inspect_path(path, machine)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -751,6 +1031,8 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
         yield from _describe(found["model"], indent + "  ")
         for part in found["exports"]:
             yield from _describe(part, indent + "  ")
+        for engine in found["engines"]:
+            yield from _describe_engine(engine, indent + "  ")
         for name, verdict in found["parity"].items():
             word = "passed" if verdict.get("passed") else "FAILED"
             yield f"{indent}  parity {name}: {word} ({verdict.get('solver')})"
@@ -778,6 +1060,24 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
         f"{config['width']}, depth {config['depth']}, {config['heads']} heads, K "
         f"{config['entries']}; {found['gflop_per_image_and_step']} GFLOP per image and step"
     )
+
+
+def _describe_engine(found: dict[str, Any], indent: str) -> Iterator[str]:
+    yield f"{indent}engine {found['path']}"
+    if "fields" in found:
+        fields = found["fields"]
+        yield (
+            f"{indent}  of {found['export']}/{found['graph_file']}, batch {fields['batch']}, "
+            f"{fields['precision']}, {found['bytes'] / 1e6:.1f} MB, checks: {found['verdict']}"
+        )
+        yield (
+            f"{indent}  TensorRT {fields['tensorrt']}, CUDA {fields['cuda']}, {fields['gpu']}, "
+            f"compute capability {fields['compute_capability']}"
+        )
+    if not found["machine_compared"]:
+        yield f"{indent}  not compared with this machine: TensorRT or the GPU is missing here"
+    for reason in found["stale"]:
+        yield f"{indent}  STALE: {reason}"
 
 
 @cli.command()

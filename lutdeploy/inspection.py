@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lutdeploy import bundle
+from lutdeploy import bundle, plan
 from lutdeploy.checkpoint import read_metadata
 from lutdeploy.config import ModelConfig
 
@@ -77,8 +77,37 @@ def inspect_model(path: Path) -> dict[str, Any]:
     }
 
 
-def inspect_path(path: Path) -> dict[str, Any]:
-    """A run folder with its exports and last parity verdicts, an export, or a model.
+def inspect_engines(run: bundle.Run, machine: plan.Machine | None) -> list[dict[str, Any]]:
+    """The TensorRT engines of a run: what each was built for, its verdict, why it is stale.
+
+    Args:
+        run: the run folder.
+        machine: what engines are tied to here; None compares them with the exports alone.
+    """
+    found = []
+    for state in plan.survey(run, machine):
+        about: dict[str, Any] = {"kind": "engine", "path": str(state.path.with_suffix(".plan"))}
+        if state.record is not None:
+            about |= {
+                "export": state.record.export,
+                "graph_file": state.record.graph_file,
+                "verdict": state.record.verdict,
+                "bytes": state.record.plan_bytes,
+                "created": state.record.created,
+                "build_seconds": state.record.build_seconds,
+                "fields": state.record.fields,
+                "layers": state.record.layers,
+            }
+        found.append({**about, "stale": list(state.reasons), "machine_compared": bool(machine)})
+    return found
+
+
+def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, Any]:
+    """A run folder with its exports, engines and last parity verdicts, an export, or a model.
+
+    Args:
+        path: of one of the three.
+        machine: see :func:`inspect_engines`.
 
     Raises:
         ArtefactError, UsageError: damaged, foreign or missing.
@@ -99,5 +128,6 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "path": str(path),
         "model": model,
         "exports": exports,
+        "engines": inspect_engines(run, machine),
         "parity": run.verdicts(),
     }

@@ -1,8 +1,11 @@
-"""Does a denoiser paint what the PyTorch reference paints? Three levels, one verdict.
+"""Does a denoiser paint what the reference paints? Three levels, one verdict.
 
 1. step: one step on identical inputs, at several timesteps.
 2. trajectory: from identical noise, the drift after every step.
 3. picture: the final images, clipped: max abs, PSNR, cosine.
+
+A denoiser that also walks the trajectory by itself, on its device, is judged by the end of
+that: it is what `lutdeploy sample` uses.
 
 Where the limits come from. float32: rounding alone, 1e-4 absolute on images of unit scale
 after a whole trajectory. fp16: what half precision costs on this very model, measured by
@@ -22,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 
 from lutdeploy.errors import NonFiniteError
+from lutdeploy.images import to_uint8
 from lutdeploy.model import LutTransformer
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.sampling import Denoiser, Images, batch_noise, trajectory
+from lutdeploy.sampling import Denoiser, Images, StreamingDenoiser, batch_noise, trajectory
 from lutdeploy.solvers import Step, StepTable, step_table
 
 FLOAT32_LIMIT = 1e-4  # absolute, on images of unit scale
@@ -157,7 +161,7 @@ def _step_rows(candidate: Denoiser) -> list[Step]:
 
 
 def check_steps(
-    reference: TorchDenoiser, candidate: Denoiser, half: TorchDenoiser | None, noise: Images
+    reference: Denoiser, candidate: Denoiser, half: TorchDenoiser | None, noise: Images
 ) -> Iterator[Check]:
     """Level 1: both outputs of one step, from inputs that the reference made.
 
@@ -190,6 +194,17 @@ def _states(denoiser: Denoiser, noise: Images, table: StepTable) -> list[Images]
     return states
 
 
+def _streamed(
+    denoiser: StreamingDenoiser, noise: Images, table: StepTable, pixels: bool
+) -> NDArray[Any]:
+    """The end of the trajectory as the denoiser walks it by itself; NaN where it gave up."""
+    try:
+        ((_, ends),) = denoiser.stream([(range(len(noise)), noise)], table, pixels)
+    except NonFiniteError:
+        return np.full_like(noise, np.nan)
+    return ends
+
+
 def compare(
     model: LutTransformer,
     candidate: Denoiser,
@@ -197,18 +212,20 @@ def compare(
     table: StepTable | None = None,
     noise: Images | None = None,
     levels: Sequence[str] = ("step", "trajectory", "picture"),
+    reference: Denoiser | None = None,
 ) -> Report:
-    """Compare a denoiser with the float32 PyTorch model on the CPU.
+    """Compare a denoiser with a float32 reference on the CPU.
 
     Args:
-        model: the reference.
+        model: what both compute; its half precision in PyTorch sets the limits of fp16.
         candidate: what is judged.
         precision: "fp32" or "fp16", which decides the limits.
         table: the trajectory; by default the candidate's own, else 64 Euler steps.
         noise: [n, C, S, S]; by default that of images 0 to 3 of seed 0.
         levels: which levels to run; a loop graph has no "step".
+        reference: what is right; by default the PyTorch model in float32.
     """
-    reference = TorchDenoiser(model)
+    reference = reference or TorchDenoiser(model)
     half = TorchDenoiser(model, autocast=torch.float16) if precision == "fp16" else None
     table = table or candidate.table or step_table("euler", 64)
     if noise is None:
@@ -231,13 +248,19 @@ def compare(
             # Of 64 steps one is kept: the first that fails, else the nearest to its limit.
             if worst is None or (worst.passed and _nearness(check) > _nearness(worst)):
                 worst = check
-        final = difference(found[-1], expected[-1])
+        streaming = candidate if isinstance(candidate, StreamingDenoiser) else None
+        ends = _streamed(streaming, noise, table, False) if streaming else found[-1]
+        final = difference(ends, expected[-1])
         limit, _ = _limits(expected[-1], lossy[-1])
         if "trajectory" in levels and worst is not None:
             checks.append(worst)
             checks.append(Check("trajectory", "final state", "max abs", final.max_abs, limit))
         if "picture" in levels:
             checks.append(Check("picture", "images", "PSNR dB", final.psnr, MIN_PSNR[precision]))
+            if streaming and math.isfinite(final.max_abs):
+                pixels = _streamed(streaming, noise, table, True).astype(np.int16)
+                apart = float(np.abs(pixels - to_uint8(ends)).max())
+                checks.append(Check("picture", "pixels made on the device", "max abs", apart, 1.0))
     return Report(precision, table, len(noise), tuple(checks), tuple(drift), final)
 
 

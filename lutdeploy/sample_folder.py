@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 
 from lutdeploy import bundle, images
 from lutdeploy.errors import ArtefactError, UsageError
-from lutdeploy.sampling import Denoiser, Images, batch_noise, check_table, trajectory
+from lutdeploy.sampling import (
+    Denoiser,
+    batch_noise,
+    check_table,
+    finished_batches,
+    trajectory,
+)
 from lutdeploy.solvers import StepTable
 
 MANIFEST = "manifest.jsonl"
@@ -47,10 +53,13 @@ def settings(
     }
 
 
-def _encode(image: NDArray[np.float32], file_format: str) -> bytes:
-    """One image [C, S, S]: an 8-bit PNG, or its float32 values as ``image`` in an npz."""
+def _encode(image: NDArray[Any], file_format: str) -> bytes:
+    """One image [C, S, S]: an 8-bit PNG, or its float32 values as ``image`` in an npz.
+
+    For a PNG, uint8 pixels [S, S, C] will do.
+    """
     if file_format == "png":
-        return images.encode_png(images.to_uint8(image))
+        return images.encode_png(image if image.dtype == np.uint8 else images.to_uint8(image))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, image=image)
     return buffer.getvalue()
@@ -112,8 +121,8 @@ class SampleFolder:
         there = n - len(self.missing(n))
         return f"{there} of {n} images are in {self.path}; the same command makes the others"
 
-    def write(self, indices: Sequence[int], batch: Images) -> None:
-        """Encode and store images [len(indices), C, S, S]."""
+    def write(self, indices: Sequence[int], batch: NDArray[Any]) -> None:
+        """Encode and store images [len(indices), C, S, S], or pixels [len(indices), S, S, C]."""
         for index, image in zip(indices, batch, strict=True):
             name = self.name(index)
             temporary = self.path / f".{name}"
@@ -197,14 +206,15 @@ def fill(
     """
     check_table(denoiser, table)
     missing, seed = folder.missing(n), folder.settings["seed"]
+    groups = (missing[start : start + batch] for start in range(0, len(missing), batch))
+    batches = (
+        (indices, batch_noise(seed, indices, denoiser.config.image_shape)) for indices in groups
+    )
+    pixels = folder.settings["format"] == "png"
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as encoder:
-        for start in range(0, len(missing), batch):
-            indices = missing[start : start + batch]
-            noise = batch_noise(seed, indices, denoiser.config.image_shape)
-            for state in trajectory(denoiser, noise, table, indices):
-                last = state.x
-            waiting.append(encoder.submit(folder.write, indices, last))
+        for indices, ends in finished_batches(denoiser, batches, table, pixels):
+            waiting.append(encoder.submit(folder.write, indices, ends))
             while len(waiting) > WAITING_BATCHES:
                 waiting.popleft().result()
             yield len(indices)

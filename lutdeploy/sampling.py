@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
 from lutdeploy.solvers import Step, StepTable, step_table
 
 Images = NDArray[np.float32]  # [B, C, S, S]
+Batch = tuple[Sequence[int], Images]  # the images' indices, and their noise
+Finished = tuple[Sequence[int], NDArray[Any]]  # indices; float32 images or uint8 pixels
 
 
 class Denoiser(Protocol):
@@ -43,6 +45,27 @@ class Denoiser(Protocol):
         """The whole trajectory of ``table``: noise in, images out."""
 
 
+@runtime_checkable
+class StreamingDenoiser(Denoiser, Protocol):
+    """A denoiser that walks whole trajectories by itself, batches beside one another."""
+
+    def stream(
+        self, batches: Iterable[Batch], table: StepTable, pixels: bool
+    ) -> Iterator[Finished]:
+        """The trajectories of all batches, in order.
+
+        Args:
+            batches: taken while an earlier one computes.
+            table: the steps.
+            pixels: uint8 [n, S, S, C] as :func:`lutdeploy.images.to_uint8` makes them,
+                instead of float32 [n, C, S, S].
+
+        Raises:
+            UsageError: it holds other steps, or a batch does not fit.
+            NonFiniteError: NaN or Inf; names the step and the image.
+        """
+
+
 def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Images:
     """The noise of one image, a function of (seed, index) alone: float32 N(0, 1).
 
@@ -65,6 +88,25 @@ def batch_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) 
     for row, index in enumerate(indices):
         noise[row] = image_noise(seed, index, shape)
     return noise
+
+
+def predict_by_row(denoiser: Denoiser, x: Images, t: NDArray[np.float32]) -> Images:
+    """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its table alone.
+
+    Raises:
+        UsageError: it does not hold these timesteps.
+    """
+    table, t = denoiser.table, np.asarray(t, np.float32)
+    assert table is not None
+    x0 = np.empty_like(x)
+    for value in np.unique(t):
+        held = [row for row in table.rows if np.float32(row.t) == value]
+        if not held:
+            some = ", ".join(f"{row.t:g}" for row in table.rows[:4])
+            raise UsageError(f"this export holds no timestep {value:g}; it holds {some}, …")
+        rows = np.flatnonzero(t == value)
+        x0[rows] = denoiser.step(np.ascontiguousarray(x[rows]), held[0], None)[1]
+    return x0
 
 
 @dataclass(frozen=True)
@@ -136,6 +178,30 @@ def require_finite(x: Images, step: int, indices: Sequence[int]) -> None:
             )
 
 
+def finished_batches(
+    denoiser: Denoiser, batches: Iterable[Batch], table: StepTable, pixels: bool = False
+) -> Iterator[Finished]:
+    """The end of every batch's trajectory, in order, by the denoiser's own way if it has one.
+
+    Args:
+        denoiser: what walks.
+        batches: indices and noise float32 [n, C, S, S] of each.
+        table: the steps.
+        pixels: uint8 pictures are welcome; only a :class:`StreamingDenoiser` makes them.
+
+    Raises:
+        UsageError, NonFiniteError: as :func:`trajectory`.
+    """
+    if isinstance(denoiser, StreamingDenoiser):
+        check_table(denoiser, table)
+        yield from denoiser.stream(batches, table, pixels)
+        return
+    for indices, noise in batches:
+        for state in trajectory(denoiser, noise, table, indices):
+            last = state.x
+        yield indices, last
+
+
 def sample(
     denoiser: Denoiser,
     n: int,
@@ -171,13 +237,19 @@ def sample(
         raise UsageError(f"noise must have shape {(n, *shape)}, not {noise.shape}")
     table = choose_table(denoiser.table, solver, steps, shift)
     check_table(denoiser, table)
+    groups = (range(start, min(start + batch, n)) for start in range(0, n, batch))
+    batches = (
+        (
+            indices,
+            batch_noise(seed, indices, shape)
+            if noise is None
+            else np.ascontiguousarray(noise[indices.start : indices.stop], np.float32),
+        )
+        for indices in groups
+    )
     images = np.empty((n, *shape), np.float32)
-    for start in range(0, n, batch):
-        indices = range(start, min(start + batch, n))
-        x = batch_noise(seed, indices, shape) if noise is None else noise[start : indices.stop]
-        for state in trajectory(denoiser, np.ascontiguousarray(x, np.float32), table, indices):
-            last = state.x
-        images[start : indices.stop] = last
+    for indices, ends in finished_batches(denoiser, batches, table):
+        images[indices[0] : indices[-1] + 1] = ends
     return images
 
 

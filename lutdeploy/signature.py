@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, UsageError
-from lutdeploy.solvers import Step
+from lutdeploy.solvers import Step, StepTable
 
 if TYPE_CHECKING:  # the command line reads this module and should not wait for numpy
     import numpy as np
@@ -118,3 +118,21 @@ def loop_signature(config: ModelConfig) -> Signature:
     """The ``loop`` graph: noise in, image out."""
     image = config.image_shape
     return Signature((TensorSpec("noise", image),), (TensorSpec("image", image),))
+
+
+def graph_signature(
+    config: ModelConfig, graph: str, table: StepTable | None, k: int = 0
+) -> Signature:
+    """The signature of an export's k-th graph.
+
+    Args:
+        config: of the model inside.
+        graph: "step", "per-step" or "loop".
+        table: the export's own steps; None for "step".
+        k: which of its graphs.
+    """
+    if graph == "loop":
+        return loop_signature(config)
+    if table is None:
+        return step_signature(config)
+    return fixed_step_signature(config, table.rows[k])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -21,6 +23,8 @@ from lutdeploy.config import PRESETS, ModelConfig, model_config
 from lutdeploy.export import ExportPlan, export_model
 from lutdeploy.model import LutTransformer
 from lutdeploy.solvers import step_table
+from tests.doubles import install
+from tests.doubles.tensorrt_double import VERSIONS, Controls
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -126,5 +130,40 @@ def exported(golden_runs: Callable[[str], bundle.Run], shared_folder: Path) -> C
             if not folder.is_dir():
                 export_model(load_model(run.model), plan, run, bundle.sha256(run.model))
         return folder
+
+    return make
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """The double in place of TensorRT, and the handles of a test on it."""
+
+    module: Any
+    controls: Controls
+    again: Callable[..., None]  # put it in place once more, as another machine
+
+
+@pytest.fixture(params=VERSIONS)
+def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TensorRT:
+    """TensorRT's double, in both versions, and a CPU in place of the GPU."""
+    controls = Controls()
+
+    def again(version: str = request.param, **device: Any) -> None:
+        install(monkeypatch, version, controls, **device)
+
+    return TensorRT(install(monkeypatch, request.param, controls), controls, again)
+
+
+@pytest.fixture
+def built_run(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., bundle.Run]:
+    """A run of its own with the named exports, ready for `lutdeploy build`."""
+
+    def make(*graphs: str, preset: str = "static-tanh-64", precision: str = "fp16") -> bundle.Run:
+        run = bundle.Run(tmp_path / "run")
+        for graph in graphs or ("step",):
+            source = exported(preset, graph, precision)
+            shutil.copytree(source, run.export_folder(source.name))
+            shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+        return run
 
     return make

@@ -24,10 +24,11 @@ CORE = {
     "bundle": {"config", "errors", "signature", "solvers"},
     "checkpoint": {"bundle", "config", "errors", "model"},
     "reference": {"config", "errors", "model", "sampling", "solvers"},
-    "parity": {"errors", "model", "reference", "sampling", "solvers"},
+    "plan": {"bundle", "errors"},
+    "parity": {"errors", "images", "model", "reference", "sampling", "solvers"},
     "export": {"bundle", "config", "errors", "lut", "model", "signature", "solvers"},
     "sample_folder": {"bundle", "errors", "images", "sampling", "solvers"},
-    "inspection": {"bundle", "checkpoint", "config"},
+    "inspection": {"bundle", "checkpoint", "config", "plan"},
 }
 
 

@@ -14,26 +14,52 @@ import torch
 
 import lutdeploy
 from engines import Engine, open_engine
+from engines.onnxruntime_device import OnnxRuntimeDeviceDenoiser
 from engines.onnxruntime_engine import execution_provider, open_session
 from lutdeploy import bundle, images
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import batch_noise
 from lutdeploy.solvers import Step, step_table
+from tests.command import succeed
 from tests.conftest import golden_model, read_golden
+from tests.doubles import install
+from tests.doubles.cpu_device import CpuDevice
+from tests.doubles.tensorrt_double import VERSIONS, Controls
 
 Exported = Callable[..., Path]
 RunOf = Callable[[str], bundle.Run]
-BACKENDS = ("torch", "onnxruntime", pytest.param("torch cuda", marks=pytest.mark.gpu))
+BACKENDS = (
+    "torch",
+    "onnxruntime",
+    *(f"tensorrt {version}" for version in VERSIONS),  # the double
+    "onnxruntime device",  # the code of its GPU providers, on the CPU
+    pytest.param("torch cuda", marks=pytest.mark.gpu),
+)
 
 
 @pytest.fixture(params=BACKENDS)
 def engine(
-    request: pytest.FixtureRequest, preset: str, golden_runs: RunOf, exported: Exported
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    golden_runs: RunOf,
+    exported: Exported,
+    built_run: Callable[..., bundle.Run],
 ) -> Iterator[Engine]:
     """Every backend on every preset."""
-    backend, _, device = str(request.param).partition(" ")
-    path = exported(preset) if backend == "onnxruntime" else golden_runs(preset).model
-    with lutdeploy.load(path, backend, device or "cpu") as opened:
+    backend, _, detail = str(request.param).partition(" ")
+    if backend == "tensorrt":
+        install(monkeypatch, detail, Controls())
+        run = built_run("step", preset=preset, precision="fp32")
+        succeed("build", run.path, "--batch", "2:3:4")
+        opened = lutdeploy.load(run.path, backend)
+    elif detail == "device":
+        manifest = bundle.read_manifest(exported(preset))
+        opened = OnnxRuntimeDeviceDenoiser(manifest, "cpu", CpuDevice())
+    else:
+        path = exported(preset) if backend == "onnxruntime" else golden_runs(preset).model
+        opened = lutdeploy.load(path, backend, detail or "cpu")
+    with opened:
         yield opened
 
 
@@ -42,7 +68,7 @@ def test_conformance(engine: Engine, preset: str) -> None:
     golden = read_golden(preset)
     x, t, expected = (golden.arrays[name] for name in ("x", "t", "x0"))
     assert engine.config == golden.config
-    assert engine.identity["backend"] in ("torch", "onnxruntime")
+    assert engine.identity["backend"] in ("torch", "onnxruntime", "tensorrt")
 
     first = engine.predict_x0(x, t)  # timesteps differ within the batch
     assert first.dtype == np.float32
@@ -176,8 +202,8 @@ def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Expor
 
 
 def test_unknown_backend_lists_what_there_is(golden_runs: RunOf) -> None:
-    with pytest.raises(BackendError, match="there are auto, torch, onnxruntime"):
-        lutdeploy.load(golden_runs("dynamic-64").path, "tensorrt")
+    with pytest.raises(BackendError, match="there are auto, torch, onnxruntime, tensorrt"):
+        lutdeploy.load(golden_runs("dynamic-64").path, "tvm")
 
 
 def test_absent_provider_is_an_error_that_lists_what_there_is() -> None:

@@ -1,0 +1,118 @@
+"""A CPU in the place of a CUDA device: streams without concurrency, capture without a graph.
+
+It checks what a GPU would punish: waiting for the device inside a capture, and buffers that a
+captured recording would no longer find where they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.cuda_device import CaptureError, CudaDevice
+from tests.doubles.tensorrt_double import GPU_NAME
+
+ALIGNMENT = 512  # as torch's CUDA allocator
+
+
+class CpuStream:
+    """Everything on it has happened by the time it is asked."""
+
+    def __init__(self, handle: int) -> None:
+        self.cuda_stream = handle
+
+    def wait_event(self, event: CpuEvent) -> None:
+        assert event.recorded, "a stream waits for an event that was never recorded"
+
+
+class CpuEvent:
+    recorded = False
+
+    def record(self, stream: CpuStream) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded, "the host waits for an event that was never recorded"
+
+
+class CpuDevice(CudaDevice):
+    """A device named ``gpu``.
+
+    Args:
+        gpu: its name, "TensorRT double …" by default.
+        compute_capability: as a GPU would report it.
+        capture_fails: every capture ends in an error.
+    """
+
+    def __init__(
+        self,
+        name: str = "cuda",
+        gpu: str = GPU_NAME,
+        compute_capability: str = "9.0",
+        capture_fails: bool = False,
+    ) -> None:
+        self.torch_device = torch.device("cpu")
+        self.upload, self.compute, self.download = (CpuStream(k) for k in (1, 2, 3))
+        self.name, self.capture_fails = gpu, capture_fails
+        self._compute_capability = compute_capability
+        self.capturing, self.captures, self.replays = False, 0, 0
+        self.used: list[Any] = []  # the streams, in the order of their use
+
+    @property
+    def gpu(self) -> str:
+        return self.name
+
+    @property
+    def compute_capability(self) -> str:
+        return self._compute_capability
+
+    @property
+    def cuda_version(self) -> str:
+        return "none (double)"
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        self.used.append(stream)
+        yield
+
+    def event(self) -> CpuEvent:
+        return CpuEvent()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Aligned as on a GPU, and filled with what would show if it were read."""
+        count = 1
+        for extent in shape:
+            count *= extent
+        size = count * dtype.itemsize
+        raw = torch.full((size + ALIGNMENT,), 0xFF, dtype=torch.uint8)  # NaN as float32
+        start = -raw.data_ptr() % ALIGNMENT
+        return raw[start : start + size].view(dtype).view(shape)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def synchronize(self) -> None:
+        if self.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.capture_fails:
+            raise CaptureError("RuntimeError: operation not permitted when stream is capturing")
+        self.capturing = True
+        try:
+            work()  # a GPU would only record; here it may as well run, into the same buffers
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+        finally:
+            self.capturing = False
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay

@@ -1,0 +1,211 @@
+"""Whole trajectories on a device: the same numbers as step by step, in whatever batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from engines.cuda_device import CudaDevice
+from engines.device_loop import DeviceLoop, Loops, run_batches, split_batches, to_pixels
+from lutdeploy import images
+from lutdeploy.errors import BackendError
+from lutdeploy.sampling import Batch, Images, batch_noise
+from tests.doubles.cpu_device import CpuDevice
+
+SHAPE = (3, 4, 4)
+
+
+class Affine:
+    """x' = x/2 + k + 1, x0 = x − x0_prev: what a step reads and writes shows in the end."""
+
+    def __init__(self, evaluations: int, capturable: bool = True) -> None:
+        self.evaluations, self.capturable = evaluations, capturable
+
+    def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
+        x_next.copy_(x / 2 + (k + 1) + 0.01 * x0_prev)
+        x0.copy_(x - x0_prev)
+
+    def on_the_host(self, noise: Images) -> Images:
+        x, x0 = torch.from_numpy(noise), torch.from_numpy(noise)
+        for k in range(self.evaluations):
+            x, x0 = x / 2 + (k + 1) + 0.01 * x0, x - x0
+        return x.numpy()
+
+
+def batches(*sizes: int) -> Iterator[Batch]:
+    start = 0
+    for size in sizes:
+        indices = range(start, start + size)
+        yield indices, batch_noise(0, indices, SHAPE)
+        start += size
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 5])
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_loop_gives_what_the_steps_give(evaluations: int, capturable: bool) -> None:
+    device, program = CpuDevice(), Affine(evaluations, capturable)
+    loops = Loops(lambda batch: DeviceLoop(device, program, batch, SHAPE))
+    results = list(run_batches(device, loops, batches(4, 4, 4, 3), pixels=False))
+    assert [list(indices) for (indices, _), _, _ in results] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+        [12, 13, 14],
+    ]
+    for (_, noise), ends, finite in results:
+        np.testing.assert_array_equal(ends, program.on_the_host(noise))
+        assert finite.all()
+    assert device.captures == capturable
+    assert device.replays == (4 if capturable else 0), "the last, smaller batch is padded"
+
+
+def test_results_are_the_callers_own() -> None:
+    device = CpuDevice()
+    loops = Loops(lambda batch: DeviceLoop(device, Affine(2), batch, SHAPE))
+    stream = run_batches(device, loops, batches(2, 2, 2, 2), pixels=False)
+    first = next(stream)[1]
+    kept = first.copy()
+    list(stream)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_noise_of_the_next_batch_is_made_before_the_last_one_is_waited_for() -> None:
+    device, taken = CpuDevice(), list[int]()
+
+    def watched() -> Iterator[Batch]:
+        for k, batch in enumerate(batches(1, 1, 1, 1)):
+            taken.append(k)
+            yield batch
+
+    loops = Loops(lambda batch: DeviceLoop(device, Affine(2), batch, SHAPE))
+    next(run_batches(device, loops, watched(), pixels=False))
+    assert taken == [0, 1, 2]
+
+
+def test_copies_have_streams_of_their_own() -> None:
+    device = CpuDevice()
+    loop = DeviceLoop(device, Affine(2), 2, SHAPE)
+    device.used.clear()
+    loop.finish(loop.start(batch_noise(0, range(2), SHAPE), pixels=True))
+    assert device.used[0] is device.upload
+    assert device.used[-1] is device.download
+    assert device.compute in device.used
+    assert len({device.upload, device.compute, device.download}) == 3
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=4, max_dims=4, max_side=4),
+        elements=st.floats(-2, 2, width=32),
+    )
+)
+def test_pixels_have_the_bits_of_the_host(array: Images) -> None:
+    np.testing.assert_array_equal(to_pixels(torch.from_numpy(array)), images.to_uint8(array))
+
+
+def test_pixels_leave_the_device_as_bytes() -> None:
+    device, program = CpuDevice(), Affine(1)
+    loop = DeviceLoop(device, program, 2, SHAPE)
+    noise = batch_noise(0, range(2), SHAPE)
+    pixels, _ = loop.finish(loop.start(noise, pixels=True))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, images.to_uint8(program.on_the_host(noise)))
+
+
+def test_images_that_are_not_finite_are_marked() -> None:
+    device = CpuDevice()
+    loop = DeviceLoop(device, Affine(3), 4, SHAPE)
+    noise = batch_noise(0, range(3), SHAPE)
+    noise[1, 2, 3, 3] = np.inf
+    for pixels in (True, False):
+        assert list(loop.finish(loop.start(noise, pixels))[1]) == [True, False, True]
+
+
+def test_a_failed_capture_ends_cleanly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    device, program = CpuDevice(capture_fails=True), Affine(3)
+    with caplog.at_level(logging.WARNING):
+        loop = DeviceLoop(device, program, 2, SHAPE)
+    assert not loop.captured
+    assert len(caplog.records) == 1
+    assert "no CUDA graph for batch 2" in caplog.text
+    noise = batch_noise(0, range(2), SHAPE)
+    np.testing.assert_array_equal(
+        loop.finish(loop.start(noise, False))[0], program.on_the_host(noise)
+    )
+
+
+def test_waiting_for_the_device_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> None:
+    device = CpuDevice()
+
+    class Waits(Affine):
+        def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
+            device.synchronize()
+            super().enqueue(k, x, x0_prev, x_next, x0)
+
+    assert not DeviceLoop(device, Waits(2), 2, SHAPE).captured
+    assert "stream is capturing" in caplog.text
+
+
+def test_loops_are_reused_where_padding_is_cheap() -> None:
+    device, made = CpuDevice(), list[int]()
+
+    def make(batch: int) -> DeviceLoop:
+        made.append(batch)
+        return DeviceLoop(device, Affine(1), batch, SHAPE)
+
+    loops = Loops(make, smallest=2)
+    for count in (8, 8, 5, 4, 3, 1, 2):
+        assert loops(count).batch >= count
+    assert made == [8, 3, 2]
+
+
+def test_split_batches_keeps_the_order() -> None:
+    parts = list(split_batches(batches(5, 2), 2))
+    assert [list(indices) for indices, _ in parts] == [[0, 1], [2, 3], [4], [5, 6]]
+    whole = np.concatenate([noise for _, noise in batches(5, 2)])
+    np.testing.assert_array_equal(np.concatenate([noise for _, noise in parts]), whole)
+
+
+def test_a_cuda_device_that_is_not_there_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    for name in ("cuda", "cuda:3", "cpu", "gpu?"):
+        with pytest.raises(BackendError):
+            CudaDevice(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("evaluations", [1, 4, 64])
+def test_a_real_device_gives_what_the_host_gives(evaluations: int) -> None:
+    device, program = CudaDevice(), Affine(evaluations)
+    loops = Loops(lambda batch: DeviceLoop(device, program, batch, SHAPE))
+    for (_, noise), ends, finite in run_batches(device, loops, batches(4, 4, 3), pixels=False):
+        assert finite.all()
+        np.testing.assert_allclose(ends, program.on_the_host(noise), rtol=1e-6)
+    assert loops(4).captured
+
+
+@pytest.mark.gpu
+def test_a_real_device_survives_a_capture_that_fails() -> None:
+    device = CudaDevice()
+
+    class Waits(Affine):
+        def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
+            super().enqueue(k, x, x0_prev, x_next, x0)
+            x.sum().item()
+
+    program = Waits(3)
+    loop = DeviceLoop(device, program, 2, SHAPE)
+    assert not loop.captured
+    noise = batch_noise(0, range(2), SHAPE)
+    ends, _ = loop.finish(loop.start(noise, False))
+    np.testing.assert_allclose(ends, program.on_the_host(noise), rtol=1e-6)
