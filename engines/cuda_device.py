@@ -7,7 +7,7 @@ everything that only a GPU can do stands in this file and nothing else does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,9 +42,14 @@ class CudaDevice:
             there = ", ".join(f"cuda:{k}" for k in range(count)) or "none"
             raise BackendError(f"no CUDA device {name!r} here; torch sees {there}")
         self.torch_device = torch.device("cuda", device.index or 0)
+        self.activate()
         self.upload = self._stream()
         self.compute = self._stream()
         self.download = self._stream()
+
+    def activate(self) -> None:
+        """Make it the current device of the calling thread, where other libraries look for it."""
+        torch.cuda.set_device(self.torch_device)
 
     def _stream(self) -> Any:
         return torch.cuda.Stream(self.torch_device)
@@ -108,11 +113,13 @@ class CudaDevice:
             CaptureError: something in ``work`` cannot be captured.
         """
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(self.torch_device)
         try:
             # Other threads (encoding, another engine) may call CUDA meanwhile.
             with torch.cuda.graph(graph, stream=self.compute, capture_error_mode="thread_local"):
                 work()
         except Exception as error:
+            torch.cuda.set_stream(before)  # torch leaves its own when ending the capture fails
             with contextlib.suppress(Exception):  # reports the failed capture once more
                 torch.cuda.synchronize(self.torch_device)
             raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
@@ -122,14 +129,6 @@ class CudaDevice:
                 graph.replay()
 
         return replay
-
-    @contextlib.contextmanager
-    def drained(self) -> Iterator[None]:
-        """However the block ends, wait for the device before its buffers may be freed."""
-        try:
-            yield
-        finally:
-            self.synchronize()
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from engines.cuda_device import CudaDevice
 from engines.device_loop import DeviceLoop, Loops, Program, evaluate, run_batches, split_batches
-from lutdeploy.bundle import Manifest
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import NonFiniteError, UsageError
 from lutdeploy.sampling import Batch, Finished, Images, check_table, predict_by_row, trajectory
@@ -21,7 +20,7 @@ COEFFICIENTS = ("t", "a", "b", "c")
 
 
 class ExportProgram(Program, Protocol):
-    """A program of an export's graphs."""
+    """A program over an export's kinds of graph."""
 
     batch: int
 
@@ -30,20 +29,28 @@ class ExportProgram(Program, Protocol):
 
 
 class DeviceDenoiser:
-    """An export on a device. A :class:`lutdeploy.sampling.StreamingDenoiser`.
+    """Graphs on a device. A :class:`lutdeploy.sampling.StreamingDenoiser`.
 
     Batches over the engine's largest size run in parts, under its smallest they are padded.
 
     Args:
-        manifest: of the export.
+        config: of the model inside.
+        graph: the kind of graph: "step", "per-step" or "loop".
+        table: the steps that it holds; None for "step", which follows any.
         device: where it runs.
         sizes: smallest and largest batch of the engine; None: no upper end.
     """
 
     def __init__(
-        self, manifest: Manifest, device: CudaDevice, sizes: tuple[int, int | None]
+        self,
+        config: ModelConfig,
+        graph: str,
+        table: StepTable | None,
+        device: CudaDevice,
+        sizes: tuple[int, int | None] = (1, None),
     ) -> None:
-        self.manifest, self.device = manifest, device
+        self.graph, self.device = graph, device
+        self._config, self._table = config, table
         self._smallest, self._largest = sizes
         self._loops: tuple[StepTable, Loops] | None = None
         self._single: ExportProgram | None = None
@@ -72,15 +79,15 @@ class DeviceDenoiser:
 
     @property
     def config(self) -> ModelConfig:
-        return self.manifest.config
+        return self._config
 
     @property
     def table(self) -> StepTable | None:
-        return self.manifest.table
+        return self._table
 
     @property
     def whole_trajectory(self) -> bool:
-        return self.manifest.graph == "loop"
+        return self.graph == "loop"
 
     def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
         """See :class:`lutdeploy.sampling.Denoiser`.
@@ -108,7 +115,7 @@ class DeviceDenoiser:
     def run(self, noise: Images) -> Images:
         """See :class:`lutdeploy.sampling.Denoiser`."""
         if self.table is None or not self.whole_trajectory:
-            raise UsageError(f"a {self.manifest.graph} export holds steps, no whole trajectory")
+            raise UsageError(f"a {self.graph} export holds steps, no whole trajectory")
         batches = [(range(len(noise)), noise)]
         return np.concatenate([images for _, images in self.stream(batches, self.table, False)])
 

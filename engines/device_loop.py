@@ -157,15 +157,19 @@ class DeviceLoop:
         slot.downloaded.synchronize()
         images = slot.host_images[slot.pixels][: slot.count].numpy().copy()
         finite = slot.host_finite[: slot.count].numpy().copy()
-        self._slots.append(slot)
+        self.release(slot)
         return images, finite
+
+    def release(self, slot: _Slot) -> None:
+        """Take a slot back with which the device has finished."""
+        self._slots.append(slot)
 
 
 def evaluate(
     device: CudaDevice, program: Program, k: int, x: Images, x0_prev: Images
 ) -> tuple[Images, Images]:
     """A single evaluation from host to host: (x_next, x0), each float32 [B, C, S, S]."""
-    with device.drained(), device.on(device.compute):
+    with device.on(device.compute):
         tensors = [device.empty(x.shape) for _ in range(4)]
         for tensor, array in zip(tensors, (x, x0_prev), strict=False):
             tensor.copy_(torch.from_numpy(array))
@@ -197,7 +201,7 @@ def run_batches(
         batch, loop, slot = pending.popleft()
         return batch, *loop.finish(slot)
 
-    with device.drained():
+    try:
         for indices, noise in batches:
             while len(pending) >= IN_FLIGHT:
                 yield finish()
@@ -206,6 +210,10 @@ def run_batches(
             pending.append((batch, loop, loop.start(batch[1], pixels)))
         while pending:
             yield finish()
+    finally:  # also when nobody wants the rest: no buffer may go before the device is done
+        device.synchronize()
+        for _, loop, slot in pending:
+            loop.release(slot)
 
 
 def split_batches(batches: Iterable[Batch], largest: int) -> Iterator[Batch]:

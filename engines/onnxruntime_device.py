@@ -124,7 +124,7 @@ class OnnxRuntimeDeviceDenoiser(DeviceDenoiser):
     def __init__(
         self, manifest: Manifest, provider: str, device: CudaDevice, cache: Path | None = None
     ) -> None:
-        super().__init__(manifest, device, (1, None))
+        super().__init__(manifest.config, manifest.graph, manifest.table, device)
         self._graph_ids = itertools.count(1)
 
         def options(k: int) -> dict[str, str]:

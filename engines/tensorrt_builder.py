@@ -112,8 +112,13 @@ def model_bytes(graph: Path, batch: plan.BatchProfile) -> bytes:
     return data
 
 
-def parse_graph(builder: Any, log: EngineLog, graph: Path, batch: plan.BatchProfile) -> Any:
+def parse_graph(
+    builder: Any, log: EngineLog, graph: Path, batch: plan.BatchProfile
+) -> tuple[Any, Any]:
     """A strongly typed network from a graph file and its weights file.
+
+    Returns:
+        The network, and the parser, which owns its weights until the build is done.
 
     Raises:
         BackendError: with every error of the parser: node, operator, text.
@@ -129,7 +134,7 @@ def parse_graph(builder: Any, log: EngineLog, graph: Path, batch: plan.BatchProf
             for error in errors
         ]
         raise BackendError(f"TensorRT cannot parse {graph}: {'; '.join(said) or log.last_error()}")
-    return network
+    return network, parser
 
 
 def configure(
@@ -174,6 +179,7 @@ def build_plan(
     graph: Path,
     signature: Signature,
     options: plan.BuildOptions,
+    device: CudaDevice,
     cache: TimingCache,
     on_phase: Notify,
 ) -> bytes:
@@ -183,6 +189,7 @@ def build_plan(
         graph: an exported graph file.
         signature: its inputs and outputs.
         options: what was asked for.
+        device: the GPU to build for.
         cache: read and written.
         on_phase: told the name of each phase.
 
@@ -191,11 +198,11 @@ def build_plan(
     """
     log, progress = EngineLog(), BuildProgress(on_phase)
     builder = trt.Builder(log)
-    network = parse_graph(builder, log, graph, options.batch)
+    network, parser = parse_graph(builder, log, graph, options.batch)
     config = configure(builder, options, signature, progress)
     cache.attach(config)
     # The build does not return to Python; in a thread of its own it leaves Ctrl-C to this one.
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=device.activate) as pool:
         building = pool.submit(builder.build_serialized_network, network, config)
         while True:
             try:
@@ -209,6 +216,7 @@ def build_plan(
     if serialized is None:
         raise BackendError(f"TensorRT built no engine from {graph}: {log.last_error()}")
     cache.save(config)
+    del parser
     return bytes(serialized)
 
 
@@ -244,6 +252,8 @@ def build_export(
         BackendError, ArtefactError: what went wrong; engines finished before it stay.
     """
     manifest.verify()
+    for names in ("*.plan", "*.json", run.timing_cache.name):
+        bundle.clear_leftovers(run.engines, names)
     cache = TimingCache(timing_cache or run.timing_cache, note)
     machine = this_machine(device)
     results = []
@@ -262,7 +272,7 @@ def build_export(
         def phase(name: str, k: int = k) -> None:
             on_phase(k, name)
 
-        data = build_plan(manifest.folder / graph, signature, options, cache, phase)
+        data = build_plan(manifest.folder / graph, signature, options, device, cache, phase)
         record = plan.PlanRecord(
             path=run.plan_record(plan.key_of(fields)),
             fields=fields,

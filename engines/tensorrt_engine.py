@@ -217,8 +217,8 @@ def usable_plans(
 ) -> list[plan.PlanRecord]:
     """The engines to use for an export here: one per graph, in order.
 
-    Of several builds, those that passed come first, then the one that pads ``batch`` least, a
-    static one before a dynamic one, then the newest.
+    Of several builds, those that passed come first, then the one that takes ``batch`` in the
+    fewest parts and with the least padding, a static one before a dynamic one, the newest.
 
     Raises:
         BackendError: there is none; says what each one that there is differs in.
@@ -247,9 +247,11 @@ def usable_plans(
     def rank(records: list[plan.PlanRecord]) -> tuple[Any, ...]:
         profile = records[0].profile
         wanted = profile.opt if batch is None else batch
-        padded = -wanted % profile.max if wanted > profile.max else max(0, profile.min - wanted)
+        parts = -(-wanted // profile.max)
+        padded = max(wanted, parts * profile.max if profile.static else profile.min) - wanted
         passed = all(record.verdict == "passed" for record in records)
-        return (passed, -padded, profile.static, -abs(profile.opt - wanted), records[0].created)
+        near = -abs(profile.opt - wanted)
+        return (passed, -parts, -padded, profile.static, near, records[0].created)
 
     return max(whole, key=rank)
 
@@ -277,7 +279,9 @@ class TensorRTDenoiser(DeviceDenoiser):
     ) -> None:
         self.records = records
         self.profile = self.records[0].profile
-        super().__init__(manifest, device, (self.profile.min, self.profile.max))
+        sizes = (self.profile.min, self.profile.max)
+        super().__init__(manifest.config, manifest.graph, manifest.table, device, sizes)
+        self.manifest = manifest
         if not unverified:
             require_verdicts(self.records)
         self._log = EngineLog()

@@ -199,10 +199,10 @@ def _streamed(
 ) -> NDArray[Any]:
     """The end of the trajectory as the denoiser walks it by itself; NaN where it gave up."""
     try:
-        ((_, ends),) = denoiser.stream([(range(len(noise)), noise)], table, pixels)
+        parts = [e for _, e in denoiser.stream([(range(len(noise)), noise)], table, pixels)]
     except NonFiniteError:
         return np.full_like(noise, np.nan)
-    return ends
+    return np.concatenate(parts)
 
 
 def compare(

@@ -156,10 +156,11 @@ class PlanRecord:
     @property
     def verdict(self) -> str:
         """ "passed", "FAILED", or "not checked"."""
-        if self.parity is None or self.layers is None:
+        if self.layers is not None and self.layers.get("failures"):
+            return "FAILED"
+        if self.layers is None or self.parity is None:
             return "not checked"
-        passed = self.parity.get("passed") is True and not self.layers.get("failures")
-        return "passed" if passed else "FAILED"
+        return "passed" if self.parity.get("passed") is True else "FAILED"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the path."""

@@ -52,7 +52,7 @@ class StreamingDenoiser(Denoiser, Protocol):
     def stream(
         self, batches: Iterable[Batch], table: StepTable, pixels: bool
     ) -> Iterator[Finished]:
-        """The trajectories of all batches, in order.
+        """The trajectories of all batches, in order; a large batch may come in parts.
 
         Args:
             batches: taken while an earlier one computes.

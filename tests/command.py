@@ -14,6 +14,10 @@ NOTES = (
     "  skipped ",
     "inferred: ",
     "this export ",
+    "export: ",
+    "checking ",
+    "their checks ",
+    "layers: ",
     "sample ",
     "train ",
 )

@@ -23,6 +23,7 @@ from lutdeploy.config import PRESETS, ModelConfig, model_config
 from lutdeploy.export import ExportPlan, export_model
 from lutdeploy.model import LutTransformer
 from lutdeploy.solvers import step_table
+from tests.command import succeed
 from tests.doubles import install
 from tests.doubles.tensorrt_double import VERSIONS, Controls
 
@@ -140,7 +141,11 @@ class TensorRT:
 
     module: Any
     controls: Controls
-    again: Callable[..., None]  # put it in place once more, as another machine
+    again: Callable[..., Any]  # put it in place once more, as another machine
+
+
+# For tests in which the version of TensorRT makes no difference.
+one_version = pytest.mark.parametrize("tensorrt", VERSIONS[-1:], indirect=True)
 
 
 @pytest.fixture(params=VERSIONS)
@@ -148,22 +153,59 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """TensorRT's double, in both versions, and a CPU in place of the GPU."""
     controls = Controls()
 
-    def again(version: str = request.param, **device: Any) -> None:
-        install(monkeypatch, version, controls, **device)
+    def put(version: str = request.param, **device: Any) -> Any:
+        module = install(monkeypatch, version, controls, **device)
+        # Two images are enough to tell right from wrong.
+        monkeypatch.setattr("engines.tensorrt_builder.IMAGES", 2)
+        return module
 
-    return TensorRT(install(monkeypatch, request.param, controls), controls, again)
+    return TensorRT(put(), controls, put)
 
 
 @pytest.fixture
-def built_run(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., bundle.Run]:
-    """A run of its own with the named exports, ready for `lutdeploy build`."""
+def exported_run(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., bundle.Run]:
+    """A run of the test's own with the named exports, ready for `lutdeploy build`."""
 
     def make(*graphs: str, preset: str = "static-tanh-64", precision: str = "fp16") -> bundle.Run:
         run = bundle.Run(tmp_path / "run")
         for graph in graphs or ("step",):
-            source = exported(preset, graph, precision)
-            shutil.copytree(source, run.export_folder(source.name))
-            shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+            _copy_export(exported(preset, graph, precision), run)
+        if precision == "fp16":
+            _add_reference(exported(preset), run)
         return run
+
+    return make
+
+
+def _copy_export(source: Path, run: bundle.Run) -> None:
+    shutil.copytree(source, run.export_folder(source.name))
+    shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+
+
+def _add_reference(source: Path, run: bundle.Run) -> None:
+    """The float32 step export that a build compares with, older than the others."""
+    _copy_export(source, run)
+    manifest = run.export_folder(source.name) / bundle.MANIFEST
+    bundle.write_json(manifest, {**bundle.read_json(manifest), "created": "2000-01-01"})
+
+
+@pytest.fixture
+def built_run(
+    tensorrt: TensorRT, exported: Callable[..., Path], shared_folder: Path, tmp_path: Path
+) -> Callable[..., bundle.Run]:
+    """A run of the test's own with an export and its checked engines, batch 1:2:4."""
+
+    def make(graph: str = "step") -> bundle.Run:
+        source = exported("static-tanh-64", graph, "fp16")
+        ready = shared_folder / f"built-{tensorrt.module.__version__}-{graph}"
+        with filelock.FileLock(shared_folder / f"{ready.name}.lock"):
+            if not bundle.Run(ready).plan_records():
+                shutil.rmtree(ready, ignore_errors=True)
+                _add_reference(exported("static-tanh-64"), bundle.Run(ready))
+                _copy_export(source, bundle.Run(ready))
+                succeed("build", ready, "--batch", "1:2:4")
+        shutil.copytree(ready, tmp_path / "run")
+        tensorrt.controls.executions = tensorrt.controls.deserialized = tensorrt.controls.builds = 0
+        return bundle.Run(tmp_path / "run")
 
     return make

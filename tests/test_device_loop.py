@@ -77,6 +77,16 @@ def test_results_are_the_callers_own() -> None:
     np.testing.assert_array_equal(first, kept)
 
 
+def test_a_stream_that_is_left_early_can_be_started_again() -> None:
+    device = CpuDevice()
+    loops = Loops(lambda batch: DeviceLoop(device, Affine(2), batch, SHAPE))
+    for _ in range(3):
+        stream = run_batches(device, loops, batches(2, 2, 2, 2), pixels=False)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]  # a generator
+    assert len(list(run_batches(device, loops, batches(2, 2, 2), pixels=False))) == 3
+
+
 def test_noise_of_the_next_batch_is_made_before_the_last_one_is_waited_for() -> None:
     device, taken = CpuDevice(), list[int]()
 

@@ -44,13 +44,13 @@ def engine(
     preset: str,
     golden_runs: RunOf,
     exported: Exported,
-    built_run: Callable[..., bundle.Run],
+    exported_run: Callable[..., bundle.Run],
 ) -> Iterator[Engine]:
     """Every backend on every preset."""
     backend, _, detail = str(request.param).partition(" ")
     if backend == "tensorrt":
         install(monkeypatch, detail, Controls())
-        run = built_run("step", preset=preset, precision="fp32")
+        run = exported_run("step", preset=preset, precision="fp32")
         succeed("build", run.path, "--batch", "2:3:4")
         opened = lutdeploy.load(run.path, backend)
     elif detail == "device":

@@ -74,6 +74,9 @@ class CpuDevice(CudaDevice):
     def cuda_version(self) -> str:
         return "none (double)"
 
+    def activate(self) -> None:
+        """There is but one."""
+
     @contextlib.contextmanager
     def on(self, stream: Any) -> Iterator[None]:
         self.used.append(stream)

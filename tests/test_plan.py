@@ -1,0 +1,215 @@
+"""The key of an engine, its record, and what makes it stale. Nothing here knows TensorRT."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lutdeploy import bundle, plan
+from lutdeploy.errors import ArtefactError, UsageError
+
+HERE = plan.Machine(tensorrt="11.1.0.106", cuda="13.0", gpu="GPU A", compute_capability="9.0")
+PLAN = struct.pack("<II16x4B", plan.PLAN_TAG, 0, 11, 1, 0, 106) + b"code"
+
+
+@pytest.fixture
+def run(exported_run: Callable[..., bundle.Run]) -> bundle.Run:
+    return exported_run("step")
+
+
+def manifest_of(run: bundle.Run) -> bundle.Manifest:
+    return bundle.read_manifest(run.exports()[0])
+
+
+def record_of(run: bundle.Run, machine: plan.Machine = HERE, **options: Any) -> plan.PlanRecord:
+    """A plan and its record in the run, as a build leaves them."""
+    fields = plan.key_fields(manifest_of(run), "step.onnx", plan.BuildOptions(**options), machine)
+    record = plan.PlanRecord(
+        path=run.plan_record(plan.key_of(fields)),
+        fields=fields,
+        export="step-fp16",
+        graph_file="step.onnx",
+        plan_bytes=len(PLAN),
+        plan_sha256=hashlib.sha256(PLAN).hexdigest(),
+        created="2026-01-01T00:00:00",
+        build_seconds=1.5,
+    )
+    bundle.write_atomic(record.plan, PLAN)
+    record.write()
+    return record
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes", "shown"),
+    [("64", (64, 64, 64), "64"), ("1:64:256", (1, 64, 256), "1:64:256"), ("2:2:2", (2, 2, 2), "2")],
+)
+def test_batch_profiles(text: str, sizes: tuple[int, int, int], shown: str) -> None:
+    profile = plan.BatchProfile.parse(text)
+    assert dataclasses.astuple(profile) == sizes
+    assert str(profile) == shown
+    assert plan.BatchProfile.parse(str(profile)) == profile
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2", "1:2:3:4", "0", "4:2:8", "1:9:8", "-1:1:1"])
+def test_impossible_batch_profiles_say_so(text: str) -> None:
+    with pytest.raises(UsageError, match="batch"):
+        plan.BatchProfile.parse(text)
+
+
+def test_every_field_changes_the_key(run: bundle.Run) -> None:
+    manifest = manifest_of(run)
+    options = plan.BuildOptions()
+    fields = plan.key_fields(manifest, "step.onnx", options, HERE)
+    variants = [
+        plan.key_fields(manifest, "step.onnx", dataclasses.replace(options, **change), HERE)
+        for change in (
+            {"batch": plan.BatchProfile(1, 64, 128)},
+            {"workspace_mib": 64},
+            {"optimization_level": 5},
+            {"hardware_compatible": True},
+            {"version_compatible": True},
+            {"refittable": True},
+        )
+    ]
+    variants += [
+        plan.key_fields(
+            manifest, "step.onnx", options, dataclasses.replace(HERE, **{name: "other"})
+        )
+        for name in ("tensorrt", "cuda", "gpu", "compute_capability")
+    ]
+    for name in ("step.onnx", "weights.bin"):
+        files = {**manifest.files, name: {**manifest.files[name], "sha256": "0" * 64}}
+        changed = dataclasses.replace(manifest, files=files)
+        variants.append(plan.key_fields(changed, "step.onnx", options, HERE))
+    variants.append(
+        plan.key_fields(dataclasses.replace(manifest, precision="fp32"), "step.onnx", options, HERE)
+    )
+    keys = {plan.key_of(f) for f in (fields, *variants)}
+    assert len(keys) == len(variants) + 1
+    assert plan.key_of(dict(reversed(fields.items()))) == plan.key_of(fields)
+
+
+def test_a_record_comes_back_as_it_was_written(run: bundle.Run) -> None:
+    record = record_of(run)
+    assert plan.read_record(record.path) == record
+    assert record.read_plan() == PLAN
+    assert record.verdict == "not checked"
+    passed = dataclasses.replace(record, layers={"failures": []}, parity={"passed": True})
+    passed.write()
+    assert plan.read_record(record.path).verdict == "passed"
+    assert dataclasses.replace(passed, parity={"passed": False}).verdict == "FAILED"
+    assert dataclasses.replace(passed, layers={"failures": ["x"]}).verdict == "FAILED"
+    assert dataclasses.replace(passed, layers={"failures": ["x"]}, parity=None).verdict == "FAILED"
+
+
+@pytest.mark.parametrize("length", [0, 1, 20, 400])
+def test_a_truncated_record_is_named(run: bundle.Run, length: int) -> None:
+    path = record_of(run).path
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ArtefactError, match=path.name):
+        plan.read_record(path)
+
+
+def test_a_record_of_another_key_is_refused(run: bundle.Run) -> None:
+    record = record_of(run)
+    values = json.loads(record.path.read_text())
+    values["fields"]["gpu"] = "GPU B"
+    record.path.write_text(json.dumps(values))
+    with pytest.raises(ArtefactError, match="another engine"):
+        plan.read_record(record.path)
+    renamed = record.path.with_name("0" * 20 + ".json")
+    record.write()
+    record.path.rename(renamed)
+    with pytest.raises(ArtefactError, match="another engine"):
+        plan.read_record(renamed)
+
+
+def test_a_plan_that_is_not_the_recorded_one_is_refused(run: bundle.Run) -> None:
+    record = record_of(run)
+    record.plan.write_bytes(PLAN[:-1] + b"E")
+    with pytest.raises(ArtefactError, match="refused: sha256"):
+        record.read_plan()
+    record.plan.unlink()
+    with pytest.raises(ArtefactError, match="missing"):
+        record.read_plan()
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"ELF" + PLAN[3:], "another tag"),
+        (PLAN[:20], "another tag"),
+        (struct.pack("<II16x4B", plan.PLAN_TAG, 0, 10, 13, 0, 35) + b"code", "TensorRT 10.13.0"),
+    ],
+)
+def test_a_plans_header_is_read_before_its_code(run: bundle.Run, data: bytes, told: str) -> None:
+    record = dataclasses.replace(
+        record_of(run), plan_bytes=len(data), plan_sha256=hashlib.sha256(data).hexdigest()
+    )
+    record.plan.write_bytes(data)
+    with pytest.raises(ArtefactError, match=told):
+        record.read_plan()
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "stale"),
+    [
+        ({}, {"gpu": "GPU B"}, ["gpu: built with GPU A, here GPU B"]),
+        ({}, {"tensorrt": "11.1.0.107"}, ["tensorrt: built with 11.1.0.106, here 11.1.0.107"]),
+        ({}, {"cuda": "12.9", "gpu": "GPU B"}, ["cuda", "gpu"]),
+        ({"hardware_compatible": True}, {"gpu": "GPU B", "compute_capability": "8.6"}, []),
+        ({"hardware_compatible": True}, {"compute_capability": "7.5"}, ["compute_capability"]),
+        ({"version_compatible": True}, {"tensorrt": "11.2.0.1", "cuda": "13.3"}, []),
+        ({"version_compatible": True}, {"tensorrt": "11.0.0.1"}, ["tensorrt"]),
+        ({"version_compatible": True}, {"tensorrt": "12.0.0.1"}, ["tensorrt"]),
+    ],
+)
+def test_each_field_that_differs_is_named(
+    run: bundle.Run, options: dict[str, Any], change: dict[str, str], stale: list[str]
+) -> None:
+    record_of(run, **options)
+    (state,) = plan.survey(run, dataclasses.replace(HERE, **change))
+    assert len(state.reasons) == len(stale)
+    for reason, expected in zip(state.reasons, stale, strict=True):
+        assert reason.startswith(expected)
+
+
+def test_survey_without_a_machine_compares_the_export(run: bundle.Run) -> None:
+    record = record_of(run)
+    (state,) = plan.survey(run, None)
+    assert state.reasons == ()
+    manifest = run.exports()[0] / bundle.MANIFEST
+    values = bundle.read_json(manifest)
+    values["files"]["weights.bin"]["sha256"] = "f" * 64
+    bundle.write_json(manifest, values)
+    (state,) = plan.survey(run, None)
+    assert [reason.split(":")[0] for reason in state.reasons] == ["weights_sha256"]
+    record.plan.unlink()
+    (state,) = plan.survey(run, HERE)
+    assert state.reasons[-1] == f"{record.plan.name} is missing"
+
+
+def test_survey_names_what_is_damaged_or_gone(run: bundle.Run, tmp_path: Path) -> None:
+    record = record_of(run)
+    run.exports()[0].rename(tmp_path / "elsewhere")
+    (state,) = plan.survey(run, HERE)
+    assert state.reasons == ("its export step-fp16 is gone",)
+    record.path.write_text("{")
+    (state,) = plan.survey(run, HERE)
+    assert state.record is None
+    assert record.path.name in state.reasons[0]
+
+
+def test_only_a_whole_engine_is_found(run: bundle.Run) -> None:
+    record = record_of(run)
+    assert plan.find_plan(run, record.fields) == record
+    assert plan.find_plan(run, {**record.fields, "gpu": "GPU B"}) is None
+    record.plan.write_bytes(b"")
+    assert plan.find_plan(run, record.fields) is None
