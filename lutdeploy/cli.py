@@ -9,6 +9,7 @@ import contextlib
 import json
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -967,10 +968,11 @@ def sample(
             try:
                 with _progress("rate") as bar:
                     task = bar.add_task("sample", total=count, completed=count - missing, rate="")
+                    done, start = 0, time.perf_counter()
                     for made in sample_folder.fill(folder, engine, table, count, batch):
-                        bar.advance(task, made)
-                        speed = bar.tasks[0].speed
-                        bar.update(task, rate=f"{speed:.1f} images/s" if speed else "")
+                        done += made
+                        speed = done / (time.perf_counter() - start)
+                        bar.update(task, advance=made, rate=f"{speed:.1f} images/s")
             except KeyboardInterrupt:
                 _stop(f"interrupted: {folder.progress(count)}", INTERRUPTED)
             except OSError as error:  # a full disk, say
@@ -992,9 +994,11 @@ def _require_verdict(path: Path, identity: dict[str, Any]) -> None:
     verdicts = run.verdicts() if run else {}
     verdict = verdicts.get(_parity_key(identity), {})
     if verdict.get("engine_sha256") != identity["engine_sha256"]:
-        _note(
-            "this export has passed the check at export; `lutdeploy parity` has not judged it yet"
-        )
+        if identity["backend"] != "tensorrt":  # an engine has the verdict of its build
+            _note(
+                "this export has passed the check at export; `lutdeploy parity` has not judged "
+                "it yet"
+            )
     elif not verdict.get("passed"):
         raise ParityError(
             f"export {identity['export']} failed parity; `lutdeploy parity` shows where, "
@@ -1097,7 +1101,7 @@ def doctor(as_json: bool) -> None:
     else:
         for finding in findings:
             mark = "ok" if finding.works else ("MISSING" if finding.required else "-")
-            click.echo(f"{mark:8}{finding.subject:40}{finding.detail}")
+            click.echo(f"{mark:8}{finding.subject:39} {finding.detail}")
     broken = [finding.subject for finding in findings if finding.required and not finding.works]
     if broken:
         raise LutDeployError(f"missing or broken: {', '.join(broken)}")
