@@ -87,6 +87,7 @@ def test_every_kind_of_file_is_decoded(tmp_path: Path) -> None:
     assert (by_name["clear.png"] == 255).all(), "transparent shows white"
     assert (by_name["clear-grey.png"] == 255).all()
     assert (by_name["grey.png"] == 90).all()
+    assert (by_name["deep.png"] == round(40000 / 257)).all(), "16 bits are scaled, not clipped"
 
 
 def test_images_are_cropped_to_the_centre(tmp_path: Path) -> None:

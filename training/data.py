@@ -66,6 +66,8 @@ def decode(path: Path, size: int, channels: int = 3) -> NDArray[np.uint8]:
         # A JPEG may be decoded at a reduced scale, never below what is needed.
         file.draft("RGB", (2 * size, 2 * size))
         image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's convert would clip
+            image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
