@@ -15,7 +15,7 @@ import datetime
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -440,15 +440,20 @@ def _row_values(time: TimeBias, row: Step) -> dict[str, Tensor]:
     return values
 
 
-def _unroll(steps: list[ir.Model], signature: Signature) -> ir.Model:
-    """Chain fixed step graphs into one graph; equal initializers are shared."""
+def _unroll(steps: Iterable[ir.Model], signature: Signature) -> ir.Model:
+    """Chain fixed step graphs into one graph; equal initializers are shared.
+
+    Each is copied before the next is asked for, so they may be one graph that changes.
+    """
     (noise,), (image,) = signature.inputs, signature.outputs
     floats = ir.TensorType(ir.DataType.FLOAT)
     source = ir.Value(name=noise.name, type=floats, shape=ir.Shape(noise.shape))
     shared: dict[str, ir.Value] = {}
     nodes: list[ir.Node] = []
     x, x0 = source, source
+    opsets: dict[str, int] = {}
     for k, step in enumerate(steps):
+        opsets, ir_version = dict(step.graph.opset_imports), step.ir_version
         prefix = f"step_{k:02d}/"
         values = dict(zip(step.graph.inputs, (x, x0), strict=False))
         for name, value in step.graph.initializers.items():
@@ -478,20 +483,22 @@ def _unroll(steps: list[ir.Model], signature: Signature) -> ir.Model:
         [x],
         nodes=nodes,
         initializers=list(shared.values()),
-        opset_imports=dict(steps[0].graph.opset_imports),
+        opset_imports=opsets,
         name="lutdeploy",
     )
-    first = steps[0]
     return ir.Model(
         graph,
-        ir_version=first.ir_version,
-        producer_name=first.producer_name,
-        producer_version=first.producer_version,
+        ir_version=ir_version,
+        producer_name="lutdeploy",
+        producer_version=lutdeploy.__version__,
     )
 
 
 def _fixed_steps(model: LutTransformer, precision: str, table: StepTable) -> Iterator[ir.Model]:
-    """The graph of each row; the network is traced once per signature."""
+    """The graph of each row; the network is traced once per signature.
+
+    What is yielded is the traced graph itself, which takes the next row's values afterwards.
+    """
     time = TimeBias(model.stem)
     fixed = FixedStepGraph(model, precision)
     traced: dict[bool, ir.Model] = {}
@@ -500,10 +507,10 @@ def _fixed_steps(model: LutTransformer, precision: str, table: StepTable) -> Ite
         if previous not in traced:
             signature = fixed_step_signature(model.config, row)
             traced[previous] = _trace(fixed, signature, values)
-        graph = traced[previous].clone()
         for name, value in values.items():
-            graph.graph.initializers[name].const_value = ir.tensor(value.numpy(), name=name)
-        yield graph
+            initializer = traced[previous].graph.initializers[name]
+            initializer.const_value = ir.tensor(value.numpy(), name=name)
+        yield traced[previous]
 
 
 def write_graphs(model: LutTransformer, plan: ExportPlan, folder: Path) -> tuple[str, ...]:
@@ -529,7 +536,7 @@ def write_graphs(model: LutTransformer, plan: ExportPlan, folder: Path) -> tuple
             for k, graph in enumerate(_fixed_steps(model, plan.precision, plan.table)):
                 write(graph, f"step-{k:03d}.onnx")
         else:
-            steps = list(_fixed_steps(model, plan.precision, plan.table))
+            steps = _fixed_steps(model, plan.precision, plan.table)
             write(_unroll(steps, loop_signature(config)), "loop.onnx")
     for name in names:
         check_graph(folder / name)
