@@ -36,13 +36,36 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """What libraries make of a Ctrl-C, an import error say, is a KeyboardInterrupt again."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # a shell's background job is told to ignore it
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class OneLineErrors(click.Group):
     """Errors as one line on stderr: exit code 2 for usage, 1 for failure, 130 for Ctrl-C."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         try:
-            code = super().main(*args, **kwargs)
+            with _interrupts():
+                code = super().main(*args, **kwargs)
         except click.ClickException as error:
             _stop(error.format_message(), error.exit_code)
         except LutDeployError as error:
