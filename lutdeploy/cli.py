@@ -202,7 +202,9 @@ PROVIDER = click.option(
 )
 EXPORT = click.option("--export", help="Name of an export of the run; the newest by default.")
 THREADS = click.option(
-    "--threads", type=POSITIVE, help="CPU threads; the backend's own choice by default."
+    "--threads",
+    type=click.IntRange(1, 1024),  # many more, and starting them takes the process down
+    help="CPU threads; the backend's own choice by default.",
 )
 SOLVER = click.option("--solver", type=click.Choice(tuple(SOLVERS)), help="Default: euler.")
 STEPS = click.option("--steps", type=POSITIVE, help="Network evaluations. Default: 64.")

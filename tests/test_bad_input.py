@@ -538,6 +538,7 @@ def test_steps_that_an_export_does_not_hold(model_run: Path, exported: Exports) 
         ("--backend", "openvino"),
         ("--format", "jpg"),
         ("--threads", 0),
+        ("--threads", 100_000),
     ],
 )
 def test_sample_option_out_of_range(
