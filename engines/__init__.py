@@ -77,6 +77,8 @@ def open_engine(
         if backend == "tensorrt":
             return _open_tensorrt(located.run, manifest, device or "cuda", batch, unverified)
         return _open_onnxruntime(located.run, manifest, device or "cpu", threads)
+    if export is not None:
+        raise UsageError(f"export {export}: backend torch runs the model and no export")
     if located.model is None:
         raise UsageError(f"{path} has no {bundle.MODEL} beside it, which backend torch runs")
     if located.export is not None:

@@ -850,6 +850,8 @@ def parity(
     from lutdeploy.sampling import batch_noise, check_table, choose_table
 
     backend, device = _place(backend, device, provider)
+    if backend == "torch" and (fp16 or export):
+        raise UsageError("--fp16 and --export name an export; --backend torch runs the model")
     path = _find(run)
     located = bundle.locate(path)
     if located.model is None:

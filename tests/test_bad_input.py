@@ -106,6 +106,13 @@ def test_run_without_export(model_run: Path) -> None:
     assert "run `lutdeploy export" in fail(2, "sample", model_run, "--backend", "onnxruntime")
 
 
+def test_torch_runs_no_export(export_run: Path, tmp_path: Path) -> None:
+    export, torch_ = ("--export", "step-fp32"), ("--backend", "torch")
+    assert "runs the model" in fail(2, *sample(export_run, tmp_path / "out", *export, *torch_))
+    assert "runs the model" in fail(2, "parity", export_run, *export, *torch_)
+    assert "runs the model" in fail(2, "parity", export_run, "--fp16", *torch_)
+
+
 def test_no_export_of_this_name(export_run: Path, tmp_path: Path) -> None:
     line = fail(2, *sample(export_run, tmp_path / "out", "--export", "step-int8"))
     assert "no export 'step-int8'; it has step-fp32" in line
