@@ -788,6 +788,10 @@ def test_resuming_with_the_same_command(pictures: Path, tmp_path: Path) -> None:
     succeed(*arguments)
     succeed(*arguments, "--resume", "--steps", 2)
     assert read_metadata(bundle.Run(tmp_path / "out").model)[1]["step"] == 2
+    settings = bundle.Run(tmp_path / "out").settings.read_bytes()
+    line = fail(2, *arguments, "--resume", "--steps", 1)
+    assert line.endswith(f"--steps 1: {tmp_path / 'out'} has 2 steps already")
+    assert bundle.Run(tmp_path / "out").settings.read_bytes() == settings
 
 
 @pytest.mark.parametrize("file", ["training_state", "settings"])

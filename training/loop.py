@@ -247,6 +247,7 @@ def train(
         NonFiniteError: NaN or Inf in the loss or the state; the last checkpoint stays as it is.
         BackendError: the perceptual loss cannot be loaded.
         ArtefactError: a damaged training state.
+        UsageError: it has more steps already, or other images.
     """
     schedule = schedule or Schedule()
     for path in (run.settings, run.model, run.training_state, run.log):
@@ -258,6 +259,8 @@ def train(
     chosen, held = data.split(settings.held_out, settings.seed)
     if resume and run.training_state.is_file():
         state.restore(run, len(chosen))
+        if settings.steps < state.step:
+            raise UsageError(f"--steps {settings.steps}: {run.path} has {state.step} steps already")
         state.save_model(run)  # a kill between the two files leaves it one checkpoint behind
     bundle.write_json(run.settings, settings.to_dict())
     _cut_log(run, state.step)
