@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -255,9 +257,9 @@ def test_sessions_that_do_not_fit_are_opened_again(
 ) -> None:
     opened: list[str] = []
 
-    def count(graph: Path, *more: Any) -> ort.InferenceSession:
+    def count(graph: Path, *more: Any, **options: Any) -> ort.InferenceSession:
         opened.append(graph.name)
-        return open_session(graph, *more)
+        return open_session(graph, *more, **options)
 
     monkeypatch.setattr("engines.onnxruntime_engine.open_session", count)
     with open_engine(exported(graph="per-step"), "onnxruntime") as engine:
@@ -268,6 +270,30 @@ def test_sessions_that_do_not_fit_are_opened_again(
         for _ in range(2):
             assert np.array_equal(lutdeploy.sample(engine, 2), expected)
     assert opened == [f"step-{k:03d}.onnx" for k in (*range(5), *again)]
+
+
+def test_sessions_of_a_per_step_export_share_their_arena(exported: Exported) -> None:
+    """Measured in a process of its own, whose memory nobody else has grown."""
+    pytest.importorskip("resource")
+    program = (
+        "import resource, sys, numpy as np\n"
+        "from pathlib import Path\nfrom lutdeploy import bundle\n"
+        "from engines.onnxruntime_engine import OnnxRuntimeDenoiser\n"
+        "manifest = bundle.read_manifest(Path(sys.argv[1]))\n"
+        "with OnnxRuntimeDenoiser(manifest, threads=1) as engine:\n"
+        "    sessions = [engine.session(k) for k in range(len(manifest.graphs))]\n"
+        "    x = np.zeros((512, *engine.config.image_shape), np.float32)\n"
+        "    peaks = []\n"
+        "    for k, session in enumerate(sessions):\n"
+        "        feed = {spec.name: x for spec in session.get_inputs()}\n"
+        "        session.run(None, feed)\n"
+        "        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "print(*peaks)\n"
+    )
+    command = [sys.executable, "-c", program, str(exported(graph="per-step"))]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, *_, last = (int(peak) for peak in run.stdout.split())
+    assert last - first < 0.1 * first, "five sessions take what one takes"
 
 
 def test_reference_is_what_the_torch_backend_runs(golden_runs: RunOf) -> None:
