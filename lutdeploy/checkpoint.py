@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -247,12 +248,15 @@ def read_author_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; the error says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ").split("Please")[0].split("This file")[0]
+        found = re.search(r"(Unsupported|Trying to load|GLOBAL).*?(?= Please|\n|$)", str(error))
+        reason = found[0] if found else str(error)  # without PyTorch's advice to trust the file
         raise ArtefactError(
             f"{path} refused: its pickle holds more than tensors, or is damaged, and is not "
-            f"executed ({reason.strip()[:160]})"
+            f"executed ({' '.join(reason.split())[:160]})"
         ) from error
     except Exception as error:  # torch.load raises anything on a damaged file
         first = (str(error) or type(error).__name__).splitlines()[0]

@@ -284,6 +284,7 @@ def test_code_in_a_pickle_is_not_run(zipped: bool, tmp_path: Path) -> None:
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     line = fail(1, "import", path, "--out", tmp_path / "run")
     assert "evil.pth refused: its pickle holds more than tensors" in line
+    assert "open" in line.partition(" (")[2], "it says what was found"
     assert not marker.exists()
     assert not (tmp_path / "run").exists()
 
