@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -95,7 +96,8 @@ def open_session(
         chosen = [(provider, dict(provider_options or {}))]
         session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # its exceptions derive from RuntimeError or from nothing
-        first = str(error).splitlines()[0]
+        # Without the place in its source that it names first.
+        first = re.sub(r"^\S+\.cc:\d+ .*?\) (?=[A-Z])", "", str(error).splitlines()[0])
         if provider != PROVIDERS["cpu"]:
             raise BackendError(
                 f"{provider} cannot run here, {PROVIDERS['cpu']} can: {first[:200]}"

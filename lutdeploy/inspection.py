@@ -8,6 +8,7 @@ from typing import Any
 from lutdeploy import bundle, plan
 from lutdeploy.checkpoint import read_metadata
 from lutdeploy.config import ModelConfig
+from lutdeploy.errors import ArtefactError
 
 
 def _about_model(config: ModelConfig) -> dict[str, Any]:
@@ -80,6 +81,8 @@ def inspect_model(path: Path) -> dict[str, Any]:
 def inspect_engines(run: bundle.Run, machine: plan.Machine | None) -> list[dict[str, Any]]:
     """The TensorRT engines of a run: what each was built for, its verdict, why it is stale.
 
+    Plans are held against their recorded hash, and not deserialised.
+
     Args:
         run: the run folder.
         machine: what engines are tied to here; None compares them with the exports alone.
@@ -98,7 +101,13 @@ def inspect_engines(run: bundle.Run, machine: plan.Machine | None) -> list[dict[
                 "fields": state.record.fields,
                 "layers": state.record.layers,
             }
-        found.append({**about, "stale": list(state.reasons), "machine_compared": bool(machine)})
+        reasons = list(state.reasons)
+        if state.record is not None and not reasons:
+            try:
+                state.record.read_plan()
+            except ArtefactError as error:
+                reasons.append(str(error))
+        found.append({**about, "stale": reasons, "machine_compared": bool(machine)})
     return found
 
 

@@ -20,6 +20,7 @@ from lutdeploy.errors import ArtefactError, UsageError
 
 RECORD_FORMAT = 1
 PLAN_TAG = 0x74727466  # "ftrt", little-endian, as in TensorRT's samples/common/sampleEngines.cpp
+HEADER_BYTES = 28
 AMPERE = (8, 0)
 
 
@@ -191,13 +192,30 @@ class PlanRecord:
                 f"{self.plan} refused: sha256 {digest[:12]}…, its record says "
                 f"{self.plan_sha256[:12]}…; build again"
             )
+        self.check_header(data)
+        return data
+
+    def check_header(self, data: bytes | None = None) -> None:
+        """Hold the plan's tag and version bytes against the record.
+
+        Args:
+            data: the plan, or its beginning; None reads that and no more.
+
+        Raises:
+            ArtefactError: missing, no plan, or of another TensorRT version.
+        """
+        if data is None:
+            try:
+                with self.plan.open("rb") as file:
+                    data = file.read(HEADER_BYTES)
+            except OSError as error:
+                raise ArtefactError(f"{self.plan.name} is missing or unreadable") from error
         found = plan_version(data)
         if self.fields["tensorrt"].split(".")[:3] != found.split("."):
             raise ArtefactError(
                 f"{self.plan} was written by TensorRT {found}, its record says "
                 f"{self.fields['tensorrt']}; build again"
             )
-        return data
 
 
 def read_record(path: Path) -> PlanRecord:
@@ -249,7 +267,7 @@ def plan_version(data: bytes) -> str:
     Raises:
         ArtefactError: not a plan.
     """
-    if len(data) < 28 or struct.unpack_from("<I", data)[0] != PLAN_TAG:
+    if len(data) < HEADER_BYTES or struct.unpack_from("<I", data)[0] != PLAN_TAG:
         raise ArtefactError("not a TensorRT plan: its header has another tag")
     return ".".join(str(part) for part in data[24:27])
 
@@ -304,7 +322,7 @@ class PlanState:
 def survey(run: bundle.Run, machine: Machine | None) -> list[PlanState]:
     """Every engine of a run beside the run's exports and this machine.
 
-    The records alone are read: no plan is opened.
+    Records and the plans' headers are read, no plan is deserialised.
 
     Args:
         run: the run folder.
@@ -325,7 +343,9 @@ def survey(run: bundle.Run, machine: Machine | None) -> list[PlanState]:
             states.append(PlanState(path, None, (str(error),)))
             continue
         reasons = differences(record, {**export_fields(manifest, record.graph_file), **here})
-        if not record.plan.is_file():
-            reasons.append(f"{record.plan.name} is missing")
+        try:
+            record.check_header()
+        except ArtefactError as error:
+            reasons.append(str(error))
         states.append(PlanState(path, record, tuple(reasons)))
     return states

@@ -37,6 +37,7 @@ FORMATS = ("png", "npz")
 EXTRAS = ("grid.png", "trajectory.png", "trajectory.gif")
 WAITING_BATCHES = 2  # encoded beside the computation; bounded, so memory is flat in n
 GRID_IMAGES = 256
+DIGITS = 6  # at least, in a picture's name
 
 
 def settings(
@@ -65,6 +66,11 @@ def _encode(image: NDArray[Any], file_format: str) -> bytes:
     return buffer.getvalue()
 
 
+def _numbered(stem: str) -> bool:
+    """Whether a file may be one of this command's pictures, by its name without the ending."""
+    return len(stem) >= DIGITS and stem.isdigit()
+
+
 class SampleFolder:
     """A locked folder with the pictures of one set of settings. Use :func:`open_folder`."""
 
@@ -74,7 +80,7 @@ class SampleFolder:
         manifest = path / MANIFEST
         if manifest.is_file():
             self._read(manifest)
-        elif foreign := [p.name for p in path.glob(f"*.{wanted['format']}") if p.stem.isdigit()]:
+        elif foreign := [p.name for p in path.glob(f"*.{wanted['format']}") if _numbered(p.stem)]:
             raise UsageError(
                 f"{path} holds pictures such as {min(foreign)} but no {MANIFEST}: not made by "
                 "this command; choose another --out or --overwrite"
@@ -106,7 +112,7 @@ class SampleFolder:
             bundle.write_atomic(manifest, text.encode())
 
     def name(self, index: int) -> str:
-        return f"{index:06d}.{self.settings['format']}"
+        return f"{index:0{DIGITS}d}.{self.settings['format']}"
 
     def missing(self, n: int) -> list[int]:
         """Which of images 0 … n−1 are not there yet."""
@@ -185,7 +191,7 @@ def _clear(path: Path) -> None:
     """Remove what this command makes, and nothing else."""
     for entry in path.iterdir():
         stem, _, suffix = entry.name.lstrip(".").partition(".")
-        ours = entry.name in (MANIFEST, *EXTRAS) or (stem.isdigit() and suffix in FORMATS)
+        ours = entry.name in (MANIFEST, *EXTRAS) or (_numbered(stem) and suffix in FORMATS)
         if ours and entry.is_dir():
             shutil.rmtree(entry)
         elif ours:

@@ -28,7 +28,7 @@ CORE = {
     "parity": {"errors", "images", "model", "reference", "sampling", "solvers"},
     "export": {"bundle", "config", "errors", "lut", "model", "signature", "solvers"},
     "sample_folder": {"bundle", "errors", "images", "sampling", "solvers"},
-    "inspection": {"bundle", "checkpoint", "config", "plan"},
+    "inspection": {"bundle", "checkpoint", "config", "errors", "plan"},
 }
 
 

@@ -708,7 +708,9 @@ def test_sampling_into_pictures_of_other_settings(model_run: Path, tmp_path: Pat
     assert "--overwrite" in line
     assert contents(out) == before
     (out / "mine.txt").write_text("kept")
+    (out / "7.png").write_bytes(b"somebody's own")
     succeed(*sample(model_run, out, "--seed", 2, "--steps", 3, "-n", 1, "--overwrite"))
+    assert (out / "7.png").read_bytes() == b"somebody's own"
     after = contents(out)
     assert after["000000.png"] != before["000000.png"]
     assert "000001.png" not in after  # it was of the other settings

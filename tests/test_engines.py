@@ -17,7 +17,7 @@ import torch
 import lutdeploy
 from engines import Engine, open_engine
 from engines.onnxruntime_device import OnnxRuntimeDeviceDenoiser
-from engines.onnxruntime_engine import execution_provider, open_session
+from engines.onnxruntime_engine import execution_provider, misplaced_products, open_session
 from lutdeploy import bundle, images
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import batch_noise
@@ -221,6 +221,15 @@ def test_a_provider_that_cannot_load_is_an_error_not_a_fallback(exported: Export
         lutdeploy.load(exported(), "onnxruntime", "cuda")
     if not listed:
         pytest.skip("the installed onnxruntime does not even list CUDA: only the listing was seen")
+
+
+def test_matrix_products_that_run_elsewhere_are_named(exported: Exported) -> None:
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    session = open_session(exported() / "step.onnx", cpu)
+    assert misplaced_products(session, cpu) == []
+    strays = misplaced_products(session, cuda)
+    assert len(strays) >= 14
+    assert f"head/MatMul_1 on {cpu}" in strays
 
 
 def test_a_session_that_fell_back_is_an_error(

@@ -193,7 +193,10 @@ def test_survey_without_a_machine_compares_the_export(run: bundle.Run) -> None:
     assert [reason.split(":")[0] for reason in state.reasons] == ["weights_sha256"]
     record.plan.unlink()
     (state,) = plan.survey(run, HERE)
-    assert state.reasons[-1] == f"{record.plan.name} is missing"
+    assert state.reasons[-1] == f"{record.plan.name} is missing or unreadable"
+    record.plan.write_bytes(b"ftrt")
+    (state,) = plan.survey(run, HERE)
+    assert "another tag" in state.reasons[-1]
 
 
 def test_survey_names_what_is_damaged_or_gone(run: bundle.Run, tmp_path: Path) -> None:

@@ -243,6 +243,7 @@ def test_a_damaged_engine_is_built_again(tensorrt: TensorRT, built_run: Runs, da
         record.path.write_bytes(text[: len(text) // 2] if damage == "half a record" else b"")
     refused = told("sample", run.path, "--backend", "tensorrt", "--out", run.path / "out")
     assert record.plan.stem in refused
+    assert "STALE: " in succeed("inspect", run.path).stdout
     assert tensorrt.controls.deserialized == 0
     result = succeed("build", run.path, *BATCH)
     assert "damaged: building it again" in result.stderr
