@@ -12,7 +12,7 @@ from lutdeploy import bundle, plan
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import Denoiser
 
-BACKENDS = ("auto", "torch", "onnxruntime", "tensorrt")
+BACKENDS = ("auto", "torch", "onnxruntime", "openvino", "tensorrt")
 
 
 class Engine(Denoiser, Protocol):
@@ -38,20 +38,22 @@ def open_engine(
     threads: int | None = None,
     batch: int | None = None,
     unverified: bool = False,
+    precision: str | None = None,
 ) -> Engine:
     """Open a run folder, an export folder or a model.safetensors with a backend.
 
     Args:
         path: what to open; of a run folder the newest export, unless ``export`` names one.
-        backend: "torch" runs the model file, "onnxruntime" an export, "tensorrt" the engines
-            that were built from an export, "auto" an export in ONNX Runtime where there is
-            one and the model file elsewhere.
+        backend: "torch" runs the model file, "onnxruntime" and "openvino" an export,
+            "tensorrt" the engines that were built from an export, "auto" an export in ONNX
+            Runtime where there is one and the model file elsewhere.
         device: "cpu", "cuda" or "cuda:N"; for onnxruntime also "tensorrt" or an execution
             provider's name. By default "cuda" for tensorrt, "cpu" for the others.
         export: the name of an export of the run, such as "step-fp16".
         threads: of one operator; with torch, of every operator in the process.
         batch: for tensorrt, the batch size to choose among several engines for.
         unverified: for tensorrt, use engines that have not passed their checks.
+        precision: for openvino, of the arithmetic: "fp32", the default, or "bf16".
 
     Raises:
         UsageError: nothing there, or nothing that this backend can run.
@@ -63,19 +65,23 @@ def open_engine(
         raise BackendError(
             f"no backend {backend!r} in this version; there are {', '.join(BACKENDS)}"
         )
+    if precision is not None and backend != "openvino":
+        raise UsageError(f"precision {precision} is for backend openvino; elsewhere the export's")
     located = bundle.locate(Path(path))
     if backend == "tensorrt" and export is None and located.export is None and located.run:
         export = newest_built_export(located.run)
     folder = choose_export(located, export)
     if backend == "auto":
         backend = "onnxruntime" if folder else "torch"
-    if backend in ("onnxruntime", "tensorrt"):
+    if backend in ("onnxruntime", "openvino", "tensorrt"):
         if folder is None:
             raise UsageError(f"{path} has no export; run `lutdeploy export {path}` first")
         manifest = bundle.read_manifest(folder)
         require_same_model(manifest, located.model)
         if backend == "tensorrt":
             return _open_tensorrt(located.run, manifest, device or "cuda", batch, unverified)
+        if backend == "openvino":
+            return _open_openvino(manifest, device or "cpu", precision or "fp32", threads)
         return _open_onnxruntime(located.run, manifest, device or "cpu", threads)
     if export is not None:
         raise UsageError(f"export {export}: backend torch runs the model and no export")
@@ -108,6 +114,18 @@ def _open_onnxruntime(
         ) from error
     cache = run.provider_cache if run else None
     return OnnxRuntimeDeviceDenoiser(manifest, device, cuda, cache)
+
+
+def _open_openvino(
+    manifest: bundle.Manifest, device: str, precision: str, threads: int | None
+) -> Engine:
+    try:
+        from engines.openvino_engine import OpenVinoDenoiser
+    except ImportError as error:
+        raise BackendError(
+            f"OpenVINO is not installed here ({error}); pip install 'lutdeploy[openvino]'"
+        ) from error
+    return OpenVinoDenoiser(manifest, device, precision, threads)
 
 
 def _open_tensorrt(

@@ -70,6 +70,20 @@ def _providers() -> list[Finding]:
     return findings
 
 
+def _openvino() -> Finding:
+    """OpenVINO and what this CPU computes in with it."""
+    try:
+        import openvino as ov
+    except ImportError:
+        missing = "pip install 'lutdeploy[openvino]' for --backend openvino"
+        return Finding("openvino", False, missing, required=False)
+    core = ov.Core()
+    offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    kinds = " and ".join(kind.lower() for kind in ("FP32", "BF16") if kind in offered)
+    version = ov.__version__.split("-")[0]
+    return Finding("openvino", True, f"{version}, cpu computes in {kinds}", required=False)
+
+
 def _tensorrt() -> list[Finding]:
     """TensorRT, and of every engine under runs/ whether it fits and in what it does not."""
     machine = tensorrt_machine()
@@ -137,6 +151,7 @@ def examine() -> list[Finding]:
     else:
         detail = "pip install onnxruntime-gpu (or onnxruntime where there is no such wheel)"
         findings.append(Finding("onnxruntime", False, detail))
+    findings.append(_openvino())
     findings += _tensorrt()
     import torch
 

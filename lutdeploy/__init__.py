@@ -21,7 +21,7 @@ def load(path: str | Path, backend: str = "torch", device: str | None = None) ->
 
     Args:
         path: a run folder (its newest export), a model.safetensors, or one export folder.
-        backend: "torch", "onnxruntime", "tensorrt", or "auto".
+        backend: "torch", "onnxruntime", "openvino", "tensorrt", or "auto".
         device: "cpu", "cuda", or for onnxruntime "tensorrt" or an execution provider's name;
             by default the CPU, for tensorrt "cuda".
 

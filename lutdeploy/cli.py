@@ -167,12 +167,12 @@ def _open(
     device: str | None,
     export: str | None,
     threads: int | None,
-    **tensorrt: Any,
+    **special: Any,
 ) -> Engine:
-    """Open an engine and say what it is; ``tensorrt``: what that backend alone asks for."""
+    """Open an engine and say what it is; ``special``: what one backend alone asks for."""
     from engines import open_engine
 
-    engine = open_engine(path, backend, device, export, threads, **tensorrt)
+    engine = open_engine(path, backend, device, export, threads, **special)
     made = engine.identity
     name = f", export {made['export']}" if made["export"] else ""
     _note(f"backend: {made['backend']} on {made['device']}{name}")
@@ -186,7 +186,7 @@ RUN = click.argument("run", required=False, type=click.Path(path_type=Path))
 SEED = click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 BACKEND = click.option(
     "--backend",
-    type=click.Choice(("auto", "torch", "onnxruntime", "tensorrt")),
+    type=click.Choice(("auto", "torch", "onnxruntime", "openvino", "tensorrt")),
     default="auto",
     show_default=True,
     help="auto: onnxruntime when the run has an export, else torch.",
@@ -199,6 +199,11 @@ PROVIDER = click.option(
     "--provider",
     help="cpu, cuda, tensorrt, or the name of an execution provider, for --backend onnxruntime. "
     "No fallback.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(("fp32", "bf16")),
+    help="Arithmetic of --backend openvino. Default: fp32. Elsewhere it is the export's.",
 )
 EXPORT = click.option("--export", help="Name of an export of the run; the newest by default.")
 THREADS = click.option(
@@ -812,7 +817,7 @@ def _float32_reference(
 @RUN
 @click.option(
     "--backend",
-    type=click.Choice(("onnxruntime", "torch", "tensorrt")),
+    type=click.Choice(("onnxruntime", "torch", "openvino", "tensorrt")),
     default="onnxruntime",
     show_default=True,
 )
@@ -820,6 +825,7 @@ def _float32_reference(
 @EXPORT
 @DEVICE
 @PROVIDER
+@PRECISION
 @THREADS
 @click.option("-n", "count", type=POSITIVE, default=4, show_default=True, help="Images.")
 @SEED
@@ -833,6 +839,7 @@ def parity(
     export: str | None,
     device: str | None,
     provider: str | None,
+    precision: str | None,
     threads: int | None,
     count: int,
     seed: int,
@@ -874,14 +881,20 @@ def parity(
             raise UsageError(f"{path} has no export; run `lutdeploy export` first")
         if fp16 and bundle.read_manifest(folder).precision != "fp16":
             raise UsageError(f"{folder} is no fp16 export")
-    precision = bundle.read_manifest(folder).precision if folder else "fp32"
+    held = bundle.read_manifest(folder).precision if folder else "fp32"
     model = load_model(located.model)
-    opened = _open(folder or path, backend, device, None, threads, batch=count, unverified=True)
+    opened = _open(
+        *(folder or path, backend, device, None, threads),
+        batch=count,
+        unverified=True,
+        precision=precision,
+    )
     with opened as engine:
         table = choose_table(engine.table, solver, steps, shift)
         check_table(engine, table)
         noise = batch_noise(seed, range(count), model.config.image_shape)
-        report = compare(model, engine, precision, table, noise)
+        judged_as = "bf16" if precision == "bf16" else held
+        report = compare(model, engine, judged_as, table, noise)
         made = engine.identity
     if located.run is not None:
         record = {**made, "lutdeploy": __version__, **report.to_dict()}
@@ -939,6 +952,7 @@ def _show_report(report: Any) -> None:
 @BACKEND
 @DEVICE
 @PROVIDER
+@PRECISION
 @EXPORT
 @THREADS
 @click.option(
@@ -961,6 +975,7 @@ def sample(
     backend: str,
     device: str | None,
     provider: str | None,
+    precision: str | None,
     export: str | None,
     threads: int | None,
     file_format: str,
@@ -979,7 +994,12 @@ def sample(
 
     backend, device = _place(backend, device, provider)
     path = _find(run)
-    opened = _open(path, backend, device, export, threads, batch=batch, unverified=unverified)
+    opened = _open(
+        *(path, backend, device, export, threads),
+        batch=batch,
+        unverified=unverified,
+        precision=precision,
+    )
     with opened as engine:
         table = choose_table(engine.table, solver, steps, shift)
         check_table(engine, table)

@@ -33,6 +33,7 @@ RunOf = Callable[[str], bundle.Run]
 BACKENDS = (
     "torch",
     "onnxruntime",
+    "openvino",
     *(f"tensorrt {version}" for version in VERSIONS),  # the double
     "onnxruntime device",  # the code of its GPU providers, on the CPU
     pytest.param("torch cuda", marks=pytest.mark.gpu),
@@ -59,7 +60,7 @@ def engine(
         manifest = bundle.read_manifest(exported(preset))
         opened = OnnxRuntimeDeviceDenoiser(manifest, "cpu", CpuDevice())
     else:
-        path = exported(preset) if backend == "onnxruntime" else golden_runs(preset).model
+        path = golden_runs(preset).model if backend == "torch" else exported(preset)
         opened = lutdeploy.load(path, backend, detail or "cpu")
     with opened:
         yield opened
@@ -70,7 +71,7 @@ def test_conformance(engine: Engine, preset: str) -> None:
     golden = read_golden(preset)
     x, t, expected = (golden.arrays[name] for name in ("x", "t", "x0"))
     assert engine.config == golden.config
-    assert engine.identity["backend"] in ("torch", "onnxruntime", "tensorrt")
+    assert engine.identity["backend"] in ("torch", "onnxruntime", "openvino", "tensorrt")
 
     first = engine.predict_x0(x, t)  # timesteps differ within the batch
     assert first.dtype == np.float32
@@ -204,7 +205,9 @@ def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Expor
 
 
 def test_unknown_backend_lists_what_there_is(golden_runs: RunOf) -> None:
-    with pytest.raises(BackendError, match="there are auto, torch, onnxruntime, tensorrt"):
+    with pytest.raises(
+        BackendError, match="there are auto, torch, onnxruntime, openvino, tensorrt"
+    ):
         lutdeploy.load(golden_runs("dynamic-64").path, "tvm")
 
 

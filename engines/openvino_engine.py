@@ -1,0 +1,195 @@
+"""OpenVINO on the CPU: an exported graph behind the Denoiser protocol, in float32 or bfloat16.
+
+bfloat16 is OpenVINO's own conversion of the whole graph, islands included, which is why it has
+limits of its own in :mod:`lutdeploy.parity`. Graphs are compiled anew each time: that takes less
+than a second, and OpenVINO's cache of compiled graphs runs a blob with a flipped byte as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from lutdeploy.bundle import Manifest
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import ArtefactError, BackendError, UsageError
+from lutdeploy.sampling import Images, predict_by_row
+from lutdeploy.signature import Signature, graph_signature
+from lutdeploy.solvers import Step, StepTable
+
+DEVICE = "CPU"
+HINTS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
+CAPABILITIES = {"fp32": "FP32", "bf16": "BF16"}
+DTYPES = {"f32": "float32", "f16": "float16"}
+
+
+class OpenVinoDenoiser:
+    """One export in OpenVINO. The files are verified before anything runs.
+
+    Args:
+        manifest: of the export folder.
+        device: "cpu".
+        precision: of the arithmetic, "fp32" or "bf16"; never a silent other one.
+        threads: of one inference; OpenVINO's own choice by default.
+
+    Raises:
+        ArtefactError: a file differs from its hash, or a graph from its signature.
+        BackendError: another device, or a precision that this CPU does not compute in.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str = "cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+    ) -> None:
+        if device != "cpu":
+            raise BackendError(f"backend openvino runs on cpu alone, not on {device!r}")
+        if precision not in HINTS:
+            raise BackendError(f"no precision {precision!r}; there are {', '.join(HINTS)}")
+        self._core = ov.Core()
+        offered = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+        if CAPABILITIES[precision] not in offered:
+            raise BackendError(
+                f"this CPU does not compute in {precision}: OpenVINO offers {', '.join(offered)}"
+            )
+        manifest.verify()
+        self.manifest, self.precision = manifest, precision
+        self.whole_trajectory = manifest.graph == "loop"
+        self._settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
+        }
+        if threads is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = threads
+        self._requests: dict[int, Any] = {}
+        self._request(0)
+
+    def __enter__(self) -> OpenVinoDenoiser:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the compiled graphs."""
+        self._requests.clear()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.config
+
+    @property
+    def table(self) -> StepTable | None:
+        return self.manifest.table
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What made a picture: backend, device with its precision, export and hashes."""
+        return {
+            "backend": "openvino",
+            "device": f"{DEVICE} {self.precision}",
+            "export": self.manifest.name,
+            "engine_sha256": self.manifest.weights_sha256,
+            "model_sha256": self.manifest.source_sha256,
+        }
+
+    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`.
+
+        Raises:
+            UsageError: the export holds no graph for these timesteps.
+        """
+        if self.whole_trajectory:
+            raise UsageError("a loop export holds whole trajectories, no single prediction")
+        if self.table is not None:
+            return predict_by_row(self, x, t)
+        zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
+        feed = {"x": x, "t": np.asarray(t, np.float32), "a": zeros, "b": ones, "c": zeros}
+        return self._infer(0, {**feed, "x0_prev": x})[1]
+
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        previous = x if x0_prev is None else x0_prev
+        if self.table is None:
+            values = {"t": row.t, "a": row.a, "b": row.b, "c": row.c}
+            feed = {name: np.full(len(x), v, np.float32) for name, v in values.items()}
+            x_next, x0 = self._infer(0, {"x": x, "x0_prev": previous, **feed})
+            return x_next, x0
+        if row not in self.table.rows:
+            raise UsageError(f"this export holds no step {row}; it holds {self.table.describe()}")
+        feed = {"x": x, "x0_prev": previous} if row.c else {"x": x}
+        x_next, x0 = self._infer(self.table.rows.index(row), feed)
+        return x_next, x0
+
+    def run(self, noise: Images) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        if not self.whole_trajectory:
+            raise UsageError(f"a {self.manifest.graph} export holds steps, no whole trajectory")
+        return self._infer(0, {"noise": noise})[0]
+
+    def _signature(self, k: int) -> Signature:
+        return graph_signature(self.config, self.manifest.graph, self.table, k)
+
+    def _request(self, k: int) -> Any:
+        """The compiled graph k, ready to infer."""
+        if k in self._requests:
+            return self._requests[k]
+        path = self.manifest.folder / self.manifest.graphs[k]
+        compiled = self._compile(path)
+        runs = compiled.get_property("INFERENCE_PRECISION_HINT")
+        if runs != HINTS[self.precision]:
+            raise BackendError(f"OpenVINO would compute in {runs}, not in {self.precision}")
+        signature = self._signature(k)
+        inputs = [_describe(p, [spec.name for spec in signature.inputs]) for p in compiled.inputs]
+        outputs = [
+            _describe(p, [spec.name for spec in signature.outputs]) for p in compiled.outputs
+        ]
+        signature.check_graph(inputs, outputs, str(path))
+        self._requests[k] = compiled.create_infer_request()
+        return self._requests[k]
+
+    def _compile(self, path: Path) -> Any:
+        try:
+            return self._core.compile_model(str(path), DEVICE, self._settings)
+        except RuntimeError as error:
+            raise ArtefactError(f"OpenVINO cannot compile {path}: {_first_line(error)}") from error
+
+    def _infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
+        feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+        signature = self._signature(k)
+        signature.check_feed(feed)
+        request = self._request(k)
+        try:
+            results = request.infer(feed, share_inputs=True)
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO failed in {self.manifest.graphs[k]}: {_first_line(error)}; if memory "
+                "ran out, try a smaller --batch"
+            ) from error
+        # The request writes its next results into the same memory.
+        return [np.array(results[spec.name]) for spec in signature.outputs]
+
+
+def _describe(port: Any, names: Sequence[str]) -> tuple[str, str, tuple[str | int | None, ...]]:
+    """A compiled graph's input or output: its name among ``names``, dtype, shape.
+
+    A port has the names of everything that it was fused with.
+    """
+    own = port.get_names()
+    name = next((name for name in names if name in own), "/".join(sorted(own)))
+    shape = [None if d.is_dynamic else d.get_length() for d in port.get_partial_shape()]
+    dtype = port.get_element_type().get_type_name()
+    return name, DTYPES.get(dtype, dtype), tuple(shape)
+
+
+def _first_line(error: BaseException) -> str:
+    """OpenVINO begins with the place in its source; what it says stands last."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "?"

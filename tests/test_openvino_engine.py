@@ -1,0 +1,136 @@
+"""OpenVINO: what the conformance test does not ask."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import openvino as ov
+import pytest
+
+import engines.openvino_engine
+import lutdeploy
+from engines import open_engine
+from engines.openvino_engine import OpenVinoDenoiser
+from lutdeploy import bundle
+from lutdeploy.errors import ArtefactError, BackendError, UsageError
+from tests.command import fail, invoke, succeed
+
+Exported = Callable[..., Path]
+Runs = Callable[..., bundle.Run]
+HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU does not compute in bfloat16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+def test_every_kind_of_export_gives_the_pictures_of_onnxruntime(
+    exported: Exported, graph: str, precision: str
+) -> None:
+    folder = exported("dynamic-64", graph, precision)
+    steps, solver = (5, "dpmpp-2m") if graph == "step" else (None, None)
+    images = [
+        lutdeploy.sample(lutdeploy.load(folder, backend), 3, steps=steps, solver=solver, batch=2)
+        for backend in ("openvino", "onnxruntime")
+    ]
+    limit = 1e-4 if precision == "fp32" else 1e-2
+    assert np.abs(images[0] - images[1]).max() < limit
+
+
+def test_parity_judges_it_by_the_export(exported_run: Runs) -> None:
+    run = exported_run()
+    result = succeed("parity", run.path, "--backend", "openvino", "-n", 2)
+    assert result.stdout == "parity: passed\n"
+    (verdict,) = run.verdicts().values()
+    assert (verdict["backend"], verdict["device"]) == ("openvino", "CPU fp32")
+    assert verdict["precision"] == "fp16"
+
+
+@needs_bf16
+def test_bf16_has_a_verdict_of_its_own(exported_run: Runs, tmp_path: Path) -> None:
+    run = exported_run(precision="fp32")
+    result = succeed("parity", run.path, "--backend", "openvino", "--precision", "bf16", "-n", 2)
+    assert result.stdout == "parity: passed\n"
+    (verdict,) = run.verdicts().values()
+    assert verdict["device"] == "CPU bf16"
+    assert verdict["precision"] == "bf16"
+    assert float(verdict["final"]["max_abs"]) > 1e-3, "so it was bfloat16 that ran"
+    succeed(
+        *("sample", run.path, "--backend", "openvino", "--precision", "bf16", "-n", 1),
+        *("--steps", 2, "--out", tmp_path / "out"),
+    )
+    line = json.loads((tmp_path / "out" / "manifest.jsonl").read_text())
+    assert line["device"] == "CPU bf16"
+
+
+@needs_bf16
+def test_bf16_called_fp32_fails_parity(exported_run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engines.openvino_engine.HINTS, "fp32", ov.Type.bf16)
+    run = exported_run(precision="fp32")
+    result = invoke("parity", run.path, "--backend", "openvino", "-n", 1)
+    assert result.exit_code == 1
+    assert "parity failed" in result.stderr.splitlines()[-1]
+
+
+def test_a_precision_that_the_cpu_lacks_is_an_error(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = bundle.read_manifest(exported())
+    core = SimpleNamespace(get_property=lambda device, name: ["FP32", "INT8"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ov, "Core", lambda: core)
+        with pytest.raises(BackendError, match="does not compute in bf16: OpenVINO offers FP32"):
+            OpenVinoDenoiser(manifest, precision="bf16")
+    with pytest.raises(BackendError, match="no precision 'int4'"):
+        OpenVinoDenoiser(manifest, precision="int4")
+    with pytest.raises(BackendError, match="cpu alone"):
+        open_engine(exported(), "openvino", "cuda")
+    with pytest.raises(UsageError, match="for backend openvino"):
+        open_engine(exported(), "onnxruntime", precision="bf16")
+
+
+def test_another_precision_than_asked_for_is_an_error(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(OpenVinoDenoiser):
+        """Asks OpenVINO for float32 whatever it was told."""
+
+        def _compile(self, path: Path) -> object:
+            self._settings["INFERENCE_PRECISION_HINT"] = ov.Type.f32
+            return super()._compile(path)
+
+    monkeypatch.setitem(engines.openvino_engine.CAPABILITIES, "bf16", "FP32")
+    with pytest.raises(BackendError, match="OpenVINO would compute in"):
+        Silent(bundle.read_manifest(exported()), precision="bf16")
+
+
+def test_a_graph_of_other_inputs_is_refused(exported: Exported, tmp_path: Path) -> None:
+    step, loop = exported(), exported(graph="loop")
+    mixed = tmp_path / "step-fp32"
+    shutil.copytree(step, mixed)
+    shutil.copy(loop / "loop.onnx", mixed / "step.onnx")
+    values = bundle.read_json(mixed / "manifest.json")
+    values["files"] = bundle.hash_files(mixed)
+    bundle.write_json(mixed / "manifest.json", values)
+    with pytest.raises(ArtefactError, match=r"got inputs \['noise'\]"):
+        open_engine(mixed, "openvino")
+    (mixed / "step.onnx").write_bytes(b"no graph")
+    values["files"] = bundle.hash_files(mixed)
+    bundle.write_json(mixed / "manifest.json", values)
+    with pytest.raises(ArtefactError, match="OpenVINO cannot compile"):
+        open_engine(mixed, "openvino")
+
+
+def test_without_openvino_there_is_one_line(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "engines.openvino_engine")
+    out = tmp_path / "out"
+    said = fail(1, "sample", exported(), "--backend", "openvino", "--out", out)
+    assert "pip install 'lutdeploy[openvino]'" in said
