@@ -1,4 +1,4 @@
-"""Time of one sampling step: the original in eager PyTorch, ours, ONNX Runtime.
+"""Time of one sampling step: the original in eager PyTorch, ours, ONNX Runtime, OpenVINO.
 
     python -m benchmarks.step_speed
 
@@ -35,11 +35,15 @@ from lutdeploy.sampling import Images, batch_noise
 from lutdeploy.solvers import step_table
 
 ORIGINAL, OURS, ONNX_RUNTIME = "original, eager", "lutdeploy, eager", "ONNX Runtime, step export"
-CONTENDERS = (ORIGINAL, OURS, ONNX_RUNTIME)
-PRODUCT = "matrix product"  # the machine's peak, taken in the same rounds
-PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "numpy")
+OPENVINO, OPENVINO_BF16 = "OpenVINO, step export", "OpenVINO in bfloat16, step export"
+CONTENDERS = (ORIGINAL, OURS, ONNX_RUNTIME, OPENVINO)
+# The machine's peaks, taken in the same rounds, and who is measured by the narrower one.
+PRODUCT, PRODUCT_BF16 = "float32 matrix product", "bfloat16 matrix product"
+NARROW = {OPENVINO_BF16: PRODUCT_BF16}
+PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "numpy")
 ROW = step_table("euler", 64).rows[32]
 AGREEMENT = 1e-4  # max abs between any contender and the original, on x' and x0
+AGREEMENT_BF16 = 0.1  # outputs reach 5, where bfloat16's steps are 0.03
 PAUSE = 0.1  # seconds; idle threads spin for some milliseconds
 
 Outputs = tuple[Images, Images]  # x' and x0
@@ -99,11 +103,28 @@ def open_onnx_runtime(settings: Settings) -> Callable[[Images], Outputs]:
     return lambda noise: engine.step(noise, ROW, None)
 
 
-def open_product(size: int) -> Callable[[Images], Outputs]:
-    """A float32 matrix product [size, size]; the images pass through untouched."""
+def open_openvino(settings: Settings, precision: str) -> Callable[[Images], Outputs]:
+    """The same step export in OpenVINO."""
+    from engines import open_engine
+
+    engine = open_engine(settings.run, "openvino", threads=settings.threads, precision=precision)
+    return lambda noise: engine.step(noise, ROW, None)
+
+
+def narrow_contenders() -> tuple[str, ...]:
+    """Those in bfloat16, where this CPU computes in it."""
+    import openvino
+
+    offered = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return tuple(NARROW) if "BF16" in offered else ()
+
+
+def open_product(size: int, narrow: bool) -> Callable[[Images], Outputs]:
+    """A matrix product [size, size]; the images pass through untouched."""
     import torch
 
-    left, right, out = (torch.randn(size, size) for _ in range(3))
+    dtype = torch.bfloat16 if narrow else torch.float32
+    left, right, out = (torch.randn(size, size).to(dtype) for _ in range(3))
 
     def product(noise: Images) -> Outputs:
         torch.mm(left, right, out=out)
@@ -118,10 +139,12 @@ def serve(name: str, settings: Settings, config: ModelConfig, connection: Connec
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if name == PRODUCT:
-        step = open_product(settings.matrix)
+    if name in (PRODUCT, PRODUCT_BF16):
+        step = open_product(settings.matrix, narrow=name == PRODUCT_BF16)
     elif name == ONNX_RUNTIME:
         step = open_onnx_runtime(settings)
+    elif name in (OPENVINO, OPENVINO_BF16):
+        step = open_openvino(settings, "bf16" if name == OPENVINO_BF16 else "fp32")
     else:
         step = open_torch(settings, original=name == ORIGINAL)
     noise = batch_noise(0, range(settings.batch), config.image_shape)
@@ -142,8 +165,9 @@ def processes(settings: Settings, config: ModelConfig) -> Iterator[dict[str, Con
     """A process for each contender, by name; its outputs are the first thing to receive."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
+    narrow = narrow_contenders()
     with contextlib.ExitStack() as stack:
-        for name in (*CONTENDERS, PRODUCT):
+        for name in (*CONTENDERS, *narrow, PRODUCT, *(NARROW[name] for name in narrow)):
             here, there = context.Pipe()
             process = context.Process(target=serve, args=(name, settings, config, there))
             process.start()
@@ -168,7 +192,7 @@ def require_agreement(outputs: dict[str, Outputs]) -> dict[str, float]:
         for name, found in outputs.items()
     }
     for name, value in differences.items():
-        if not value < AGREEMENT:
+        if not value < (AGREEMENT_BF16 if name in NARROW else AGREEMENT):
             raise click.ClickException(f"{name} differs from the original by {value:.3g}")
     return differences
 
@@ -218,11 +242,18 @@ def summarise(
     config: ModelConfig, settings: Settings, turns: dict[str, list[list[float]]]
 ) -> dict[str, Any]:
     """Seconds, ratios and rates from all times; a turn counts with its median step."""
-    best = min(min(times) for times in turns[PRODUCT])
-    peak = 2 * settings.matrix**3 / best
+    peaks = {
+        name: 2 * settings.matrix**3 / min(min(times) for times in turns[name])
+        for name in (PRODUCT, PRODUCT_BF16)
+        if name in turns
+    }
     flop = 2 * config.multiply_adds() * settings.batch
-    rounds = {name: [median(times) for times in turns[name]] for name in CONTENDERS}
-    found: dict[str, Any] = {"peak_gflops": peak / 1e9, "gflop_per_step": flop / 1e9}
+    rounds = {name: [median(times) for times in turns[name]] for name in turns if name not in peaks}
+    found: dict[str, Any] = {
+        "peak_gflops": {name: peak / 1e9 for name, peak in peaks.items()},
+        "gflop_per_step": flop / 1e9,
+        "contenders": list(rounds),
+    }
     for name, seconds in rounds.items():
         paired = [original / ours for original, ours in zip(rounds[ORIGINAL], seconds, strict=True)]
         rate = flop / median(seconds)
@@ -234,7 +265,7 @@ def summarise(
             "times_as_fast_min": min(paired),
             "times_as_fast_max": max(paired),
             "gflops": rate / 1e9,
-            "share_of_peak": rate / peak,
+            "share_of_peak": rate / peaks[NARROW.get(name, PRODUCT)],
         }
     return found
 
@@ -247,22 +278,20 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
     yield f"{about['cpu']}, {about['logical_processors']} logical processors, {about['system']}"
     yield f"threads: {threads}; {versions}"
     yield (
-        f"{result['preset']}, size {result['size']}, batch {result['batch']}, float32: "
+        f"{result['preset']}, size {result['size']}, batch {result['batch']}: "
         f"{summary['gflop_per_step']:.1f} GFLOP per step; {result['rounds']} rounds of "
         f"{result['steps']} steps each"
     )
     yield f"processor time that others used meanwhile: {result['used_by_others']:.1%}"
-    yield (
-        f"float32 matrix product {result['matrix']}×{result['matrix']}, best: "
-        f"{summary['peak_gflops']:.0f} GFLOP/s"
-    )
+    for name, peak in summary["peak_gflops"].items():
+        yield f"{name} {result['matrix']}×{result['matrix']}, best: {peak:.0f} GFLOP/s"
     yield ""
     yield (
         "| | seconds per step, median (min … max) | times as fast as the original, median "
         "(min … max) | GFLOP/s | share of peak | max abs difference |"
     )
     yield "|---|---|---|---|---|---|"
-    for name in CONTENDERS:
+    for name in summary["contenders"]:
         row = summary[name]
         seconds = f"{row['seconds']:.4f} ({row['seconds_min']:.4f} … {row['seconds_max']:.4f})"
         ratio = (
@@ -296,14 +325,15 @@ def main(
     threads: int | None,
     json_file: Path | None,
 ) -> None:
-    """Compare the time of one step, float32 on the CPU."""
+    """Compare the time of one step on the CPU, in float32 and where it can in bfloat16."""
     config = model_config(preset, size)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(Path(folder) / "run", batch, threads, steps, matrix)
         prepare(bundle.Run(settings.run), config)
         with processes(settings, config) as connections:
             outputs = {name: connection.recv() for name, connection in connections.items()}
-            del outputs[PRODUCT]
+            for name in (PRODUCT, PRODUCT_BF16):
+                outputs.pop(name, None)
             differences = require_agreement(outputs)
             turns: dict[str, list[list[float]]] = {name: [] for name in connections}
             start, before = time.perf_counter(), processor_seconds()
