@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
@@ -28,7 +29,7 @@ class ExportProgram(Program, Protocol):
         """For a "step" export: t, a, b, c of every step as float32 [steps, 4, B]."""
 
 
-class DeviceDenoiser:
+class DeviceDenoiser(abc.ABC):
     """Graphs on a device. A :class:`lutdeploy.sampling.StreamingDenoiser`.
 
     Batches over the engine's largest size run in parts, under its smallest they are padded.
@@ -56,6 +57,7 @@ class DeviceDenoiser:
         self._single: ExportProgram | None = None
         self._captures = True
 
+    @abc.abstractmethod
     def make_program(self, batch: int, steps: int, alone: bool) -> ExportProgram:
         """The export's engines at one batch size.
 
@@ -64,7 +66,6 @@ class DeviceDenoiser:
             steps: rows of the coefficient table, for a "step" export.
             alone: for single evaluations at changing addresses.
         """
-        raise NotImplementedError
 
     def close(self) -> None:
         """Free loops and programs when the device has finished with them."""

@@ -6,20 +6,15 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import psutil
-from numpy.typing import NDArray
 
+from engines.export_denoiser import ExportDenoiser
 from lutdeploy.bundle import Manifest
-from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, BackendError, UsageError
-from lutdeploy.sampling import Images, predict_by_row
-from lutdeploy.signature import Signature, graph_signature
-from lutdeploy.solvers import Step, StepTable
+from lutdeploy.errors import ArtefactError, BackendError
+from lutdeploy.sampling import Images
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -150,7 +145,7 @@ def sessions_that_fit(manifest: Manifest) -> int:
     return max(1, int(psutil.virtual_memory().total / 2 / (SESSION_OVERHEAD * in_memory)))
 
 
-class OnnxRuntimeDenoiser:
+class OnnxRuntimeDenoiser(ExportDenoiser):
     """One export in ONNX Runtime. The files are verified before anything runs.
 
     A ``per-step`` export has a session for each step: 0.12 GB each at ``seed`` size. Those that
@@ -176,35 +171,15 @@ class OnnxRuntimeDenoiser:
     ) -> None:
         self.provider = execution_provider(device)
         self._provider_options = provider_options
-        manifest.verify()
-        self.manifest, self.threads = manifest, threads
-        self.whole_trajectory = manifest.graph == "loop"
+        super().__init__(manifest)
+        self.threads = threads
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._room = sessions_that_fit(manifest)
         self.session(0)
 
-    def __enter__(self) -> OnnxRuntimeDenoiser:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Free the sessions."""
         self._sessions.clear()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.manifest.config
-
-    @property
-    def table(self) -> StepTable | None:
-        return self.manifest.table
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -216,44 +191,6 @@ class OnnxRuntimeDenoiser:
             "engine_sha256": self.manifest.weights_sha256,
             "model_sha256": self.manifest.source_sha256,
         }
-
-    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`.
-
-        Raises:
-            UsageError: the export holds no graph for these timesteps.
-        """
-        if self.manifest.graph == "loop":
-            raise UsageError("a loop export holds whole trajectories, no single prediction")
-        t = np.asarray(t, np.float32)
-        if self.table is None:
-            zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
-            feed = {"x": x, "t": t, "a": zeros, "b": ones, "c": zeros, "x0_prev": x}
-            return self._infer(0, feed)[1]
-        return predict_by_row(self, x, t)
-
-    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
-        previous = x if x0_prev is None else x0_prev
-        if self.table is None:
-            values = {"t": row.t, "a": row.a, "b": row.b, "c": row.c}
-            feed = {name: np.full(len(x), v, np.float32) for name, v in values.items()}
-            x_next, x0 = self._infer(0, {"x": x, "x0_prev": previous, **feed})
-            return x_next, x0
-        if row not in self.table.rows:
-            raise UsageError(f"this export holds no step {row}; it holds {self.table.describe()}")
-        feed = {"x": x, "x0_prev": previous} if row.c else {"x": x}
-        x_next, x0 = self._infer(self.table.rows.index(row), feed)
-        return x_next, x0
-
-    def run(self, noise: Images) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
-        if not self.whole_trajectory:
-            raise UsageError(f"a {self.manifest.graph} export holds steps, no whole trajectory")
-        return self._infer(0, {"noise": noise})[0]
-
-    def _signature(self, k: int) -> Signature:
-        return graph_signature(self.config, self.manifest.graph, self.table, k)
 
     def session(self, k: int) -> ort.InferenceSession:
         """The session of graph k, opened when it is first asked for."""
@@ -273,14 +210,17 @@ class OnnxRuntimeDenoiser:
             [(a.name, DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments]
             for arguments in (session.get_inputs(), session.get_outputs())
         )
-        self._signature(k).check_graph(inputs, outputs, str(path))
+        self.signature(k).check_graph(inputs, outputs, str(path))
         if len(self._sessions) < self._room:
             self._sessions[k] = session
         return session
 
-    def _infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
-        feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}
-        self._signature(k).check_feed(feed)
+    def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
+        """See :class:`ExportDenoiser`.
+
+        Raises:
+            BackendError: what ONNX Runtime says.
+        """
         session = self.session(k)
         try:
             outputs: list[Images] = session.run(None, feed)

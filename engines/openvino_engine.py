@@ -13,14 +13,11 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
+from engines.export_denoiser import ExportDenoiser
 from lutdeploy.bundle import Manifest
-from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, BackendError, UsageError
-from lutdeploy.sampling import Images, predict_by_row
-from lutdeploy.signature import Signature, graph_signature
-from lutdeploy.solvers import Step, StepTable
+from lutdeploy.errors import ArtefactError, BackendError
+from lutdeploy.sampling import Images
 
 DEVICE = "CPU"
 HINTS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
@@ -28,7 +25,7 @@ CAPABILITIES = {"fp32": "FP32", "bf16": "BF16"}
 DTYPES = {"f32": "float32", "f16": "float16"}
 
 
-class OpenVinoDenoiser:
+class OpenVinoDenoiser(ExportDenoiser):
     """One export in OpenVINO. The files are verified before anything runs.
 
     Args:
@@ -59,9 +56,8 @@ class OpenVinoDenoiser:
             raise BackendError(
                 f"this CPU does not compute in {precision}: OpenVINO offers {', '.join(offered)}"
             )
-        manifest.verify()
-        self.manifest, self.precision = manifest, precision
-        self.whole_trajectory = manifest.graph == "loop"
+        super().__init__(manifest)
+        self.precision = precision
         self._settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
@@ -71,23 +67,9 @@ class OpenVinoDenoiser:
         self._requests: dict[int, Any] = {}
         self._request(0)
 
-    def __enter__(self) -> OpenVinoDenoiser:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
-
     def close(self) -> None:
         """Free the compiled graphs."""
         self._requests.clear()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.manifest.config
-
-    @property
-    def table(self) -> StepTable | None:
-        return self.manifest.table
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,43 +82,6 @@ class OpenVinoDenoiser:
             "model_sha256": self.manifest.source_sha256,
         }
 
-    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`.
-
-        Raises:
-            UsageError: the export holds no graph for these timesteps.
-        """
-        if self.whole_trajectory:
-            raise UsageError("a loop export holds whole trajectories, no single prediction")
-        if self.table is not None:
-            return predict_by_row(self, x, t)
-        zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
-        feed = {"x": x, "t": np.asarray(t, np.float32), "a": zeros, "b": ones, "c": zeros}
-        return self._infer(0, {**feed, "x0_prev": x})[1]
-
-    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
-        previous = x if x0_prev is None else x0_prev
-        if self.table is None:
-            values = {"t": row.t, "a": row.a, "b": row.b, "c": row.c}
-            feed = {name: np.full(len(x), v, np.float32) for name, v in values.items()}
-            x_next, x0 = self._infer(0, {"x": x, "x0_prev": previous, **feed})
-            return x_next, x0
-        if row not in self.table.rows:
-            raise UsageError(f"this export holds no step {row}; it holds {self.table.describe()}")
-        feed = {"x": x, "x0_prev": previous} if row.c else {"x": x}
-        x_next, x0 = self._infer(self.table.rows.index(row), feed)
-        return x_next, x0
-
-    def run(self, noise: Images) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
-        if not self.whole_trajectory:
-            raise UsageError(f"a {self.manifest.graph} export holds steps, no whole trajectory")
-        return self._infer(0, {"noise": noise})[0]
-
-    def _signature(self, k: int) -> Signature:
-        return graph_signature(self.config, self.manifest.graph, self.table, k)
-
     def _request(self, k: int) -> Any:
         """The compiled graph k, ready to infer."""
         if k in self._requests:
@@ -146,7 +91,7 @@ class OpenVinoDenoiser:
         runs = compiled.get_property("INFERENCE_PRECISION_HINT")
         if runs != HINTS[self.precision]:
             raise BackendError(f"OpenVINO would compute in {runs}, not in {self.precision}")
-        signature = self._signature(k)
+        signature = self.signature(k)
         inputs = [_describe(p, [spec.name for spec in signature.inputs]) for p in compiled.inputs]
         outputs = [
             _describe(p, [spec.name for spec in signature.outputs]) for p in compiled.outputs
@@ -161,10 +106,12 @@ class OpenVinoDenoiser:
         except RuntimeError as error:
             raise ArtefactError(f"OpenVINO cannot compile {path}: {_first_line(error)}") from error
 
-    def _infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
-        feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}
-        signature = self._signature(k)
-        signature.check_feed(feed)
+    def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
+        """See :class:`ExportDenoiser`.
+
+        Raises:
+            BackendError: what OpenVINO says.
+        """
         request = self._request(k)
         try:
             results = request.infer(feed, share_inputs=True)
@@ -174,7 +121,7 @@ class OpenVinoDenoiser:
                 "ran out, try a smaller --batch"
             ) from error
         # The request writes its next results into the same memory.
-        return [np.array(results[spec.name]) for spec in signature.outputs]
+        return [np.array(results[spec.name]) for spec in self.signature(k).outputs]
 
 
 def _describe(port: Any, names: Sequence[str]) -> tuple[str, str, tuple[str | int | None, ...]]:

@@ -1,0 +1,104 @@
+"""The Denoiser protocol over an export's graphs on the host: what the CPU runtimes share."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutdeploy.bundle import Manifest
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import UsageError
+from lutdeploy.sampling import Images, predict_by_row
+from lutdeploy.signature import Signature, graph_signature
+from lutdeploy.solvers import Step, StepTable
+
+
+class ExportDenoiser(abc.ABC):
+    """An export whose graphs take and give host arrays; a context manager.
+
+    Args:
+        manifest: of the export folder; its files are verified.
+
+    Raises:
+        ArtefactError: a file differs from its hash.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        manifest.verify()
+        self.manifest = manifest
+        self.whole_trajectory = manifest.graph == "loop"
+
+    @abc.abstractmethod
+    def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
+        """Run graph k.
+
+        Args:
+            feed: its inputs by name, contiguous and checked.
+
+        Returns:
+            Its outputs in the signature's order, in memory of their own.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free what it holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.config
+
+    @property
+    def table(self) -> StepTable | None:
+        return self.manifest.table
+
+    def signature(self, k: int) -> Signature:
+        """Inputs and outputs of graph k."""
+        return graph_signature(self.config, self.manifest.graph, self.table, k)
+
+    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`.
+
+        Raises:
+            UsageError: the export holds no graph for these timesteps.
+        """
+        if self.whole_trajectory:
+            raise UsageError("a loop export holds whole trajectories, no single prediction")
+        if self.table is not None:
+            return predict_by_row(self, x, t)
+        zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
+        feed = {"x": x, "t": np.asarray(t, np.float32), "a": zeros, "b": ones, "c": zeros}
+        return self._infer(0, {**feed, "x0_prev": x})[1]
+
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        previous = x if x0_prev is None else x0_prev
+        if self.table is None:
+            values = {"t": row.t, "a": row.a, "b": row.b, "c": row.c}
+            feed = {name: np.full(len(x), v, np.float32) for name, v in values.items()}
+            x_next, x0 = self._infer(0, {"x": x, "x0_prev": previous, **feed})
+            return x_next, x0
+        if row not in self.table.rows:
+            raise UsageError(f"this export holds no step {row}; it holds {self.table.describe()}")
+        feed = {"x": x, "x0_prev": previous} if row.c else {"x": x}
+        x_next, x0 = self._infer(self.table.rows.index(row), feed)
+        return x_next, x0
+
+    def run(self, noise: Images) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        if not self.whole_trajectory:
+            raise UsageError(f"a {self.manifest.graph} export holds steps, no whole trajectory")
+        return self._infer(0, {"noise": noise})[0]
+
+    def _infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
+        feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+        self.signature(k).check_feed(feed)
+        return self.infer(k, feed)
