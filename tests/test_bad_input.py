@@ -543,7 +543,7 @@ def test_steps_that_an_export_does_not_hold(model_run: Path, exported: Exports) 
         ("--seed", -1),
         ("--seed", 2**64),
         ("--solver", "heun"),
-        ("--backend", "openvino"),
+        ("--backend", "tvm"),
         ("--format", "jpg"),
         ("--threads", 0),
         ("--threads", 100_000),
