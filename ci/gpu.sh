@@ -16,7 +16,7 @@ command -v nvidia-smi >/dev/null || { echo "error: no nvidia-smi here; this need
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 
 "$python" -m venv .venv-gpu
-# Not constraints.txt alone: its torch is the CPU's build on some platforms; pip picks CUDA's here.
+# The wheel of torch that pip takes on Linux has CUDA; below it is asked whether it sees the GPU.
 .venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 .venv-gpu/bin/python -m pip install --quiet "${TENSORRT:-tensorrt}"
 .venv-gpu/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
