@@ -13,7 +13,15 @@ from engines.cuda_device import CudaDevice
 from engines.device_loop import DeviceLoop, Loops, Program, evaluate, run_batches, split_batches
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import NonFiniteError, UsageError
-from lutdeploy.sampling import Batch, Finished, Images, check_table, predict_by_row, trajectory
+from lutdeploy.sampling import (
+    Batch,
+    Finished,
+    Images,
+    check_table,
+    held_row,
+    predict_by_row,
+    trajectory,
+)
 from lutdeploy.signature import Signature, TensorSpec
 from lutdeploy.solvers import Step, StepTable
 
@@ -96,8 +104,6 @@ class DeviceDenoiser(abc.ABC):
         Raises:
             UsageError: the export holds no graph for these timesteps.
         """
-        if self.whole_trajectory:
-            raise UsageError("a loop export holds whole trajectories, no single prediction")
         if self.table is not None:
             return predict_by_row(self, x, t)
         values = np.zeros((len(COEFFICIENTS), len(x)), np.float32)
@@ -109,9 +115,7 @@ class DeviceDenoiser(abc.ABC):
         previous = x if x0_prev is None else x0_prev
         if self.table is None:
             return self._evaluate(0, x, previous, _coefficients((row,), len(x))[0])
-        if row not in self.table.rows:
-            raise UsageError(f"this export holds no step {row}; it holds {self.table.describe()}")
-        return self._evaluate(self.table.rows.index(row), x, previous, None)
+        return self._evaluate(held_row(self.table, row), x, previous, None)
 
     def run(self, noise: Images) -> Images:
         """See :class:`lutdeploy.sampling.Denoiser`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lutdeploy.bundle import Manifest
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import UsageError
-from lutdeploy.sampling import Images, predict_by_row
+from lutdeploy.sampling import Images, held_row, predict_by_row
 from lutdeploy.signature import Signature, graph_signature
 from lutdeploy.solvers import Step, StepTable
 
@@ -30,6 +30,13 @@ class ExportDenoiser(abc.ABC):
         manifest.verify()
         self.manifest = manifest
         self.whole_trajectory = manifest.graph == "loop"
+
+    backend: str
+
+    @property
+    @abc.abstractmethod
+    def place(self) -> str:
+        """Where it computes, for the record: a device, an execution provider."""
 
     @abc.abstractmethod
     def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
@@ -60,6 +67,17 @@ class ExportDenoiser(abc.ABC):
     def table(self) -> StepTable | None:
         return self.manifest.table
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What made a picture: backend, device, export and hashes."""
+        return {
+            "backend": self.backend,
+            "device": self.place,
+            "export": self.manifest.name,
+            "engine_sha256": self.manifest.weights_sha256,
+            "model_sha256": self.manifest.source_sha256,
+        }
+
     def signature(self, k: int) -> Signature:
         """Inputs and outputs of graph k."""
         return graph_signature(self.config, self.manifest.graph, self.table, k)
@@ -70,8 +88,6 @@ class ExportDenoiser(abc.ABC):
         Raises:
             UsageError: the export holds no graph for these timesteps.
         """
-        if self.whole_trajectory:
-            raise UsageError("a loop export holds whole trajectories, no single prediction")
         if self.table is not None:
             return predict_by_row(self, x, t)
         zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
@@ -86,10 +102,8 @@ class ExportDenoiser(abc.ABC):
             feed = {name: np.full(len(x), v, np.float32) for name, v in values.items()}
             x_next, x0 = self._infer(0, {"x": x, "x0_prev": previous, **feed})
             return x_next, x0
-        if row not in self.table.rows:
-            raise UsageError(f"this export holds no step {row}; it holds {self.table.describe()}")
         feed = {"x": x, "x0_prev": previous} if row.c else {"x": x}
-        x_next, x0 = self._infer(self.table.rows.index(row), feed)
+        x_next, x0 = self._infer(held_row(self.table, row), feed)
         return x_next, x0
 
     def run(self, noise: Images) -> Images:

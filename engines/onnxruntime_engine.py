@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 import psutil
@@ -162,6 +161,8 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         BackendError: the execution provider is not there.
     """
 
+    backend = "onnxruntime"
+
     def __init__(
         self,
         manifest: Manifest,
@@ -182,15 +183,8 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         self._sessions.clear()
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What made a picture: backend, device, export and hashes."""
-        return {
-            "backend": "onnxruntime",
-            "device": self.provider,
-            "export": self.manifest.name,
-            "engine_sha256": self.manifest.weights_sha256,
-            "model_sha256": self.manifest.source_sha256,
-        }
+    def place(self) -> str:
+        return self.provider
 
     def session(self, k: int) -> ort.InferenceSession:
         """The session of graph k, opened when it is first asked for."""

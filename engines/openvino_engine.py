@@ -39,6 +39,8 @@ class OpenVinoDenoiser(ExportDenoiser):
         BackendError: another device, or a precision that this CPU does not compute in.
     """
 
+    backend = "openvino"
+
     def __init__(
         self,
         manifest: Manifest,
@@ -72,15 +74,8 @@ class OpenVinoDenoiser(ExportDenoiser):
         self._requests.clear()
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What made a picture: backend, device with its precision, export and hashes."""
-        return {
-            "backend": "openvino",
-            "device": f"{DEVICE} {self.precision}",
-            "export": self.manifest.name,
-            "engine_sha256": self.manifest.weights_sha256,
-            "model_sha256": self.manifest.source_sha256,
-        }
+    def place(self) -> str:
+        return f"{DEVICE} {self.precision}"
 
     def _request(self, k: int) -> Any:
         """The compiled graph k, ready to infer."""

@@ -29,7 +29,7 @@ from engines.tensorrt_engine import (
     this_machine,
 )
 from engines.tensorrt_layers import LayerReport, merge_reports, read_layers
-from engines.tensorrt_support import check_graph
+from engines.tensorrt_support import GraphReport
 from lutdeploy import bundle, plan
 from lutdeploy.errors import BackendError
 from lutdeploy.model import LutTransformer
@@ -290,7 +290,9 @@ def build_export(
     return results
 
 
-def inspect_engine(record: plan.PlanRecord, manifest: bundle.Manifest) -> LayerReport:
+def inspect_engine(
+    record: plan.PlanRecord, manifest: bundle.Manifest, graph: GraphReport
+) -> LayerReport:
     """Tensors, profile and layers of a built engine against its graph.
 
     Raises:
@@ -303,12 +305,12 @@ def inspect_engine(record: plan.PlanRecord, manifest: bundle.Manifest) -> LayerR
     signature = graph_signature(manifest.config, manifest.graph, manifest.table, k)
     check_engine(engine, signature, record.profile, str(record.plan))
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    graph = check_graph(manifest.folder / record.graph_file, manifest.precision, manifest.config)
     return read_layers(text, graph, manifest.precision)
 
 
 def judge(
     records: list[plan.PlanRecord],
+    graphs: list[GraphReport],
     manifest: bundle.Manifest,
     device: CudaDevice,
     model: LutTransformer,
@@ -317,7 +319,7 @@ def judge(
     """Check the engines of one build and write the verdict into their records.
 
     Args:
-        records: one for each graph.
+        records, graphs: an engine and its graph's report, for each graph of the export.
         manifest: of their export.
         device: the GPU.
         model: the float32 model, whose own half precision sets the limits of fp16.
@@ -330,7 +332,10 @@ def judge(
     Raises:
         ArtefactError: an engine that TensorRT refuses, or with other tensors.
     """
-    layers = [inspect_engine(record, manifest) for record in records]
+    layers = [
+        inspect_engine(record, manifest, graph)
+        for record, graph in zip(records, graphs, strict=True)
+    ]
     together = merge_reports(layers)
     report = None
     if not together.failures:

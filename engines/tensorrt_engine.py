@@ -163,7 +163,7 @@ class TensorRTProgram:
             if shared:
                 sizes.append(int(context.update_device_memory_size_for_shapes()))
             self.contexts.append(context)
-        self._memory = device.empty((max(1, *sizes, 1),), torch.uint8)
+        self._memory = device.empty((max([1, *sizes]),), torch.uint8)
         for context, size in zip(self.contexts, sizes, strict=False):
             context.set_device_memory(self._memory.data_ptr(), size)
 
@@ -223,16 +223,15 @@ def usable_plans(
     Raises:
         BackendError: there is none; says what each one that there is differs in.
     """
-    states = [state for state in plan.survey(run, machine)]
     builds: dict[str, dict[str, plan.PlanRecord]] = {}
     reasons: list[str] = []
-    for state in states:
+    for state in plan.survey(run, machine):
         if state.record is None:
             reasons += state.reasons
         elif state.record.export == manifest.name and state.reasons:
             reasons.append(f"{state.record.plan.name}: {'; '.join(state.reasons)}")
         elif state.record.export == manifest.name:
-            fields = {k: v for k, v in state.record.fields.items() if k not in ("graph_sha256",)}
+            fields = {k: v for k, v in state.record.fields.items() if k != "graph_sha256"}
             builds.setdefault(plan.key_of(fields), {})[state.record.graph_file] = state.record
     whole = [
         [records[name] for name in manifest.graphs]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from engines import Engine
     from engines.cuda_device import CudaDevice
+    from engines.tensorrt_support import GraphReport
     from lutdeploy import plan
     from lutdeploy.model import LutTransformer
     from training.recipes import TrainSettings
@@ -642,7 +643,7 @@ def build(
     manifest = _export_to_build(target, run, export, graph)
     if manifest.precision == "fp32":
         _note("this export is float32, and so will be the engine; --fp16 belongs to `export`")
-    _check_graphs(manifest)
+    graphs = _check_graphs(manifest)
     if dry_run:
         for option in options:
             _say_what_would_be_built(target, manifest, option, device, force)
@@ -657,7 +658,7 @@ def build(
         _note("TensorRT ignores the timing cache at --opt-level 0")
     with bundle.lock(target.engines, "`lutdeploy build`", on_wait=_note):
         for option in options:
-            _build(target, manifest, option, gpu, timing_cache, force)
+            _build(target, manifest, graphs, option, gpu, timing_cache, force)
 
 
 def _export_to_build(
@@ -685,12 +686,13 @@ def _export_to_build(
     return manifest
 
 
-def _check_graphs(manifest: bundle.Manifest) -> None:
+def _check_graphs(manifest: bundle.Manifest) -> list[GraphReport]:
     """Hold the graphs against what TensorRT takes; a problem ends here, a warning is said."""
     from engines.tensorrt_support import check_graph
 
     manifest.verify()
     warnings: dict[str, None] = {}
+    reports = []
     for name in manifest.graphs:
         report = check_graph(manifest.folder / name, manifest.precision, manifest.config)
         if report.problems:
@@ -698,9 +700,11 @@ def _check_graphs(manifest: bundle.Manifest) -> None:
                 f"{manifest.folder / name} does not suit TensorRT: {'; '.join(report.problems[:3])}"
             )
         warnings |= dict.fromkeys(report.warnings)
+        reports.append(report)
     for warning in warnings:
         _note(f"warning: {warning}")
     _note(f"{len(manifest.graphs)} graph(s): operators, types, axes and islands suit TensorRT")
+    return reports
 
 
 def _say_what_would_be_built(
@@ -729,6 +733,7 @@ def _say_what_would_be_built(
 def _build(
     target: bundle.Run,
     manifest: bundle.Manifest,
+    graphs: list[GraphReport],
     option: plan.BuildOptions,
     gpu: CudaDevice,
     timing_cache: Path | None,
@@ -752,7 +757,7 @@ def _build(
         _note("checking layers and parity")
         model = load_model(target.model)
         with _float32_reference(target, manifest, model) as reference:
-            records, layers, report = judge(records, manifest, gpu, model, reference)
+            records, layers, report = judge(records, graphs, manifest, gpu, model, reference)
         for warning in layers.warnings:
             _note(f"warning: {warning}")
         _note(

@@ -330,13 +330,16 @@ def survey(run: bundle.Run, machine: Machine | None) -> list[PlanState]:
     """
     states = []
     here = asdict(machine) if machine else {}
+    manifests: dict[str, bundle.Manifest] = {}  # 64 engines may come from one export
     for path in run.plan_records():
         try:
             record = read_record(path)
-            folder = run.export_folder(record.export)
-            if not (folder / bundle.MANIFEST).is_file():
-                raise ArtefactError(f"its export {record.export} is gone")
-            manifest = bundle.read_manifest(folder)
+            if record.export not in manifests:
+                folder = run.export_folder(record.export)
+                if not (folder / bundle.MANIFEST).is_file():
+                    raise ArtefactError(f"its export {record.export} is gone")
+                manifests[record.export] = bundle.read_manifest(folder)
+            manifest = manifests[record.export]
             if record.graph_file not in manifest.graphs:
                 raise ArtefactError(f"export {record.export} has no {record.graph_file} any more")
         except ArtefactError as error:

@@ -90,12 +90,25 @@ def batch_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) 
     return noise
 
 
+def held_row(table: StepTable, row: Step) -> int:
+    """Which row of a denoiser's own table is asked for.
+
+    Raises:
+        UsageError: none of them.
+    """
+    if row not in table.rows:
+        raise UsageError(f"this export holds no step {row}; it holds {table.describe()}")
+    return table.rows.index(row)
+
+
 def predict_by_row(denoiser: Denoiser, x: Images, t: NDArray[np.float32]) -> Images:
     """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its table alone.
 
     Raises:
-        UsageError: it does not hold these timesteps.
+        UsageError: it does not hold these timesteps, or whole trajectories alone.
     """
+    if denoiser.whole_trajectory:
+        raise UsageError("a loop export holds whole trajectories, no single prediction")
     table, t = denoiser.table, np.asarray(t, np.float32)
     assert table is not None
     x0 = np.empty_like(x)
