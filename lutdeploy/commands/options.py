@@ -1,0 +1,47 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lutdeploy.solvers import SOLVERS
+
+POSITIVE = click.IntRange(min=1)
+RUN = click.argument("run", required=False, type=click.Path(path_type=Path))
+SEED = click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(("auto", "torch", "onnxruntime", "openvino", "tensorrt")),
+    default="auto",
+    show_default=True,
+    help="auto: onnxruntime when the run has an export, else torch.",
+)
+DEVICE = click.option(
+    "--device",
+    help="cpu, cuda or cuda:N. Default: cuda for tensorrt, else cpu. No fallback.",
+)
+PROVIDER = click.option(
+    "--provider",
+    help="cpu, cuda, tensorrt, or the name of an execution provider, for --backend onnxruntime. "
+    "No fallback.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(("fp32", "bf16")),
+    help="Arithmetic of --backend openvino. Default: fp32. Elsewhere it is the export's.",
+)
+EXPORT = click.option("--export", help="Name of an export of the run; the newest by default.")
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),  # many more, and starting them takes the process down
+    help="CPU threads; the backend's own choice by default.",
+)
+SOLVER = click.option("--solver", type=click.Choice(tuple(SOLVERS)), help="Default: euler.")
+STEPS = click.option("--steps", type=POSITIVE, help="Network evaluations. Default: 64.")
+SHIFT = click.option(
+    "--shift",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Warp of the time grid. Default: 1.",
+)

@@ -1,0 +1,70 @@
+"""What a command works on: the run that was given or found, opened by a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lutdeploy import bundle
+from lutdeploy.commands.console import note
+from lutdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from engines import Engine
+
+
+def find(run: Path | None) -> Path:
+    """The given run, else the newest, else the embedded model; says which when it chose."""
+    if run is not None:
+        return run
+    newest = bundle.newest_run()
+    if newest is not None:
+        note(f"run: {newest.path} (the newest)")
+        return newest.path
+    note(f"model: {bundle.embedded_model().stem} (embedded; there is no run under runs/)")
+    return bundle.embedded_model()
+
+
+def find_run(path: Path | None) -> bundle.Run:
+    """A run to write into; the embedded model gets a run of its own."""
+    chosen = find(path)
+    if chosen == bundle.embedded_model():
+        run = bundle.Run(bundle.RUNS / chosen.stem)
+        bundle.write_atomic(run.model, chosen.read_bytes())
+        note(f"run: {run.path} (made for the embedded model)")
+        return run
+    if chosen.name == bundle.MODEL and chosen.is_file():
+        return bundle.Run(chosen.parent)
+    located = bundle.locate(chosen)
+    if located.run is None:
+        raise UsageError(f"{chosen} belongs to no run folder, where results could be written")
+    return located.run
+
+
+def open_reported(
+    path: Path,
+    backend: str,
+    device: str | None,
+    export: str | None,
+    threads: int | None,
+    **special: Any,
+) -> Engine:
+    """Open an engine and say what it is; ``special``: what one backend alone asks for."""
+    from engines import open_engine
+
+    engine = open_engine(path, backend, device, export, threads, **special)
+    made = engine.identity
+    name = f", export {made['export']}" if made["export"] else ""
+    note(f"backend: {made['backend']} on {made['device']}{name}")
+    return engine
+
+
+def place(backend: str, device: str | None, provider: str | None) -> tuple[str, str | None]:
+    """The backend and the device that --device and --provider mean together."""
+    if provider is None:
+        return backend, device
+    if device is not None:
+        raise UsageError("--provider says where ONNX Runtime computes; leave out --device")
+    if backend not in ("auto", "onnxruntime"):
+        raise UsageError(f"--provider belongs to --backend onnxruntime, not {backend}")
+    return "onnxruntime", provider

@@ -1,0 +1,254 @@
+"""`lutdeploy train`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lutdeploy import bundle
+from lutdeploy.commands.console import INTERRUPTED, note, progress_bar
+from lutdeploy.commands.options import POSITIVE, SEED
+from lutdeploy.config import PRESETS, SIZES
+from lutdeploy.errors import LutDeployError, UsageError
+
+if TYPE_CHECKING:
+    from training.recipes import TrainSettings
+
+
+def _model_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair}: write FIELD=VALUE, such as --set width=96")
+        try:
+            overrides[name] = json.loads(text)
+        except ValueError:
+            overrides[name] = text
+    return overrides
+
+
+def _resumed(run: bundle.Run, given: dict[str, Any]) -> TrainSettings:
+    """The run's own settings, when what was given on the command line agrees with them."""
+    import dataclasses
+
+    from training.loop import resumable_settings
+
+    stored = resumable_settings(run)
+    values = stored.to_dict()
+    model = {
+        **PRESETS.get(given.get("preset", ""), {}),
+        **SIZES.get(given.get("size", ""), {}),
+        **_model_overrides(given.get("overrides", ())),
+    }
+    for name, value in model.items():
+        if values["model"].get(name) != value:
+            raise UsageError(
+                f"{name} {value}: {run.path} was started with {values['model'].get(name)}"
+            )
+    for name, value in given.items():
+        if name in ("steps", "data", "preset", "size", "overrides"):
+            continue
+        held = values.get(name)
+        if name == "compile":
+            held, value = (
+                "on" if held else "off",
+                {"auto": "on" if held else "off"}.get(value, value),
+            )
+        if held != value:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: {run.path} was started with {held}"
+            )
+    changed = {name: given[name] for name in ("steps", "data") if name in given}
+    return dataclasses.replace(stored, **changed)
+
+
+@click.command()
+@click.option("--data", help="Folder of images (nested PNG, JPEG, WebP), or 'synthetic'.")
+@click.option(
+    "--preset", type=click.Choice(tuple(PRESETS)), default="static-tanh-64", show_default=True
+)
+@click.option("--size", type=click.Choice(tuple(SIZES)), default="small", show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Any model field.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Such as runs/NAME.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
+@click.option(
+    "--recipe", type=click.Choice(("modern", "post")), default="modern", show_default=True
+)
+@click.option("--steps", type=POSITIVE, default=5000, show_default=True)
+@click.option("--batch", type=POSITIVE, default=64, show_default=True)
+@SEED
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Default: the recipe's.")
+@click.option("--t-mean", type=float, help="μ of logit t; recipe modern: -0.8.")
+@click.option("--gram-weight", type=click.FloatRange(min=0), help="Default: the recipe's.")
+@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), help="Default: the recipe's.")
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Fraction of the images that is never trained on.",
+)
+@click.option("--perceptual", type=click.Choice(("none", "lpips")), help="Default: the recipe's.")
+@click.option("--precision", type=click.Choice(("fp32", "bf16")), default="fp32", show_default=True)
+@click.option(
+    "--compile",
+    type=click.Choice(("auto", "on", "off")),
+    default="auto",
+    show_default=True,
+    help="torch.compile; auto: from 1000 steps, where there is a C++ compiler.",
+)
+@click.option(
+    "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True
+)
+@click.option("--checkpoint-every", type=POSITIVE, default=500, show_default=True)
+@click.option("--sample-every", type=POSITIVE, default=500, show_default=True)
+@click.pass_context
+def train(context: click.Context, /, out: Path, resume: bool, **options: Any) -> None:
+    """Train a model on a folder of images, or on drawn ones.
+
+    Writes model.safetensors (the EMA), train.jsonl, pictures and all that --resume needs.
+    """
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    run = bundle.Run(out)
+    if not resume and (run.settings.exists() or run.model.exists()):
+        raise UsageError(
+            f"{out} already holds a run: --resume continues it, or choose another --out"
+        )
+    if resume and not run.settings.exists():
+        raise UsageError(f"{out} holds no training run to resume")
+    bundle.output_folder(out)
+    with bundle.lock(out, "`lutdeploy train`"):
+        _train(run, resume, given, options)
+
+
+def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[str, Any]) -> None:
+    import torch
+
+    from lutdeploy.config import model_config
+    from training.data import draw_set, load_folder
+    from training.loop import Schedule
+    from training.loop import train as train_loop
+    from training.recipes import train_settings
+
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; see `lutdeploy doctor`")
+    if resume:
+        ignored = ("device", "checkpoint_every", "sample_every")
+        settings = _resumed(run, {k: v for k, v in given.items() if k not in ignored})
+    else:
+        if not options["data"]:
+            raise UsageError("--data is needed: a folder of images, or 'synthetic'")
+        overrides = _model_overrides(options["overrides"])
+        settings = train_settings(
+            model_config(options["preset"], options["size"], **overrides),
+            options["recipe"],
+            compile=_compiles(options["compile"], options["steps"]),
+            **{
+                name: options[name]
+                for name in (
+                    "data",
+                    "steps",
+                    "batch",
+                    "seed",
+                    "lr",
+                    "t_mean",
+                    "gram_weight",
+                    "ema",
+                    "held_out",
+                    "perceptual",
+                    "precision",
+                )
+            },
+        )
+    model = settings.model
+    if settings.data == "synthetic":
+        data = draw_set(model.image_size, model.channels)
+    else:
+        data = load_folder(Path(settings.data), model.image_size, model.channels, scratch=run.path)
+    note(
+        f"data: {len(data.images)} images, {len(data.skipped)} unreadable; "
+        f"model: {model.preset()}, width {model.width}, depth {model.depth}; device: {device}"
+        + ("; compiling, which takes a minute" if settings.compile else "")
+    )
+    for line in data.skipped[:20]:
+        note(f"  skipped {line}")
+    if len(data.skipped) > 20:
+        note(f"  … and {len(data.skipped) - 20} more")
+
+    if settings.precision == "bf16" and device == "cpu":
+        from engines.doctor import bf16_speedup
+
+        speedup = bf16_speedup()
+        if speedup < 1:
+            note(
+                f"warning: this CPU multiplies bfloat16 at {speedup:.2g} × the speed of float32; "
+                "--precision fp32 trains faster here"
+            )
+    if settings.compile:  # deprecations inside the compiler, which are not the user's to mend
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    stopping: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if stopping:  # a second Ctrl-C does not wait for the step to end
+            raise KeyboardInterrupt
+        stopping.append(number)
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with progress_bar("loss", "held_out", "rate") as bar:
+            task = bar.add_task("train", total=settings.steps, loss="", held_out="", rate="")
+            for progress in train_loop(
+                settings,
+                data,
+                run,
+                device=device,
+                resume=resume,
+                schedule=Schedule(options["checkpoint_every"], options["sample_every"]),
+                should_stop=lambda: bool(stopping),
+            ):
+                held = "" if progress.held_out is None else f"held out {progress.held_out:.4f}"
+                bar.update(
+                    task,
+                    completed=progress.step,
+                    loss=f"loss {progress.loss:.4f}",
+                    held_out=held,
+                    rate=f"{progress.images_per_second:.0f} images/s",
+                )
+    except OSError as error:  # a full disk, say
+        raise LutDeployError(
+            f"{error.filename or run.path}: {error.strerror or error}; what was saved before is "
+            f"kept, and --resume --out {run.path} continues from it"
+        ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stopping:
+        note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
+        sys.exit(INTERRUPTED)
+    click.echo(run.model)
+
+
+def _compiles(choice: str, steps: int) -> bool:
+    """Whether to use torch.compile. Says so where "auto" has to do without."""
+    import shutil
+
+    if choice != "auto":
+        return choice == "on"
+    compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if steps >= 1000 and compiler is None:
+        note("no C++ compiler here: training without torch.compile, which is slower")
+    return steps >= 1000 and compiler is not None
