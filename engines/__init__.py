@@ -53,7 +53,8 @@ def open_engine(
         threads: of one operator; with torch, of every operator in the process.
         batch: for tensorrt, the batch size to choose among several engines for.
         unverified: for tensorrt, use engines that have not passed their checks.
-        precision: for openvino, of the arithmetic: "fp32", the default, or "bf16".
+        precision: for openvino, of the arithmetic: "fp32", the default, or "bf16"; None for an
+            int8 export.
 
     Raises:
         UsageError: nothing there, or nothing that this backend can run.
@@ -81,7 +82,7 @@ def open_engine(
         if backend == "tensorrt":
             return _open_tensorrt(located.run, manifest, device or "cuda", batch, unverified)
         if backend == "openvino":
-            return _open_openvino(manifest, device or "cpu", precision or "fp32", threads)
+            return _open_openvino(manifest, device or "cpu", precision, threads)
         return _open_onnxruntime(located.run, manifest, device or "cpu", threads)
     if export is not None:
         raise UsageError(f"export {export}: backend torch runs the model and no export")
@@ -100,6 +101,8 @@ def _open_onnxruntime(
     from engines.onnxruntime_engine import PROVIDERS, OnnxRuntimeDenoiser, execution_provider
 
     provider = execution_provider(device)
+    if manifest.precision == "int8" and provider != PROVIDERS["cpu"]:
+        raise UsageError(f"{manifest.name} is an int8 export, which is for CPUs, not {provider}")
     if provider not in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
         return OnnxRuntimeDenoiser(manifest, device, threads)
     from engines.cuda_device import CudaDevice
@@ -117,7 +120,7 @@ def _open_onnxruntime(
 
 
 def _open_openvino(
-    manifest: bundle.Manifest, device: str, precision: str, threads: int | None
+    manifest: bundle.Manifest, device: str, precision: str | None, threads: int | None
 ) -> Engine:
     try:
         from engines.openvino_engine import OpenVinoDenoiser

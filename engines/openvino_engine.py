@@ -1,4 +1,7 @@
-"""OpenVINO on the CPU: an exported graph behind the Denoiser protocol, in float32 or bfloat16.
+"""OpenVINO on the CPU: an exported graph behind the Denoiser protocol.
+
+An int8 export runs as it is: int8 products, the rest float32, which is both nearer to the
+original and faster than the rest in bfloat16. Other exports run in float32 or bfloat16.
 
 bfloat16 is OpenVINO's own conversion of the whole graph, islands included, which is why it has
 limits of its own in :mod:`lutdeploy.parity`. Graphs are compiled anew each time: that takes less
@@ -7,6 +10,7 @@ than a second, and OpenVINO's cache of compiled graphs runs a blob with a flippe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,15 @@ import openvino as ov
 
 from engines.export_denoiser import ExportDenoiser
 from lutdeploy.bundle import Manifest
-from lutdeploy.errors import ArtefactError, BackendError
+from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import Images
 
 DEVICE = "CPU"
-HINTS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
-CAPABILITIES = {"fp32": "FP32", "bf16": "BF16"}
+HINTS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "int8": ov.Type.f32}
+CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
+# What OpenVINO calls the layers that hold the model's products, and their type as it runs them.
+PRODUCT_LAYERS = ("FullyConnected", "MatMul", "Convolution")
+RUNTIME_TYPES = {"fp32": ("f32",), "bf16": ("bf16",), "int8": ("i8", "u8")}
 DTYPES = {"f32": "float32", "f16": "float16"}
 
 
@@ -31,12 +38,14 @@ class OpenVinoDenoiser(ExportDenoiser):
     Args:
         manifest: of the export folder.
         device: "cpu".
-        precision: of the arithmetic, "fp32" or "bf16"; never a silent other one.
+        precision: of the arithmetic, "fp32" or "bf16"; never a silent other one. An int8 export
+            has its own and takes None alone, which for others is "fp32".
         threads: of one inference; OpenVINO's own choice by default.
 
     Raises:
         ArtefactError: a file differs from its hash, or a graph from its signature.
         BackendError: another device, or a precision that this CPU does not compute in.
+        UsageError: a precision for an int8 export.
     """
 
     backend = "openvino"
@@ -45,23 +54,29 @@ class OpenVinoDenoiser(ExportDenoiser):
         self,
         manifest: Manifest,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: str | None = None,
         threads: int | None = None,
     ) -> None:
         if device != "cpu":
             raise BackendError(f"backend openvino runs on cpu alone, not on {device!r}")
-        if precision not in HINTS:
-            raise BackendError(f"no precision {precision!r}; there are {', '.join(HINTS)}")
+        if manifest.precision == "int8" and precision is not None:
+            raise UsageError(
+                f"{manifest.name} is an int8 export, which has its own precision; leave out "
+                "--precision"
+            )
+        self.precision = "int8" if manifest.precision == "int8" else precision or "fp32"
+        if self.precision not in HINTS:
+            raise BackendError(f"no precision {precision!r}; there is fp32, bf16")
         self._core = ov.Core()
         offered = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-        if CAPABILITIES[precision] not in offered:
+        if CAPABILITIES[self.precision] not in offered:
             raise BackendError(
-                f"this CPU does not compute in {precision}: OpenVINO offers {', '.join(offered)}"
+                f"this CPU does not compute in {self.precision}: OpenVINO offers "
+                f"{', '.join(offered)}"
             )
         super().__init__(manifest)
-        self.precision = precision
         self._settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
         }
         if threads is not None:
@@ -86,6 +101,7 @@ class OpenVinoDenoiser(ExportDenoiser):
         runs = compiled.get_property("INFERENCE_PRECISION_HINT")
         if runs != HINTS[self.precision]:
             raise BackendError(f"OpenVINO would compute in {runs}, not in {self.precision}")
+        self._require_products(compiled, path)
         signature = self.signature(k)
         inputs = [_describe(p, [spec.name for spec in signature.inputs]) for p in compiled.inputs]
         outputs = [
@@ -94,6 +110,27 @@ class OpenVinoDenoiser(ExportDenoiser):
         signature.check_graph(inputs, outputs, str(path))
         self._requests[k] = compiled.create_infer_request()
         return self._requests[k]
+
+    def _require_products(self, compiled: Any, path: Path) -> None:
+        """Ask the compiled graph itself which precision its products run in.
+
+        Raises:
+            BackendError: not the one that was asked for.
+        """
+        types = Counter(
+            _runtime_info(layer, "runtimePrecision")
+            for layer in compiled.get_runtime_model().get_ops()
+            if _runtime_info(layer, "layerType") in PRODUCT_LAYERS
+        )
+        found = sum(types[name] for name in RUNTIME_TYPES[self.precision])
+        wanted = types.total()
+        if self.manifest.quantization is not None:
+            wanted = len(self.manifest.quantization["int8_products"])
+        if found != wanted or not wanted:
+            raise BackendError(
+                f"OpenVINO runs {found} of the {wanted} {self.precision} products of {path} in "
+                f"{self.precision} here: {dict(types)}"
+            )
 
     def _compile(self, path: Path) -> Any:
         try:
@@ -129,6 +166,11 @@ def _describe(port: Any, names: Sequence[str]) -> tuple[str, str, tuple[str | in
     shape = [None if d.is_dynamic else d.get_length() for d in port.get_partial_shape()]
     dtype = port.get_element_type().get_type_name()
     return name, DTYPES.get(dtype, dtype), tuple(shape)
+
+
+def _runtime_info(layer: Any, key: str) -> str:
+    info = layer.get_rt_info()
+    return info[key].astype(str) if key in info else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.cuda_device import CudaDevice
 from engines.device_denoiser import COEFFICIENTS, DeviceDenoiser
-from lutdeploy.export import StepGraph
+from lutdeploy.fused import StepGraph
 from lutdeploy.model import LutTransformer
 
 

@@ -333,6 +333,7 @@ class Manifest:
     source_sha256: str
     graphs: tuple[str, ...]
     files: dict[str, dict[str, Any]]
+    quantization: dict[str, Any] | None = None  # of an int8 export: see engines/quantizer.py
 
     @property
     def name(self) -> str:
@@ -346,6 +347,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the folder."""
+        quantization = {"quantization": self.quantization} if self.quantization else {}
         return {
             "format": MANIFEST_FORMAT,
             "config": self.config.to_dict(),
@@ -359,6 +361,7 @@ class Manifest:
             "source_sha256": self.source_sha256,
             "graphs": list(self.graphs),
             "files": self.files,
+            **quantization,
         }
 
     def verify(self) -> None:
@@ -424,6 +427,7 @@ def read_manifest(folder: Path) -> Manifest:
                 str(name): {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
                 for name, file in values["files"].items()
             },
+            quantization=dict(values["quantization"]) if "quantization" in values else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
         raise ArtefactError(f"{path} is incomplete or damaged: {error!r}") from error
@@ -439,6 +443,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest.graph not in GRAPHS
         or manifest.precision not in PRECISIONS
         or (steps == 0) != (manifest.graph == "step")
+        or (manifest.quantization is None) == (manifest.precision == "int8")
         or len(manifest.graphs) != (steps if manifest.graph == "per-step" else 1)
     ):
         raise ArtefactError(

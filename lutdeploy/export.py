@@ -4,9 +4,8 @@
 ``per-step``  one graph per row of one table, t and the coefficients inside
 ``loop``      a whole table in one graph: noise → image
 
-Every kind shares one network, ``FusedNetwork``, traced by torch.export; all the graphs of
-an export share one external weights file. The rewrites are those of the specification
-("Exact rewrites for inference"); they are folded in float64 and then rounded once.
+Every kind shares one network, :class:`lutdeploy.fused.FusedNetwork`, traced by torch.export;
+all the graphs of an export share one external weights file.
 """
 
 from __future__ import annotations
@@ -24,15 +23,13 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lutdeploy
 from lutdeploy import bundle
-from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, ConfigError
-from lutdeploy.lut import DynamicLut, StaticLut, activate_weights, outer_entries, tiles_to_image
-from lutdeploy.model import Block, LutTransformer, Stem
+from lutdeploy.fused import FixedStepGraph, StepGraph, TimeBias
+from lutdeploy.model import LutTransformer
 from lutdeploy.signature import (
     BATCH,
     GRAPHS,
@@ -59,6 +56,13 @@ ISLANDS = (
     "lut: entries, outer products of a dynamic LUT, product with the weights",
     "sampler: a·x + b·x0 + c·x0_prev",
 )
+# What stays float32 in an int8 export, beside the products that its manifest names.
+INT8_ISLANDS = (
+    *(island for island in ISLANDS if not island.startswith("head")),
+    "stem: patch convolution",
+    "attention: scores and weighted values",
+    "head: product, tanh or softmax",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class ExportPlan:
     """What to export. ``table`` is None for the ``step`` graph, which follows any table.
 
     Raises:
-        ConfigError: unknown kind or precision, or a table where none belongs.
+        ConfigError: unknown kind or precision, a table where none belongs, or int8 with another
+            graph than "step".
     """
 
     graph: str = "step"
@@ -78,6 +83,8 @@ class ExportPlan:
             raise ConfigError(f"no graph kind {self.graph!r}; there are {', '.join(GRAPHS)}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"no precision {self.precision!r}; there are {', '.join(PRECISIONS)}")
+        if self.precision == "int8" and self.graph != "step":
+            raise ConfigError(f"int8 is for graph step, which follows any solver, not {self.graph}")
         if (self.table is None) != (self.graph == "step"):
             raise ConfigError(
                 f"graph {self.graph} {'needs' if self.table is None else 'has no'} steps"
@@ -88,221 +95,6 @@ class ExportPlan:
         """The export folder's name: ``step-fp16``, ``per-step-fp16-euler-64``, …"""
         table = f"-{self.table.describe()}" if self.table else ""
         return f"{self.graph}-{self.precision}{table}"
-
-
-# The network in its inference form. Weights are stored [in, out].
-
-
-def _constant(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(dtype).contiguous(), requires_grad=False)
-
-
-class Product(nn.Module):
-    """x·W + b, with W [in, out]."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = _constant(weight.T, dtype)
-        self.bias = _constant(bias, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-def _fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """A LayerNorm's affine folded into the product behind it: (weight, bias) in float64."""
-    weight, bias = linear.weight.double(), linear.bias.double()
-    return weight * norm.weight.double(), bias + weight @ norm.bias.double()
-
-
-class TimeBias(nn.Module):
-    """The whole time branch: t [B] to what it adds to every token, float32 [B, D]."""
-
-    frequencies: Tensor
-
-    def __init__(self, stem: Stem) -> None:
-        super().__init__()
-        assert stem.patch.bias is not None and stem.expand.bias is not None
-        summed = stem.patch.weight.double().sum(dim=(2, 3))  # [D, stem]
-        inner = stem.time.bias.double() + stem.expand.bias.double()
-        self.weight = _constant(summed @ stem.time.weight.double(), torch.float32)
-        self.bias = _constant(summed @ inner + stem.patch.bias.double(), torch.float32)
-        self.register_buffer("frequencies", stem.frequencies.clone())
-
-    def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.frequencies
-        return F.linear(torch.cat([angles.sin(), angles.cos()], dim=-1), self.weight, self.bias)
-
-
-class FusedStem(nn.Module):
-    """One convolution, the time bias, the position; LUT tokens appended where there are."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, model: LutTransformer, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config, self.dtype = model.config, dtype
-        stem, quarter = model.stem, model.config.width // 4
-        kernel = torch.einsum(
-            "dsij,sc->dcij", stem.patch.weight.double(), stem.expand.weight.double().flatten(1)
-        )
-        self.kernel = _constant(kernel, dtype)
-        # rot(u) = [−u_b, u_a]: the sign moves into the table, what is left swaps quarters.
-        sign = torch.tensor([-1.0, 1.0, -1.0, 1.0]).repeat_interleave(quarter)
-        self.register_buffer("cos", stem.cos.to(dtype))
-        self.register_buffer("sin", (stem.sin * sign).to(dtype))
-        if isinstance(model.lut, DynamicLut):
-            tokens = F.pad(model.lut.tokens.detach(), (0, 0, self.config.image_tokens, 0))
-            self.lut_tokens = _constant(tokens, dtype)  # [N + K, D], zero on the image's rows
-
-    def forward(self, x: Tensor, time_bias: Tensor) -> Tensor:
-        z = F.conv2d(x.to(self.dtype), self.kernel, stride=self.config.patch_size)
-        u = z.flatten(2).transpose(1, 2) + time_bias.to(self.dtype)[:, None]  # [B, N, D]
-        row_a, row_b, column_a, column_b = u.chunk(4, dim=-1)
-        swapped = torch.cat([row_b, row_a, column_b, column_a], dim=-1)
-        tokens = u * self.cos + swapped * self.sin
-        if self.config.lut == "static":
-            return tokens
-        # Padding and a sum append the tokens without asking the graph for its batch size.
-        return F.pad(tokens, (0, 0, 0, self.config.entries)) + self.lut_tokens
-
-
-class FusedBlock(nn.Module):
-    """A transformer block as matmul-softmax-matmul with pre-scaled q and k."""
-
-    def __init__(self, block: Block, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.heads, self.dtype = config.heads, dtype
-        self.width, self.eps = config.width, config.layer_norm_eps
-        weight, bias = _fold_norm(block.norm1, block.qkv)
-        scale = torch.ones(3 * config.width, dtype=torch.float64)
-        scale[: 2 * config.width] = (config.width // config.heads) ** -0.25
-        self.qkv = Product(weight * scale[:, None], bias * scale, dtype)
-        self.out = Product(block.out.weight, block.out.bias, dtype)
-        self.gated = Product(*_fold_norm(block.norm2, block.gated), dtype)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), (self.width,), eps=self.eps).to(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1))  # [B, N, heads, D/heads]
-            for part in self.qkv(self.normalise(x)).chunk(3, dim=-1)
-        )
-        scores = q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1)  # [B, heads, N, N]
-        attended = scores.softmax(-1) @ v.permute(0, 2, 1, 3)
-        y = x + self.out(attended.permute(0, 2, 1, 3).flatten(2))
-        value, gate = self.gated(self.normalise(y)).chunk(2, dim=-1)
-        return y + value * F.silu(gate)
-
-
-class FusedHead(nn.Module):
-    """Tokens and LUT to pixels; float32 from the logits on."""
-
-    def __init__(self, model: LutTransformer, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = model.config
-        self.logits = Product(model.head.weight, model.head.bias, dtype)
-
-    def forward(self, tokens: Tensor, lut: Tensor) -> Tensor:
-        weights = activate_weights(self.logits(tokens).float(), self.config.weights)
-        return tiles_to_image(weights @ lut, self.config)
-
-
-class FusedLut(nn.Module):
-    """A dynamic LUT [B, K, C·P·P] from its tokens; float32 from the factors on."""
-
-    def __init__(self, lut: DynamicLut, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = lut.config
-        self.factors = Product(lut.factors.weight, lut.factors.bias, dtype)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return outer_entries(self.factors(tokens).float(), self.config)
-
-
-class FusedNetwork(nn.Module):
-    """x0 from x and the time bias; what every graph is made of."""
-
-    def __init__(self, model: LutTransformer, precision: str) -> None:
-        super().__init__()
-        dtype = torch.float16 if precision == "fp16" else torch.float32
-        self.config = model.config
-        self.stem = FusedStem(model, dtype)
-        blocks = (block for block in model.blocks if isinstance(block, Block))
-        self.blocks = nn.ModuleList(FusedBlock(b, model.config, dtype) for b in blocks)
-        self.head = FusedHead(model, dtype)
-        if isinstance(model.lut, StaticLut):
-            self.lut: nn.Module | nn.Parameter = _constant(model.lut(), torch.float32)
-        else:
-            self.lut = FusedLut(model.lut, dtype)
-
-    def forward(self, x: Tensor, time_bias: Tensor) -> Tensor:
-        tokens = self.stem(x, time_bias)
-        for block in self.blocks:
-            tokens = block(tokens)
-        if isinstance(self.lut, nn.Parameter):
-            return self.head(tokens, self.lut)
-        n, k = self.config.image_tokens, self.config.entries
-        image_tokens, lut_tokens = tokens.split([n, k], dim=1)
-        return self.head(image_tokens, self.lut(lut_tokens))
-
-
-class Sampler(nn.Module):
-    """x' = a·x + b·x0 + c·x0_prev, each coefficient [B] or [1]."""
-
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor | None,
-        x0_prev: Tensor | None,
-    ) -> Tensor:
-        following = a.reshape(-1, 1, 1, 1) * x + b.reshape(-1, 1, 1, 1) * x0
-        if c is None or x0_prev is None:
-            return following
-        return following + c.reshape(-1, 1, 1, 1) * x0_prev
-
-
-class StepGraph(nn.Module):
-    """The ``step`` graph, see :func:`lutdeploy.signature.step_signature`."""
-
-    def __init__(self, model: LutTransformer, precision: str) -> None:
-        super().__init__()
-        self.time = TimeBias(model.stem)
-        self.network = FusedNetwork(model, precision)
-        self.sampler = Sampler()
-
-    def forward(
-        self, x: Tensor, t: Tensor, a: Tensor, b: Tensor, c: Tensor, x0_prev: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x0 = self.network(x, self.time(t))
-        return self.sampler(x, x0, a, b, c, x0_prev), x0
-
-
-class FixedStepGraph(nn.Module):
-    """A ``per-step`` graph. Its row of the table comes in as arguments while it is traced
-    (as constants they would be folded away) and as initializers afterwards."""
-
-    def __init__(self, model: LutTransformer, precision: str) -> None:
-        super().__init__()
-        self.network = FusedNetwork(model, precision)
-        self.sampler = Sampler()
-
-    def forward(
-        self,
-        x: Tensor,
-        time_bias: Tensor,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor | None = None,
-        x0_prev: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        x0 = self.network(x, time_bias)
-        return self.sampler(x, x0, a, b, c, x0_prev), x0
 
 
 # PyTorch to ONNX.
@@ -561,6 +353,7 @@ def export_model(
     run: bundle.Run,
     source_sha256: str,
     verify: Callable[[Path], Any] = lambda folder: None,
+    quantize: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
     """Export into the run folder, beside its other exports; an export of this name is replaced.
 
@@ -571,20 +364,31 @@ def export_model(
         source_sha256: of the model file, for the manifest.
         verify: called with the finished folder before it takes its place; what it raises
             ends the export and leaves the run as it was.
+        quantize: of an int8 export, called with the float32 graph's file before the manifest is
+            written; puts the quantised graph in its place and returns the manifest's
+            ``quantization``.
 
     Returns:
         The export folder.
     """
+    if (quantize is None) == (plan.precision == "int8"):
+        raise ValueError(
+            f"precision {plan.precision} and quantize={quantize} contradict each other"
+        )
     target = run.export_folder(plan.name)
     with bundle.staged(target) as stage:
         graphs = write_graphs(model, plan, stage)
+        quantization = None
+        if quantize is not None:
+            quantization = quantize(stage / graphs[0])
+            check_graph(stage / graphs[0])
         manifest = bundle.Manifest(
             folder=stage,
             config=model.config,
             graph=plan.graph,
             precision=plan.precision,
             table=plan.table,
-            islands=ISLANDS if plan.precision == "fp16" else (),
+            islands={"fp32": (), "fp16": ISLANDS, "int8": INT8_ISLANDS}[plan.precision],
             opset=OPSET,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
             versions={
@@ -597,6 +401,7 @@ def export_model(
             source_sha256=source_sha256,
             graphs=graphs,
             files=bundle.hash_files(stage),
+            quantization=quantization,
         )
         bundle.write_json(stage / bundle.MANIFEST, manifest.to_dict())
         verify(stage)

@@ -36,6 +36,7 @@ def inspect_export(folder: Path) -> dict[str, Any]:
         "solver": table.describe() if table else None,
         "opset": manifest.opset,
         "islands": list(manifest.islands),
+        "quantization": manifest.quantization,
         "created": manifest.created,
         "versions": manifest.versions,
         "graphs": len(manifest.graphs),

@@ -12,6 +12,7 @@ after a whole trajectory. fp16: what half precision costs on this very model, me
 running PyTorch's own (torch.autocast, float16) on the same inputs; an export may err three
 times as much, and its pictures must reach 40 dB. bf16: likewise with bfloat16, whose three bits
 less are 18 dB: PyTorch's own pictures reach 42 dB on the embedded model, so the limit is 35 dB.
+int8: likewise with the INT8 of :mod:`lutdeploy.quantization`, simulated in PyTorch.
 Anything not finite fails everywhere.
 """
 
@@ -29,13 +30,19 @@ from numpy.typing import NDArray
 from lutdeploy.errors import NonFiniteError
 from lutdeploy.images import to_uint8
 from lutdeploy.model import LutTransformer
+from lutdeploy.quantization import product_names, with_int8_products
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Denoiser, Images, StreamingDenoiser, batch_noise, trajectory
 from lutdeploy.solvers import Step, StepTable, step_table
 
 FLOAT32_LIMIT = 1e-4  # absolute, on images of unit scale
 HALF_FACTOR = 3.0
-MIN_PSNR = {"fp32": 80.0, "fp16": 40.0, "bf16": 35.0}  # dB; 80 dB: 2e-4 in every pixel
+MIN_PSNR = {
+    "fp32": 80.0,
+    "fp16": 40.0,
+    "bf16": 35.0,
+    "int8": 35.0,
+}  # dB; 80 dB: 2e-4 in every pixel
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TIMESTEPS = tuple(k / 10 for k in range(10))
 
@@ -144,7 +151,7 @@ class Report:
 def _limits(reference: NDArray[Any], half: NDArray[Any] | None) -> tuple[float, float]:
     """The limits of (max abs, rms) for arrays that should equal ``reference``.
 
-    ``half`` is what PyTorch's half precision makes of the same inputs, None for float32.
+    ``half`` is what the narrow precision makes of the same inputs in PyTorch, None for float32.
     """
     if half is not None:
         cost = difference(half, reference)
@@ -208,6 +215,13 @@ def _streamed(
     return np.concatenate(parts)
 
 
+def narrow_reference(model: LutTransformer, precision: str) -> TorchDenoiser | None:
+    """PyTorch's own fp16 or bf16, or its simulated int8; None for fp32."""
+    if precision == "int8":
+        return TorchDenoiser(with_int8_products(model, product_names(model)))
+    return TorchDenoiser(model, autocast=HALVES[precision]) if precision in HALVES else None
+
+
 def compare(
     model: LutTransformer,
     candidate: Denoiser,
@@ -220,16 +234,16 @@ def compare(
     """Compare a denoiser with a float32 reference on the CPU.
 
     Args:
-        model: what both compute; its half precision in PyTorch sets the limits of fp16.
+        model: what both compute; what a narrow precision costs it in PyTorch sets the limits.
         candidate: what is judged.
-        precision: "fp32", "fp16" or "bf16", which decides the limits.
+        precision: "fp32", "fp16", "bf16" or "int8", which decides the limits.
         table: the trajectory; by default the candidate's own, else 64 Euler steps.
         noise: [n, C, S, S]; by default that of images 0 to 3 of seed 0.
         levels: which levels to run; a loop graph has no "step".
         reference: what is right; by default the PyTorch model in float32.
     """
     reference = reference or TorchDenoiser(model)
-    half = TorchDenoiser(model, autocast=HALVES[precision]) if precision in HALVES else None
+    half = narrow_reference(model, precision)
     table = table or candidate.table or step_table("euler", 64)
     if noise is None:
         noise = batch_noise(0, range(4), model.config.image_shape)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the command line reads this module and should not wait for 
 
 BATCH = "batch"
 GRAPHS = ("step", "per-step", "loop")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ NOTES = (
     "checking ",
     "their checks ",
     "layers: ",
+    "measuring ",
+    "step-int8 differs ",
+    "pictures: ",
     "sample ",
     "train ",
 )

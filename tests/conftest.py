@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from lutdeploy.checkpoint import from_author_state, load_model, save_model
 from lutdeploy.config import PRESETS, ModelConfig, model_config
 from lutdeploy.export import ExportPlan, export_model
 from lutdeploy.model import LutTransformer
+from lutdeploy.quantization import measure_sensitivity
+from lutdeploy.sampling import batch_noise
 from lutdeploy.solvers import step_table
 from tests.command import succeed
 from tests.doubles import install
@@ -108,6 +110,14 @@ def golden_runs(shared_folder: Path) -> Callable[[str], bundle.Run]:
     return make
 
 
+def quantizer(model: LutTransformer, kept: tuple[str, ...] = ()) -> Callable[[Path], Any]:
+    """What export_model asks for in order to make an int8 export."""
+    from engines.quantizer import quantize_graph
+
+    sensitivity = measure_sensitivity(model, batch_noise(0, range(1), model.config.image_shape))
+    return partial(quantize_graph, model=model, kept=kept, sensitivity=sensitivity)
+
+
 @pytest.fixture(scope="session")
 def exported(golden_runs: Callable[[str], bundle.Run], shared_folder: Path) -> Callable[..., Path]:
     """Export folders by (preset, graph, precision, solver, steps), each made once.
@@ -129,7 +139,9 @@ def exported(golden_runs: Callable[[str], bundle.Run], shared_folder: Path) -> C
         folder = run.export_folder(plan.name)
         with filelock.FileLock(shared_folder / f"{preset}-{plan.name}.lock"):
             if not folder.is_dir():
-                export_model(load_model(run.model), plan, run, bundle.sha256(run.model))
+                model, source = load_model(run.model), bundle.sha256(run.model)
+                quantize = quantizer(model) if precision == "int8" else None
+                export_model(model, plan, run, source, quantize=quantize)
         return folder
 
     return make

@@ -25,8 +25,10 @@ CORE = {
     "checkpoint": {"bundle", "config", "errors", "model"},
     "reference": {"config", "errors", "model", "sampling", "solvers"},
     "plan": {"bundle", "errors"},
-    "parity": {"errors", "images", "model", "reference", "sampling", "solvers"},
-    "export": {"bundle", "config", "errors", "lut", "model", "signature", "solvers"},
+    "parity": {"errors", "images", "model", "quantization", "reference", "sampling", "solvers"},
+    "fused": {"config", "lut", "model"},
+    "quantization": {"fused", "model", "reference", "sampling", "solvers"},
+    "export": {"bundle", "config", "errors", "fused", "model", "signature", "solvers"},
     "sample_folder": {"bundle", "errors", "images", "sampling", "solvers"},
     "inspection": {"bundle", "checkpoint", "config", "errors", "plan"},
 }

@@ -21,12 +21,11 @@ from lutdeploy.export import (
     ISLANDS,
     OPSET,
     ExportPlan,
-    FusedNetwork,
-    TimeBias,
     WeightsFile,
     export_model,
     write_graphs,
 )
+from lutdeploy.fused import FusedNetwork, TimeBias
 from lutdeploy.model import LutTransformer
 from lutdeploy.solvers import step_table
 from tests.conftest import golden_model

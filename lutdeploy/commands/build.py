@@ -131,6 +131,11 @@ def _export_to_build(
     manifest = bundle.read_manifest(folder)
     if graph is not None and manifest.graph != graph:
         raise UsageError(f"{folder} is a {manifest.graph} export, not {graph}")
+    if manifest.precision == "int8":
+        raise UsageError(
+            f"{manifest.name} is an int8 export, which is for CPUs; `lutdeploy export --fp16` "
+            "makes one for TensorRT"
+        )
     require_same_model(manifest, target.model)
     note(f"export: {manifest.name}")
     return manifest

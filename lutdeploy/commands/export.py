@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,10 +15,15 @@ from lutdeploy.commands.targets import find_run
 from lutdeploy.errors import ParityError, UsageError
 from lutdeploy.signature import GRAPHS
 
+if TYPE_CHECKING:
+    from lutdeploy.export import ExportPlan
+    from lutdeploy.model import LutTransformer
+
 
 @click.command()
 @RUN
 @click.option("--fp16", is_flag=True, help="float16 body with float32 islands.")
+@click.option("--int8", is_flag=True, help="int8 products in the blocks, the rest float32.")
 @click.option("--graph", type=click.Choice(GRAPHS), default="step", show_default=True)
 @SOLVER
 @STEPS
@@ -30,6 +37,7 @@ from lutdeploy.signature import GRAPHS
 def export(
     run: Path | None,
     fp16: bool,
+    int8: bool,
     graph: str,
     solver: str | None,
     steps: int | None,
@@ -41,6 +49,8 @@ def export(
     step: one step of any solver. per-step: a graph for each step, constants inside.
     loop: the whole trajectory in one graph.
     """
+    if fp16 and int8:
+        raise UsageError("--fp16 or --int8, not both")
     if graph == "step" and (solver, steps, shift) != (None, None, None):
         raise UsageError(
             "--solver, --steps and --shift belong to --graph per-step and loop; "
@@ -57,24 +67,75 @@ def export(
         click.echo(author_format)
         return
     table = None if graph == "step" else choose_table(None, solver, steps, shift)
-    plan = ExportPlan(graph, "fp16" if fp16 else "fp32", table)
-
-    def verify(folder: Path) -> None:
-        from engines import open_engine
-        from lutdeploy.parity import compare
-        from lutdeploy.sampling import batch_noise
-
-        levels = ("trajectory", "picture") if graph == "loop" else ("step",)
-        noise = batch_noise(0, range(1 if graph == "loop" else 2), model.config.image_shape)
-        with open_engine(folder, "onnxruntime") as engine:
-            report = compare(model, engine, plan.precision, noise=noise, levels=levels)
-        if not report.passed:
-            raise ParityError(
-                f"{plan.name} differs from PyTorch and was not kept: {report.failures()[0]}"
-            )
-
+    plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", table)
     with bundle.lock(target.path / "onnx", "`lutdeploy export`"):
-        folder = export_model(model, plan, target, bundle.sha256(target.model), verify)
+        if int8:
+            folder = _export_int8(model, plan, target)
+        else:
+            verify = partial(_verify, model, plan)
+            folder = export_model(model, plan, target, bundle.sha256(target.model), verify)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")
     click.echo(folder)
+
+
+def _verify(model: LutTransformer, plan: ExportPlan, folder: Path) -> None:
+    """Hold a fresh export in ONNX Runtime against PyTorch.
+
+    Raises:
+        ParityError: they differ by more than the precision's limits.
+    """
+    from engines import open_engine
+    from lutdeploy.parity import compare
+    from lutdeploy.sampling import batch_noise
+
+    levels: tuple[str, ...] = ("step",)
+    if plan.graph == "loop":
+        levels = ("trajectory", "picture")
+    if plan.precision == "int8":
+        levels = ("step", "trajectory", "picture")
+    noise = batch_noise(0, range(1 if plan.graph == "loop" else 2), model.config.image_shape)
+    with open_engine(folder, "onnxruntime") as engine:
+        report = compare(model, engine, plan.precision, noise=noise, levels=levels)
+    if not report.passed:
+        raise ParityError(
+            f"{plan.name} differs from PyTorch and was not kept: {report.failures()[0]}"
+        )
+    if plan.precision == "int8":
+        note(f"pictures: PSNR {report.final.psnr:.1f} dB to float32")
+
+
+def _export_int8(model: LutTransformer, plan: ExportPlan, target: bundle.Run) -> Path:
+    """Keep ever more of the sensitive products in float32 until the checks pass.
+
+    Raises:
+        ParityError: not even with half of them.
+    """
+    from engines.quantizer import quantize_graph
+    from lutdeploy.export import export_model
+    from lutdeploy.quantization import float_ladder, measure_sensitivity
+    from lutdeploy.sampling import batch_noise
+
+    note("measuring what each product costs in int8")
+    sensitivity = measure_sensitivity(model, batch_noise(0, range(2), model.config.image_shape))
+    ranked = sensitivity.ranked()
+    failure: ParityError | None = None
+    for kept in float_ladder(ranked):
+        if failure is not None:
+            note(f"{failure}; again with {', '.join(kept)} in float32")
+        try:
+            folder = export_model(
+                *(model, plan, target, bundle.sha256(target.model), partial(_verify, model, plan)),
+                quantize=partial(quantize_graph, model=model, kept=kept, sensitivity=sensitivity),
+            )
+        except ParityError as error:
+            failure = error
+            continue
+        note(f"{len(ranked) - len(kept)} of {len(ranked)} products are int8; most sensitive:")
+        for name in ranked[:3]:
+            errors = sensitivity.errors[name]
+            worst = max(range(len(errors)), key=errors.__getitem__)
+            at = sensitivity.table.rows[worst].t
+            note(f"  {name}: rms error of x0 up to {errors[worst]:.2g}, at t = {at:.3g}")
+        return folder
+    raise ParityError(f"this model does not bear int8: {failure}")

@@ -60,6 +60,12 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
             f"{found['graphs']} graph(s), opset {found['opset']}, {found['bytes'] / 1e6:.1f} MB"
         )
         yield f"{indent}  files verified by sha256; exported {found['created']}{stale}"
+        if found["quantization"]:
+            narrow, kept = (
+                found["quantization"][f"{kind}_products"] for kind in ("int8", "float32")
+            )
+            also = f", for their sensitivity in float32: {', '.join(kept)}" if kept else ""
+            yield f"{indent}  {len(narrow)} of {len(narrow) + len(kept)} products in int8{also}"
         if found["islands"]:
             yield f"{indent}  float32 islands: {'; '.join(found['islands'])}"
     yield (

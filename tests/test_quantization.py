@@ -1,0 +1,196 @@
+"""INT8: what is quantised, what it costs, and when it is not offered."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino as ov
+import pytest
+import torch
+
+import engines.openvino_engine
+import lutdeploy
+from engines import open_engine
+from lutdeploy import bundle, parity
+from lutdeploy.checkpoint import save_model
+from lutdeploy.errors import BackendError, ConfigError, UsageError
+from lutdeploy.export import ExportPlan
+from lutdeploy.model import Block, LutTransformer
+from lutdeploy.parity import difference
+from lutdeploy.quantization import (
+    float_ladder,
+    measure_sensitivity,
+    product_names,
+    with_int8_products,
+)
+from lutdeploy.reference import TorchDenoiser
+from lutdeploy.sampling import batch_noise
+from lutdeploy.solvers import step_table
+from tests.command import fail, succeed
+from tests.conftest import golden_model, quantizer
+
+Exported = Callable[..., Path]
+INT8_PRODUCTS = [f"blocks.{k}.{name}" for k in range(2) for name in ("qkv", "out", "gated")]
+has_int8 = pytest.mark.skipif(
+    "INT8" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    reason="this CPU does not compute in int8",
+)
+
+
+def spiked_model() -> LutTransformer:
+    """The golden model with one channel of block 1's values scaled up, and down again after.
+
+    In float nothing changes; int8 has one scale for all channels and loses the others.
+    """
+    model = golden_model("static-tanh-64")
+    block = model.blocks[1]
+    assert isinstance(block, Block)
+    d = model.config.width
+    with torch.no_grad():
+        block.qkv.weight[2 * d] *= 1000
+        block.qkv.bias[2 * d] *= 1000
+        block.out.weight[:, 0] /= 1000
+    return model
+
+
+def test_the_graph_holds_int8_where_it_should_and_nowhere_else(
+    exported: Exported, preset: str
+) -> None:
+    folder = exported(preset, precision="int8")
+    manifest = bundle.read_manifest(folder)
+    manifest.verify()
+    graph = onnx.load(folder / "step.onnx").graph
+    made = {name: node for node in graph.node for name in node.output}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    narrow = []
+    for node in graph.node:
+        if node.op_type == "MatMul":
+            sources = [made.get(name) for name in node.input]
+            if all(s is not None and s.op_type == "DequantizeLinear" for s in sources):
+                weight = sources[1]
+                assert weight is not None
+                assert types[weight.input[0]] == onnx.TensorProto.INT8
+                narrow.append(node.name.partition("/")[0])
+    assert narrow == INT8_PRODUCTS
+    assert manifest.quantization is not None
+    assert manifest.quantization["int8_products"] == INT8_PRODUCTS
+    quantised = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert len(quantised) == len(INT8_PRODUCTS), "the products' inputs, and no output"
+    assert (
+        manifest.files["weights.bin"]["bytes"]
+        < (bundle.read_manifest(exported(preset)).files["weights.bin"]["bytes"])
+    )
+
+
+@has_int8
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_pictures_are_those_of_float32_to_35_db(
+    exported: Exported, preset: str, backend: str
+) -> None:
+    folder = exported(preset, precision="int8")
+    with open_engine(folder, backend) as engine:
+        report = parity.compare(golden_model(preset), engine, "int8", step_table("euler", 8))
+    assert report.passed, report.failures()
+    assert report.final.max_abs > 1e-4, "so it was int8 that ran"
+
+
+def test_a_simulated_product_is_that_of_the_graph(exported: Exported) -> None:
+    """Both are as far from float32 in the same direction: the errors are correlated."""
+    model = golden_model("static-tanh-64")
+    noise = batch_noise(0, range(4), model.config.image_shape)
+    t = np.full(4, 0.5, np.float32)
+    exact = TorchDenoiser(model).predict_x0(noise, t)
+    simulated = TorchDenoiser(with_int8_products(model, product_names(model)))
+    ours = simulated.predict_x0(noise, t) - exact
+    with open_engine(exported(precision="int8"), "onnxruntime") as engine:
+        theirs = engine.predict_x0(noise, t) - exact
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.3
+    assert 0.4 < ours.std() / theirs.std() < 2.5
+
+
+def test_sensitivity_finds_the_product_that_int8_spoils() -> None:
+    model = spiked_model()
+    sensitivity = measure_sensitivity(model, batch_noise(0, range(2), model.config.image_shape))
+    assert set(sensitivity.errors) == set(product_names(model))
+    assert sensitivity.ranked()[0] == "blocks.1.out"
+    timesteps = sensitivity.to_dict()["timesteps"]
+    assert all(len(errors) == len(timesteps) for errors in sensitivity.errors.values())
+
+
+def test_the_ladder_keeps_ever_more_in_float() -> None:
+    assert list(float_ladder("abcdefgh")) == [(), ("a",), ("a", "b"), tuple("abcd")]
+    assert list(float_ladder("abcdef")) == [(), ("a",), ("a", "b")]
+
+
+def test_export_keeps_what_int8_spoils_in_float32(tmp_path: Path) -> None:
+    run = bundle.Run(tmp_path / "run")
+    save_model(spiked_model(), run.model)
+    result = succeed("export", run.path, "--int8")
+    assert "again with blocks.1.out in float32" in result.stderr
+    folder = run.export_folder("step-int8")
+    record = bundle.read_manifest(folder).quantization
+    assert record is not None
+    assert record["float32_products"] == ["blocks.1.out"]
+    assert "in float32: blocks.1.out" in succeed("inspect", folder).stdout
+    assert succeed("parity", run.path, "--backend", "openvino").stdout == "parity: passed\n"
+    (verdict,) = run.verdicts().values()
+    assert (verdict["device"], verdict["precision"]) == ("CPU int8", "int8")
+
+
+def test_a_model_that_does_not_bear_int8_gets_no_export(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = bundle.Run(tmp_path / "run")
+    shutil.copytree(exported().parent.parent, run.path)
+    before = sorted(entry.name for entry in (run.path / "onnx").iterdir())
+    monkeypatch.setitem(parity.MIN_PSNR, "int8", 1000.0)
+    shutil.rmtree(run.export_folder("step-int8"), ignore_errors=True)
+    assert "does not bear int8" in fail(1, "export", run.path, "--int8")
+    after = sorted(entry.name for entry in (run.path / "onnx").iterdir())
+    assert [name for name in after if name != ".lock"] == [
+        name for name in before if name not in (".lock", "step-int8")
+    ]
+
+
+def test_int8_has_no_other_graph_precision_or_place(exported: Exported, tmp_path: Path) -> None:
+    folder = exported(precision="int8")
+    run = folder.parent.parent
+    assert "not both" in fail(2, "export", run, "--fp16", "--int8")
+    assert "int8 is for graph step" in fail(2, "export", run, "--int8", "--graph", "loop")
+    with pytest.raises(ConfigError, match="int8 is for graph step"):
+        ExportPlan("per-step", "int8", step_table("euler", 2))
+    with pytest.raises(UsageError, match="leave out --precision"):
+        open_engine(folder, "openvino", precision="bf16")
+    assert "which is for CPUs" in fail(2, "build", run, "--export", "step-int8", "--dry-run")
+
+
+@has_int8
+def test_int8_that_is_really_float32_is_refused(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported(precision="int8")
+    monkeypatch.setitem(engines.openvino_engine.RUNTIME_TYPES, "int8", ("i4",))
+    with pytest.raises(BackendError, match="runs 0 of the 6 int8 products"):
+        lutdeploy.load(folder, "openvino")
+
+
+def test_products_kept_in_float32_count_for_openvino(exported: Exported, tmp_path: Path) -> None:
+    from lutdeploy.export import export_model
+
+    model = golden_model("dynamic-64")
+    run = bundle.Run(tmp_path / "run")
+    save_model(model, run.model)
+    kept = ("blocks.0.gated",)
+    folder = export_model(
+        *(model, ExportPlan(precision="int8"), run, bundle.sha256(run.model)),
+        quantize=quantizer(model, kept),
+    )
+    with open_engine(folder, "openvino") as engine:
+        x = batch_noise(0, range(2), model.config.image_shape)
+        t = np.zeros(2, np.float32)
+        exact = TorchDenoiser(model).predict_x0(x, t)
+        assert 1e-4 < difference(engine.predict_x0(x, t), exact).rms < 0.1
