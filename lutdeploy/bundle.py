@@ -7,6 +7,7 @@
       samples/                 pictures made while training
       onnx/EXPORT/             graphs, one weights file, manifest.json
       parity.json              the last verdict on every export
+      bench.json bench.png     the last speed measurement
       engines/KEY.plan         a TensorRT engine, and beside it KEY.json: what it was built from
       engines/timing.cache     what its builder measured
 
@@ -130,13 +131,19 @@ def output_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, what: str, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+def lock(
+    folder: Path,
+    what: str,
+    on_wait: Callable[[str], None] | None = None,
+    name: str = ".lock",
+) -> Iterator[None]:
     """Hold a folder for one process; released by the system however the process ends.
 
     Args:
         folder: made if it is not there.
         what: the command that holds it, for messages.
         on_wait: told before waiting for another process; None refuses instead.
+        name: of the lock's file, for commands that do not shut each other out.
 
     Raises:
         UsageError: another process holds it, and ``on_wait`` is None.
@@ -144,7 +151,7 @@ def lock(folder: Path, what: str, on_wait: Callable[[str], None] | None = None) 
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / ".lock")
+    held = filelock.FileLock(folder / name)
     try:
         held.acquire(blocking=False)
     except filelock.Timeout as error:
@@ -217,6 +224,11 @@ class Run:
     @property
     def parity(self) -> Path:
         return self.path / "parity.json"
+
+    @property
+    def bench(self) -> Path:
+        """What `lutdeploy bench` measured; its plot has the same name and ends in .png."""
+        return self.path / "bench.json"
 
     def export_folder(self, name: str) -> Path:
         return self.path / "onnx" / name

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from lutdeploy import __version__
+from lutdeploy.commands.bench import bench
 from lutdeploy.commands.build import build
 from lutdeploy.commands.console import INTERRUPTED, stop_with
 from lutdeploy.commands.doctor import doctor
@@ -96,7 +97,7 @@ def cli(context: click.Context, /) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, import_, export, build, parity, sample, inspect, doctor):
+for command in (train, import_, export, build, parity, sample, bench, inspect, doctor):
     cli.add_command(command)
 
 

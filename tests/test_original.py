@@ -1,10 +1,10 @@
-"""The benchmarks' own reading of the specification: golden vectors, and against ours."""
+"""The original's layout, a second reading of the specification: golden vectors, and against ours."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.original import OriginalModel
+from engines.original import OriginalModel
 from lutdeploy.checkpoint import from_author_state
 from lutdeploy.config import model_config
 from tests.conftest import Golden

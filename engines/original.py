@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lutdeploy.checkpoint import to_author_state
 from lutdeploy.config import ModelConfig
+from lutdeploy.model import LutTransformer
+from lutdeploy.reference import TorchDenoiser
 
 
 def pointwise(inputs: int, outputs: int) -> nn.Conv2d:
@@ -192,3 +196,12 @@ class OriginalModel(nn.Module):
             lut = self.entries(out[:, :, :, n:])
             patches = torch.einsum("blhw,blcij->bchiwj", self.weights(image_tokens), lut)
         return patches.reshape(x.shape)
+
+
+class OriginalDenoiser(TorchDenoiser):
+    """The original's network in eager PyTorch, float32, with the weights of ours."""
+
+    def __init__(self, model: LutTransformer, device: str = "cpu") -> None:
+        original: Any = OriginalModel(model.config)
+        original.load_state_dict(to_author_state(model), strict=True)
+        super().__init__(original, device)

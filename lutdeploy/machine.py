@@ -1,0 +1,107 @@
+"""The machine that computes: what a speed or a verdict was found on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "lutdeploy",
+    "torch",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "numpy",
+)
+RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware, system and versions, as far as they decide what is measured."""
+
+    cpu: str  # the model's name
+    processors: int  # logical ones that this process may use
+    memory_bytes: int
+    system: str
+    gpus: tuple[str, ...]  # as torch sees them
+    versions: dict[str, str]  # of python and of the packages that are installed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "gpus": list(self.gpus)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which backend is fastest and whether its numbers hold, as JSON values.
+
+        Equal dictionaries mean that a measurement of one machine holds on the other. Memory,
+        python and numpy stay out: neither speed nor numbers depend on them.
+        """
+        return {
+            "cpu": self.cpu,
+            "processors": self.processors,
+            "gpus": list(self.gpus),
+            "versions": {name: self.versions[name] for name in RUNTIMES if name in self.versions},
+        }
+
+    def describe(self) -> str:
+        """One line for people."""
+        gib = self.memory_bytes / 2**30
+        parts = [f"{self.cpu}, {self.processors} logical processors, {gib:.0f} GiB, {self.system}"]
+        return ", ".join([*parts, *self.gpus])
+
+    def describe_versions(self) -> str:
+        """One line for people."""
+        return ", ".join(f"{name} {version}" for name, version in self.versions.items())
+
+
+def this_machine() -> Machine:
+    """Look at the machine; imports torch, to ask it for GPUs."""
+    import psutil
+
+    return Machine(
+        cpu=_cpu(),
+        processors=_processors(),
+        memory_bytes=psutil.virtual_memory().total,
+        system=f"{platform.system()} {platform.machine()}",
+        gpus=_gpus(),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of python and of the packages that matter, where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):  # Linux; elsewhere there is no such file
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _processors() -> int:
+    """Logical processors that the system lets this process run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _gpus() -> tuple[str, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))
