@@ -9,7 +9,6 @@ a command that fails makes the exit code 1, and the report is written all the sa
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -25,10 +24,10 @@ import click
 from lutdeploy import bundle
 from lutdeploy.config import PRESETS, SIZES, ModelConfig, model_config
 from lutdeploy.errors import LutDeployError
+from lutdeploy.machine import versions
 
 LUTDEPLOY = (sys.executable, "-m", "lutdeploy.cli")
 STEPS = 64
-PACKAGES = ("torch", "tensorrt", "onnxruntime-gpu", "onnxruntime", "lutdeploy")
 MATRIX = 8192  # side of the product that measures the peak
 
 
@@ -191,17 +190,6 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
                 f"({row['seconds_min']:.4f} … {row['seconds_max']:.4f}) | "
                 f"{row['images_per_second']:.0f} | {row['share_of_peak']:.0%} |"
             )
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that matter, where they are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline --data FOLDER
 
-Unlike :mod:`benchmarks.step_speed` nothing is compared here, so the figures belong to the
+Unlike in `lutdeploy bench` nothing is compared here, so the figures belong to the
 machine and the moment; the report says which machine and what else was running.
 """
 
@@ -22,8 +22,8 @@ from typing import Any
 
 import click
 
-from benchmarks.step_speed import machine
 from lutdeploy import bundle
+from lutdeploy.machine import Machine, this_machine
 
 LUTDEPLOY = (sys.executable, "-m", "lutdeploy.cli")
 HELP_RUNS = 9
@@ -130,10 +130,9 @@ def measure_sampling(model: Path, count: int, folder: Path) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> Iterator[str]:
     """The result as Markdown."""
-    about = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    yield f"{about['cpu']}, {about['logical_processors']} logical processors, {about['system']}"
-    yield versions
+    about = Machine.from_dict(result["machine"])
+    yield about.describe()
+    yield about.describe_versions()
     yield ""
     yield "| command | figure |"
     yield "|---|---|"
@@ -182,7 +181,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = {
-            "machine": machine(),
+            "machine": this_machine().to_dict(),
             "help": measure_help(),
             "train": measure_training(data, train_steps, precision, folder / "trained"),
             "export": measure_export(export_size, folder / "exported"),

@@ -116,9 +116,7 @@ def _cuda(size: int) -> dict[str, Callable[[], float]]:
         return attempt
 
     def product(dtype: torch.dtype) -> Callable[[], float]:
-        left, right, out = (
-            torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(3)
-        )
+        left, right, out = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(3))
         return clocked(lambda: torch.mm(left, right, out=out))
 
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")

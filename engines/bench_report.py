@@ -116,7 +116,7 @@ def _rate(part: dict[str, Any] | None) -> str:
 
 def remarks(result: Result) -> Iterator[str]:
     """What was measured on what, and what the tables do not say."""
-    machine = Machine(**{**result["machine"], "gpus": tuple(result["machine"]["gpus"])})
+    machine = Machine.from_dict(result["machine"])
     model, settings = result["model"], result["settings"]
     config = model["config"]
     yield machine.describe()

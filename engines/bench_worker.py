@@ -8,10 +8,11 @@ its first step is what a user waits for.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,15 @@ def serve_limits(device: str, size: int, threads: int | None, link: Connection) 
         _answer(link, True, {"measure": lambda: bench_limits.measure(tries)})
 
 
-class _answering:
+@contextlib.contextmanager
+def _answering(link: Connection) -> Iterator[None]:
     """What prevents an answer becomes the answer."""
-
-    def __init__(self, link: Connection) -> None:
-        self.link = link
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, EOFError | BrokenPipeError):
-            return True  # nobody asks any more
-        if isinstance(error, Exception):
-            self.link.send(("error", reason(error)))
-            return True
-        return False
+    try:
+        yield
+    except (EOFError, BrokenPipeError):
+        pass  # nobody asks any more
+    except Exception as error:
+        link.send(("error", reason(error)))
 
 
 def _answer(link: Connection, ready: Any, requests: dict[str, Callable[..., Any]]) -> None:

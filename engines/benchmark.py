@@ -6,7 +6,6 @@ The method is in :mod:`engines.bench_method`, the processes in :mod:`engines.ben
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import os
 import subprocess
@@ -14,56 +13,35 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
-from engines import bench_limits, bench_process
+from engines import bench_process
 from engines.bench_contenders import ORIGINAL, Contender
+from engines.bench_findings import Entry, Findings, Settings
 from engines.bench_method import (
     WINDOWS,
     Window,
     best_row,
     block_seconds,
     gains,
-    images_per_second,
     settled,
-    share_of_peak,
-    speed,
     sweep_sizes,
 )
 from engines.bench_process import Worker
 from engines.bench_subject import Subject
-from lutdeploy import __version__, bundle
 from lutdeploy.errors import BackendError
-from lutdeploy.machine import Machine
-from lutdeploy.solvers import StepTable
+from lutdeploy.sampling import Denoiser, Images
+from lutdeploy.solvers import Step
 
-FORMAT = 1
 CHECKED_IMAGES = 2  # of the comparison with the original
 TRAJECTORIES = 3  # at most, of which the median counts
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How long and how closely to measure. Seconds throughout."""
-
-    table: StepTable  # of whole trajectories
-    threads: int | None = None  # of each contender; its library's own choice by default
-    batches: tuple[int, ...] = ()  # ascending; none: powers of two while they bring something
-    max_batch: int = 1024  # of the sweep
-    seconds: float = 240.0  # of all rounds; no batch size is begun that would go beyond
-    window: float = 0.3
-    steps_in_window: int = 3  # at least
-    pause: float = 0.1  # before a window; threads that wait for work spin for some milliseconds
-    max_rounds: int = 10  # at one batch size
-    matrix: int = 2048  # n of the n×n products
-    trajectory_seconds: float = 30.0  # a whole trajectory that would take longer is left out
-    end_to_end: int = 1  # of the fastest contenders, as `lutdeploy sample`
-    sample_seconds: float = 10.0  # worth of images for it
 
 
 @dataclass(frozen=True)
@@ -73,25 +51,6 @@ class Progress:
     text: str
     done: int
     total: int
-
-
-@dataclass
-class Entry:
-    """All that is found out about one contender."""
-
-    contender: Contender
-    status: str = "waiting"  # "measured", "refused", "absent", "failed"
-    reason: str | None = None
-    engine_sha256: str | None = None
-    startup: dict[str, float] | None = None
-    loop: dict[str, Any] | None = None
-    end_to_end: dict[str, Any] | None = None
-    windows: dict[int, list[Window]] = field(default_factory=lambda: defaultdict(list))
-    peak_bytes: dict[int, int] = field(default_factory=dict)
-
-    def step_seconds(self, batch: int) -> float:
-        """The figure at a batch size, as far as it is known."""
-        return speed(self.windows[batch], ()).step_seconds
 
 
 class Benchmark:
@@ -115,12 +74,10 @@ class Benchmark:
     ) -> None:
         self.subject, self.settings = subject, settings
         self.entries = {contender.name: Entry(contender) for contender in contenders}
-        self.notes: list[str] = []
-        self.used_by_others: float | None = None
+        self.findings = Findings(subject, settings, self.entries)
         self._start, self._limits = start, limits
         self._workers: dict[str, Worker] = {}
         self._limiters: dict[str, bench_process.Limits] = {}
-        self._best: dict[str, dict[str, float]] = defaultdict(dict)  # seconds by device and limit
         self._done = self._total = 0
 
     def run(self) -> Iterator[Progress]:
@@ -141,8 +98,10 @@ class Benchmark:
             self._close()
 
     def _close(self) -> None:
-        for process in (*self._workers.values(), *self._limiters.values()):
-            process.close()
+        for worker in self._workers.values():
+            worker.close()
+        for limiter in self._limiters.values():
+            limiter.close()
         self._workers.clear()
         self._limiters.clear()
 
@@ -190,6 +149,7 @@ class Benchmark:
         model = load_model(self.subject.model)
         noise = batch_noise(0, range(CHECKED_IMAGES), self.subject.config.image_shape)
         original = self._workers[ORIGINAL]
+        reference = Remembered(original)
         for name, worker in list(self._workers.items()):
             if worker is original:
                 continue
@@ -200,7 +160,7 @@ class Benchmark:
             table = worker.table or self.settings.table
             try:
                 report = compare(
-                    *(model, worker, contender.precision, table, noise, levels), reference=original
+                    *(model, worker, contender.precision, table, noise, levels), reference=reference
                 )
             except BackendError as error:
                 self._drop(name, "failed", str(error))
@@ -217,7 +177,7 @@ class Benchmark:
             try:
                 self._limiters[device] = self._limits(*arguments, self._log(f"limits-{device}"))
             except BackendError as error:
-                self.notes.append(f"limits of {device}: {error}")
+                self.findings.notes.append(f"limits of {device}: {error}")
 
     def _rounds(self) -> Iterator[Progress]:
         settings, deadline = self.settings, time.perf_counter() + self.settings.seconds
@@ -231,7 +191,7 @@ class Benchmark:
                     break
                 left = deadline - time.perf_counter()
                 if previous is not None and self._expected(sweeping, previous, batch) > left:
-                    self.notes.append(
+                    self.findings.notes.append(
                         f"batch {batch} and above: not measured, --seconds {settings.seconds:g} "
                         "are used up"
                     )
@@ -246,7 +206,7 @@ class Benchmark:
         finally:
             used, own = (n - t for n, t in zip(processor_seconds(), before, strict=True))
             available = (time.perf_counter() - begun) * (os.cpu_count() or 1)
-            self.used_by_others = max(0.0, used - own) / available if available else None
+            self.findings.used_by_others = max(0.0, used - own) / available if available else None
 
     def _expected(self, sweeping: Sequence[str], previous: int, batch: int) -> float:
         """Seconds that a batch size will take, by the one before."""
@@ -301,26 +261,24 @@ class Benchmark:
             try:
                 found = limiter.measure()
             except BackendError as error:
-                self.notes.append(f"limits of {device}: {error}")
+                self.findings.notes.append(f"limits of {device}: {error}")
                 del self._limiters[device]
                 limiter.close()
                 continue
-            best = self._best[device]
-            for name, seconds in found.items():
-                best[name] = min(seconds, best.get(name, math.inf))
+            self.findings.add_limits(device, found)
 
     def _trajectories(self) -> Iterator[Progress]:
         """Noise in, images out, at each contender's best batch size."""
         table = self.settings.table
         self._total += len(self._workers)
         for name, worker in list(self._workers.items()):
-            entry, row = self.entries[name], best_row(self._rows(name))
+            entry, row = self.entries[name], best_row(self.findings.rows(name))
             assert row is not None
             own = worker.table or table
             expected = row["step_seconds"] * own.steps
             self._turn()
             if expected > self.settings.trajectory_seconds:
-                self.notes.append(
+                self.findings.notes.append(
                     f"{name}: a whole trajectory would take {expected:.0f} s, left out"
                 )
                 continue
@@ -342,7 +300,7 @@ class Benchmark:
 
     def _end_to_end(self) -> Iterator[Progress]:
         """`lutdeploy sample` as a user runs it: start-up, noise, steps, encoding, files."""
-        best = [(best_row(self._rows(name)), e) for name, e in self.entries.items()]
+        best = [(best_row(self.findings.rows(name)), e) for name, e in self.entries.items()]
         able = [(row, e) for row, e in best if row and e.contender.sample_options]
         able.sort(key=lambda pair: pair[0]["images_per_second"], reverse=True)
         for row, entry in able[: self.settings.end_to_end]:
@@ -357,7 +315,7 @@ class Benchmark:
             seconds = time.perf_counter() - start
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["?"])[-1]
-                self.notes.append(f"{name}: `lutdeploy sample` failed: {said[:300]}")
+                self.findings.notes.append(f"{name}: `lutdeploy sample` failed: {said[:300]}")
                 continue
             entry.end_to_end = {
                 "batch": batch,
@@ -366,95 +324,34 @@ class Benchmark:
                 "images_per_second": images / seconds,
             }
 
-    # What has been found.
 
-    def peaks(self) -> dict[str, Any]:
-        """By device: the best products of the run in FLOP/s, and the best copy in bytes/s."""
-        size = self.settings.matrix
-        found = {}
-        for device, best in self._best.items():
-            rates = {name: bench_limits.rate(name, s, size) for name, s in best.items()}
-            copied = rates.pop(bench_limits.MEMORY, None)
-            found[device] = {
-                "flops_per_second": rates,
-                "bytes_per_second": copied,
-                "matrix": size,
-            }
-        return found
+class Remembered:
+    """A denoiser that answers the same question once: all contenders are asked the same."""
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        entry, peaks = self.entries[name], self.peaks()
-        contender, steps = entry.contender, self.settings.table.steps
-        original = self.entries[ORIGINAL].windows
-        rates = peaks.get(contender.place, {}).get("flops_per_second", {})
-        rows = []
-        for batch, windows in entry.windows.items():
-            if not windows:
-                continue
-            found = speed(windows, original.get(batch, ()))
-            flop = 2 * self.subject.config.multiply_adds() * batch
-            rows.append(
-                {
-                    "path": contender.name,
-                    "backend": contender.backend,
-                    "precision": contender.precision,
-                    "device": contender.device,
-                    "export": contender.export,
-                    "engine_sha256": entry.engine_sha256,
-                    "batch": batch,
-                    **asdict(found),
-                    "images_per_second": images_per_second(batch, found.step_seconds, steps),
-                    "flops_per_second": flop / found.step_seconds,
-                    "share_of_peak": share_of_peak(
-                        flop, found.step_seconds, rates.get(contender.precision)
-                    ),
-                    "peak_bytes": entry.peak_bytes[batch],
-                }
-            )
-        return rows
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.config, self.table = denoiser.config, denoiser.table
+        self.whole_trajectory = denoiser.whole_trajectory
+        self._denoiser = denoiser
+        self._steps: dict[Any, tuple[Images, Images]] = {}
+        self._predictions: dict[Any, Images] = {}
 
-    def result(self, machine: Machine, interrupted: bool = False) -> dict[str, Any]:
-        """Everything as plain JSON values; README.md says what each is."""
-        settings = {**asdict(self.settings), "table": self.settings.table.describe()}
-        config = self.subject.config
-        return {
-            "format": FORMAT,
-            "lutdeploy": __version__,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "interrupted": interrupted,
-            "model": {
-                "name": self.subject.name,
-                "preset": config.preset(),
-                "config": config.to_dict(),
-                "sha256": bundle.sha256(self.subject.model),
-                "flop_per_image_and_step": 2 * config.multiply_adds(),
-            },
-            "machine": machine.to_dict(),
-            "peaks": self.peaks(),
-            "settings": {**settings, "steps": self.settings.table.steps},
-            "used_by_others": self.used_by_others,
-            "contenders": [self._describe(entry) for entry in self.entries.values()],
-            "rows": [row for name in self.entries for row in self._rows(name)],
-            "notes": self.notes,
-        }
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        key = (x.tobytes(), row, None if x0_prev is None else x0_prev.tobytes())
+        if key not in self._steps:
+            self._steps[key] = self._denoiser.step(x, row, x0_prev)
+        return self._steps[key]
 
-    def _describe(self, entry: Entry) -> dict[str, Any]:
-        contender = entry.contender
-        row = best_row(self._rows(contender.name))
-        return {
-            "path": contender.name,
-            "backend": contender.backend,
-            "precision": contender.precision,
-            "device": contender.device,
-            "export": contender.export,
-            "engine_sha256": entry.engine_sha256,
-            "status": entry.status,
-            "reason": entry.reason,
-            "startup": entry.startup,
-            "best_batch": row["batch"] if row else None,
-            "loop": entry.loop,
-            "end_to_end": entry.end_to_end,
-        }
+    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        key = (x.tobytes(), t.tobytes())
+        if key not in self._predictions:
+            self._predictions[key] = self._denoiser.predict_x0(x, t)
+        return self._predictions[key]
+
+    def run(self, noise: Images) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        return self._denoiser.run(noise)
 
 
 def check_levels(precision: str, walks: bool) -> tuple[str, ...]:

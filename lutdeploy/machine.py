@@ -37,6 +37,11 @@ class Machine:
         """Plain JSON values."""
         return {**asdict(self), "gpus": list(self.gpus)}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Machine:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**values, "gpus": tuple(values["gpus"])})
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides which backend is fastest and whether its numbers hold, as JSON values.
 

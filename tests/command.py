@@ -10,6 +10,7 @@ from lutdeploy.cli import cli
 NOTES = (
     "warning: ",
     "backend: ",
+    "machine: ",
     "data: ",
     "  skipped ",
     "inferred: ",

@@ -14,6 +14,7 @@ PACKAGES = ("lutdeploy", "training", "engines")
 # What each module of the core may import of the core, at any depth of its code.
 CORE = {
     "errors": set(),
+    "machine": set(),
     "config": {"errors"},
     "lut": {"config"},
     "solvers": {"errors"},
@@ -85,6 +86,8 @@ def test_every_file_name_is_known_to_the_bundle_alone() -> None:
     [
         ("import lutdeploy", ("torch", "numpy", "onnx", "onnxruntime", "tensorrt", "openvino")),
         ("import lutdeploy.cli", ("torch", "numpy", "onnx", "onnxruntime", "rich")),
+        ("import lutdeploy.machine", ("torch", "numpy", "psutil")),
+        ("import engines.bench_process", ("torch", "onnx", "onnxruntime", "openvino")),
         ("import engines, lutdeploy.sampling", ("torch", "onnxruntime", "tensorrt", "openvino")),
     ],
 )

@@ -1,4 +1,4 @@
-"""The original's layout, a second reading of the specification: golden vectors, and against ours."""
+"""The original's layout: golden vectors, and against ours."""
 
 from __future__ import annotations
 

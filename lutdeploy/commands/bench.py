@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engines.bench_subject import Subject
     from engines.benchmark import Benchmark
 
-# What --quick changes in engines.benchmark.Settings.
+# What --quick changes in engines.bench_findings.Settings.
 QUICK = {
     "max_batch": 16,
     "seconds": 12.0,
@@ -99,7 +99,8 @@ def bench(
     if plot is not None and not _has_matplotlib():
         raise UsageError("--plot needs matplotlib: pip install 'lutdeploy[bench]'")
     from engines.bench_contenders import choose, list_contenders
-    from engines.benchmark import Benchmark, Settings
+    from engines.bench_findings import Settings
+    from engines.benchmark import Benchmark
     from lutdeploy.machine import this_machine
     from lutdeploy.sampling import choose_table
 
@@ -114,7 +115,6 @@ def bench(
         **options,
     )
     machine = this_machine()
-    note(f"machine: {machine.describe()}")
     with contextlib.ExitStack() as stack:
         subject = stack.enter_context(_subject(run, preset, size))
         if subject.run is not None:
@@ -127,13 +127,16 @@ def bench(
         contenders = choose(everyone, only)
         if quick and not only:
             contenders = [c for c in contenders if c.name != QUICK_LEAVES_OUT]
+        note(f"machine: {machine.describe()}")
         benchmark = Benchmark(subject, contenders, settings)
         interrupted = False
         try:
             _measure(benchmark)
         except KeyboardInterrupt:
             interrupted = True
-        result = benchmark.result(machine, interrupted)
+        result = benchmark.findings.result(machine, interrupted)
+    if interrupted and not result["rows"]:
+        stop_with("interrupted: nothing was measured yet", INTERRUPTED)
     written = _write(result, json_file, plot, markdown)
     if markdown != STDOUT:
         _show(result)
