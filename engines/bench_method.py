@@ -35,9 +35,13 @@ def settled(windows: Sequence[Window]) -> Sequence[Window] | None:
     for end in range(len(windows), WINDOWS - 1, -1):
         last = windows[end - WINDOWS : end]
         medians = [window.median for window in last]
-        if max(medians) <= (1 + TOLERANCE) * min(medians):
+        if _alike(medians):
             return last
     return None
+
+
+def _alike(medians: Sequence[float]) -> bool:
+    return max(medians) <= (1 + TOLERANCE) * min(medians)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Speed:
     ratio_to_original: float | None  # times as fast; None: never in the original's rounds
     ratio_min: float | None
     ratio_max: float | None
+    ratio_stable: bool  # the original, too, was within 10 % in those rounds
     stable: bool
     windows: int  # all that were measured
 
@@ -64,7 +69,8 @@ def speed(windows: Sequence[Window], original: Sequence[Window]) -> Speed:
     last = settled(windows)
     counted = windows if last is None else last
     theirs = {window.round: window.median for window in original}
-    ratios = [theirs[w.round] / w.median for w in counted if w.round in theirs]
+    pairs = [(theirs[w.round], w.median) for w in counted if w.round in theirs]
+    ratios = [their / our for their, our in pairs]
     times = [seconds for window in counted for seconds in window.steps]
     return Speed(
         step_seconds=median(window.median for window in counted),
@@ -73,6 +79,9 @@ def speed(windows: Sequence[Window], original: Sequence[Window]) -> Speed:
         ratio_to_original=median(ratios) if ratios else None,
         ratio_min=min(ratios, default=None),
         ratio_max=max(ratios, default=None),
+        ratio_stable=last is not None
+        and len(pairs) == len(last)
+        and _alike([their for their, _ in pairs]),
         stable=last is not None,
         windows=len(windows),
     )

@@ -12,6 +12,7 @@ from lutdeploy.machine import Machine
 Result = dict[str, Any]
 UNSTABLE = "~"
 MISSING = "–"
+DISTURBED = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def tables(result: Result) -> list[Table]:
     found = [
         Table(f"Best batch size; images/s of {steps} steps", header, tuple(best)),
         Table(
-            "There: whole loop and `lutdeploy sample` in images/s, start-up in s, memory in MiB",
+            "At that size: whole loop and `lutdeploy sample` in images/s, start-up in s, memory in MiB",
             ("", "whole loop", "sample", "start-up", "memory"),
             tuple(around),
         ),
@@ -103,7 +104,8 @@ def _number(value: float) -> str:
 
 def _ratio(row: dict[str, Any]) -> str:
     ratio = row["ratio_to_original"]
-    return MISSING if ratio is None else f"{ratio:.2f}×"
+    mark = "" if row["ratio_stable"] else UNSTABLE
+    return MISSING if ratio is None else f"{mark}{ratio:.2f}×"
 
 
 def _share(share: float | None) -> str:
@@ -141,8 +143,16 @@ def remarks(result: Result) -> Iterator[str]:
                 f"No limit in {', '.join(missing)}: {device} has no fast matrix product of its own "
                 "in it."
             )
-    if not all(row["stable"] for row in result["rows"]):
-        yield f"{UNSTABLE} unstable: no three windows in a row lay within 10 %."
+    if others and others > DISTURBED:
+        yield (
+            f"Others used more than {DISTURBED:.0%} of the processors meanwhile: these figures say "
+            "little; measure again when the machine is quiet."
+        )
+    if not all(row["stable"] and row["ratio_stable"] for row in result["rows"]):
+        yield (
+            f"{UNSTABLE} unstable: no three windows in a row lay within 10 %, of the contender or, "
+            "in a ratio, of the original beside it."
+        )
     for contender in result["contenders"]:
         if contender["reason"]:
             state = "stopped" if contender["status"] == "measured" else contender["status"]
@@ -178,7 +188,7 @@ def plot(result: Result) -> bytes:
         ImportError: matplotlib is not there.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -218,8 +228,8 @@ def plot(result: Result) -> bytes:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: _number(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.set_xlabel("batch size")
     axes.set_ylabel(f"images/s of {result['settings']['steps']} steps")

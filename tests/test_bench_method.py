@@ -64,6 +64,14 @@ def test_a_ratio_pairs_the_rounds() -> None:
     assert missed.ratio_to_original == 2
 
 
+def test_a_ratio_is_stable_when_both_were() -> None:
+    ours = windows(1.0, 1.0, 1.0)
+    assert speed(ours, windows(2.0, 2.1, 2.0)).ratio_stable
+    assert not speed(ours, windows(2.0, 3.0, 2.0)).ratio_stable
+    assert not speed(ours, windows(2.0, 2.0)).ratio_stable
+    assert not speed(windows(1.0, 2.0, 1.0), windows(2.0, 2.0, 2.0)).ratio_stable
+
+
 def test_the_sweep_goes_on_while_images_a_second_grow_by_a_twentieth() -> None:
     assert gains([]) and gains([10.0])
     assert gains([10.0, 10.5])

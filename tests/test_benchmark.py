@@ -573,6 +573,7 @@ def _result() -> dict[str, Any]:
             "images_per_second": rate,
             "ratio_to_original": rate / (3 + math.log2(batch)),
             "share_of_peak": rate / 40,
+            "ratio_stable": batch != 4,
             "stable": batch != 4,
             "peak_bytes": 2**28,
         }
@@ -630,7 +631,9 @@ def test_tables_and_markdown_read_the_json() -> None:
     text = bench_report.markdown(result)
     assert "Model a / model" in text  # a bar would end the cell
     assert "No limit in fp16" in text
-    assert "used meanwhile: 1.0%" in text
+    assert "used meanwhile: 1.0%" in text and "say little" not in text
+    disturbed = {**result, "used_by_others": 0.3}
+    assert "Others used more than 10% of the processors" in bench_report.markdown(disturbed)
 
 
 def test_the_plot_has_a_line_for_each_contender_and_limit() -> None:
