@@ -70,7 +70,7 @@ def tables(result: Result) -> list[Table]:
     found = [
         Table(f"Best batch size; images/s of {steps} steps", header, tuple(best)),
         Table(
-            "At that size: whole loop and `lutdeploy sample` in images/s, start-up in s, memory in MiB",
+            "At that size: whole loop and `sample` in images/s, start-up in s, memory in MiB",
             ("", "whole loop", "sample", "start-up", "memory"),
             tuple(around),
         ),

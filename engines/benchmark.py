@@ -156,7 +156,7 @@ class Benchmark:
             yield self._say(f"compare {name} with the original")
             contender = self.entries[name].contender
             walks = worker.whole_trajectory or contender.place != "cpu"
-            levels = check_levels(contender.precision, walks)
+            levels = ("trajectory", "picture") if walks else ("step",)  # as it is timed
             table = worker.table or self.settings.table
             try:
                 report = compare(
@@ -352,18 +352,6 @@ class Remembered:
     def run(self, noise: Images) -> Images:
         """See :class:`lutdeploy.sampling.Denoiser`."""
         return self._denoiser.run(noise)
-
-
-def check_levels(precision: str, walks: bool) -> tuple[str, ...]:
-    """The levels of :mod:`lutdeploy.parity` that judge a contender.
-
-    Args:
-        precision: INT8 is promised for pictures alone.
-        walks: it is timed by whole trajectories; elsewhere a single step tells enough.
-    """
-    if precision == "int8":
-        return ("picture",)
-    return ("trajectory", "picture") if walks else ("step",)
 
 
 def sample_command(

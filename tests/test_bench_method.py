@@ -19,7 +19,7 @@ from engines.bench_method import (
     sweep_sizes,
 )
 from lutdeploy.config import model_config
-from lutdeploy.export import FusedNetwork, TimeBias
+from lutdeploy.fused import FusedNetwork, TimeBias
 from lutdeploy.model import LutTransformer
 
 

@@ -24,7 +24,7 @@ from engines import bench_process, bench_report, bench_subject, bench_worker
 from engines.bench_contenders import ORIGINAL, Contender, choose, list_contenders
 from engines.bench_findings import Settings
 from engines.bench_limits import MEMORY
-from engines.benchmark import Benchmark, check_levels, processor_seconds, sample_command
+from engines.benchmark import Benchmark, processor_seconds, sample_command
 from engines.original import OriginalDenoiser
 from lutdeploy import bundle
 from lutdeploy.checkpoint import load_model
@@ -279,12 +279,6 @@ def test_a_trajectory_that_takes_too_long_is_left_out(subject: bench_subject.Sub
     result, _ = measure(subject, replace(SETTINGS, trajectory_seconds=3.0))
     assert contender(result, ORIGINAL)["loop"] is None
     assert result["notes"] == ["original: a whole trajectory would take 4 s, left out"]
-
-
-def test_levels_of_the_gate() -> None:
-    assert check_levels("fp32", False) == ("step",)
-    assert check_levels("fp16", True) == ("trajectory", "picture")
-    assert check_levels("int8", False) == ("picture",)
 
 
 # The lists.
