@@ -188,13 +188,14 @@ def plot(result: Result) -> bytes:
         ImportError: matplotlib is not there.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
     batches = sorted({row["batch"] for row in result["rows"]})
     shown = _measured(result)
-    precisions, circled = [], False
+    circle: Any = {"markersize": 13, "markerfacecolor": "none", "color": "grey"}
+    precisions = []
     for k, (contender, _) in enumerate(shown):
         rows = rows_of(result, contender["path"])
         original = contender["path"] == shown[0][0]["path"]
@@ -210,12 +211,8 @@ def plot(result: Result) -> bytes:
                 [row["batch"] for row in unstable],
                 [row["images_per_second"] for row in unstable],
                 "o",
-                markersize=13,
-                markerfacecolor="none",
-                color="grey",
-                label=None if circled else "unstable",
+                **circle,
             )
-            circled = True
         precisions.append((_place(contender), contender["precision"]))
     per_image = result["model"]["flop_per_image_and_step"] * result["settings"]["steps"]
     for style, (device, precision) in enumerate(dict.fromkeys(precisions)):
@@ -225,11 +222,14 @@ def plot(result: Result) -> bytes:
         limit = peak / per_image
         label = f"limit of {device}, {precision}: {_number(limit)}"
         axes.axhline(limit, linestyle=("--", ":", "-.")[style % 3], color="grey", label=label)
+    if not all(row["stable"] for row in result["rows"]):
+        axes.plot([], [], "o", **circle, label="unstable")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.set_xlabel("batch size")
     axes.set_ylabel(f"images/s of {result['settings']['steps']} steps")
