@@ -5,14 +5,16 @@ A backend's module is imported only when it is asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from lutdeploy import bundle, plan
-from lutdeploy.errors import ArtefactError, BackendError, UsageError
+from lutdeploy.errors import ArtefactError, BackendError, LutDeployError, UsageError
 from lutdeploy.sampling import Denoiser
 
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino", "tensorrt")
+AUTO_BATCH = 64  # what "auto" chooses for, where nobody says how many images a pass has
 
 
 class Engine(Denoiser, Protocol):
@@ -39,22 +41,25 @@ def open_engine(
     batch: int | None = None,
     unverified: bool = False,
     precision: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Open a run folder, an export folder or a model.safetensors with a backend.
 
     Args:
         path: what to open; of a run folder the newest export, unless ``export`` names one.
         backend: "torch" runs the model file, "onnxruntime" and "openvino" an export,
-            "tensorrt" the engines that were built from an export, "auto" an export in ONNX
-            Runtime where there is one and the model file elsewhere.
+            "tensorrt" the engines that were built from an export, "auto" the fastest that
+            passed parity on this machine (:mod:`engines.auto`); where nothing was measured, an
+            export in ONNX Runtime if there is one, else the model file.
         device: "cpu", "cuda" or "cuda:N"; for onnxruntime also "tensorrt" or an execution
             provider's name. By default "cuda" for tensorrt, "cpu" for the others.
         export: the name of an export of the run, such as "step-fp16".
         threads: of one operator; with torch, of every operator in the process.
-        batch: for tensorrt, the batch size to choose among several engines for.
+        batch: for tensorrt and auto, the batch size to choose for.
         unverified: for tensorrt, use engines that have not passed their checks.
         precision: for openvino, of the arithmetic: "fp32", the default, or "bf16"; None for an
             int8 export.
+        say: told what "auto" takes and why.
 
     Raises:
         UsageError: nothing there, or nothing that this backend can run.
@@ -69,11 +74,12 @@ def open_engine(
     if precision is not None and backend != "openvino":
         raise UsageError(f"precision {precision} is for backend openvino; elsewhere the export's")
     located = bundle.locate(Path(path))
+    if backend == "auto":
+        options = {"threads": threads, "batch": batch, "unverified": unverified}
+        return _open_fastest(located, Path(path), device, export, say, options)
     if backend == "tensorrt" and export is None and located.export is None and located.run:
         export = newest_built_export(located.run)
     folder = choose_export(located, export)
-    if backend == "auto":
-        backend = "onnxruntime" if folder else "torch"
     if backend in ("onnxruntime", "openvino", "tensorrt"):
         if folder is None:
             raise UsageError(f"{path} has no export; run `lutdeploy export {path}` first")
@@ -93,6 +99,41 @@ def open_engine(
     from engines.torch_engine import TorchEngine
 
     return TorchEngine(located.model, device or "cpu", threads)
+
+
+def _open_fastest(
+    located: bundle.Located,
+    path: Path,
+    device: str | None,
+    export: str | None,
+    say: Callable[[str], None],
+    options: dict[str, Any],
+) -> Engine:
+    """The first of the measured choices that opens, else what needs no measurement."""
+    from engines.auto import measured_choices
+
+    run, named = located.run, located.export.name if located.export else export
+    batch = options["batch"] or AUTO_BATCH
+    for choice in measured_choices(run, batch, device, named) if run else []:
+        try:
+            engine = open_engine(
+                *(run.path if run else path, choice.backend, choice.device, choice.export),
+                precision=choice.precision,
+                **options,
+            )
+        except LutDeployError as error:
+            say(f"auto: not {choice.name}: {error}")
+            continue
+        if engine.identity["engine_sha256"] == choice.engine_sha256:
+            say(f"auto: {choice.why}")
+            return engine
+        engine.close()
+        say(f"auto: not {choice.name}, which has changed since `lutdeploy bench` measured it")
+    folder = choose_export(located, export)
+    backend = "onnxruntime" if folder else "torch"
+    if run is not None:
+        say(f"auto: {backend}; `lutdeploy bench` has measured nothing else here that fits")
+    return open_engine(path, backend, device, export, **options)
 
 
 def _open_onnxruntime(

@@ -46,6 +46,7 @@ class Entry:
     status: str = "waiting"  # "measured", "refused", "absent", "failed"
     reason: str | None = None
     engine_sha256: str | None = None
+    computes_on: str | None = None  # as the engine's identity says
     startup: dict[str, float] | None = None
     loop: dict[str, Any] | None = None
     end_to_end: dict[str, Any] | None = None
@@ -107,6 +108,8 @@ class Findings:
                     "device": contender.device,
                     "export": contender.export,
                     "engine_sha256": entry.engine_sha256,
+                    "computes_on": entry.computes_on,
+                    "sample_options": contender.sample_options,
                     "batch": batch,
                     **asdict(found),
                     "images_per_second": images_per_second(batch, found.step_seconds, steps),
@@ -141,6 +144,7 @@ class Findings:
                 "flop_per_image_and_step": 2 * config.multiply_adds(),
             },
             "machine": machine.to_dict(),
+            "fingerprint": machine.fingerprint(),
             "peaks": self.peaks(),
             "settings": settings,
             "used_by_others": self.used_by_others,

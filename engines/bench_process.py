@@ -138,6 +138,7 @@ class Worker:
         self.table: StepTable | None = ready["table"]
         self.whole_trajectory: bool = ready["whole_trajectory"]
         self.engine_sha256: str = ready["engine_sha256"]
+        self.computes_on: str = ready["computes_on"]
         self.startup: dict[str, float] = ready["startup"]
 
     def close(self) -> None:

@@ -104,6 +104,7 @@ class Host:
             "table": table,
             "whole_trajectory": self.denoiser.whole_trajectory,
             "engine_sha256": digest,
+            "computes_on": identity["device"] if identity else contender.device,
             "startup": {
                 "seconds": time.time() - started,
                 "python_seconds": running - started,

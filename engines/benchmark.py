@@ -138,6 +138,7 @@ class Benchmark:
             else:
                 self._workers[name] = worker
                 entry.engine_sha256, entry.startup = worker.engine_sha256, worker.startup
+                entry.computes_on = worker.computes_on
             self._turn()
 
     def _check(self) -> Iterator[Progress]:

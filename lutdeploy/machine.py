@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ PACKAGES = (
     "openvino",
     "tensorrt",
     "numpy",
+)
+# What stands for a CUDA or ROCm driver under Linux, the first two for WSL and containers.
+GPU_DRIVERS = (
+    Path("/dev/dxg"),
+    Path("/dev/nvidiactl"),
+    Path("/proc/driver/nvidia"),
+    Path("/dev/kfd"),
 )
 RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt")
 
@@ -67,7 +75,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at the machine; imports torch, to ask it for GPUs."""
+    """Look at the machine; imports torch where there may be a GPU, to ask it for them."""
     import psutil
 
     return Machine(
@@ -105,6 +113,8 @@ def _processors() -> int:
 
 
 def _gpus() -> tuple[str, ...]:
+    if sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS):
+        return ()  # without the second that importing torch takes
     import torch
 
     if not torch.cuda.is_available():

@@ -19,6 +19,7 @@ NOTES = (
     "checking ",
     "their checks ",
     "layers: ",
+    "auto: ",
     "measuring ",
     "step-int8 differs ",
     "pictures: ",

@@ -16,7 +16,8 @@ BACKEND = click.option(
     type=click.Choice(("auto", "torch", "onnxruntime", "openvino", "tensorrt")),
     default="auto",
     show_default=True,
-    help="auto: onnxruntime when the run has an export, else torch.",
+    help="auto: the fastest that `bench` measured and `parity` passed on this machine; where there "
+    "is none, onnxruntime when the run has an export, else torch.",
 )
 DEVICE = click.option(
     "--device",

@@ -66,6 +66,7 @@ def parity(
     """
     from engines import choose_export, newest_built_export
     from lutdeploy.checkpoint import load_model
+    from lutdeploy.machine import this_machine
     from lutdeploy.parity import compare
     from lutdeploy.sampling import batch_noise, check_table, choose_table
 
@@ -110,7 +111,8 @@ def parity(
         report = compare(model, engine, judged_as, table, noise)
         made = engine.identity
     if located.run is not None:
-        record = {**made, "lutdeploy": __version__, **report.to_dict()}
+        about = {"lutdeploy": __version__, "machine": this_machine().fingerprint()}
+        record = {**made, **about, **report.to_dict()}
         known = located.run.verdicts()
         known[parity_key(made)] = record
         bundle.write_json(located.run.parity, known)

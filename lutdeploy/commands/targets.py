@@ -52,7 +52,7 @@ def open_reported(
     """Open an engine and say what it is; ``special``: what one backend alone asks for."""
     from engines import open_engine
 
-    engine = open_engine(path, backend, device, export, threads, **special)
+    engine = open_engine(path, backend, device, export, threads, say=note, **special)
     made = engine.identity
     name = f", export {made['export']}" if made["export"] else ""
     note(f"backend: {made['backend']} on {made['device']}{name}")

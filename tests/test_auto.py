@@ -1,0 +1,172 @@
+"""`--backend auto`: the fastest that passed here, and the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lutdeploy
+from engines.auto import has_passed, measured_choices, nearest, rank
+from lutdeploy import bundle
+from lutdeploy.machine import this_machine
+from tests.command import fail, succeed
+
+Exported = Callable[..., Path]
+SAMPLE = ("-n", 1, "--steps", 2, "--no-grid")
+
+
+def row(path: str, batch: int = 16, seconds: float = 1.0, **others: Any) -> dict[str, Any]:
+    """A row of bench.json, of an engine called as its backend and precision are."""
+    backend, _, precision = path.partition("-")
+    place = {"onnxruntime": "CPUExecutionProvider", "openvino": f"CPU {precision}"}
+    return {
+        "path": path,
+        "backend": backend,
+        "precision": precision,
+        "device": "cpu",
+        "export": None if backend == "torch" else "step-fp32",
+        "engine_sha256": "e",
+        "computes_on": place.get(backend, "cpu"),
+        "sample_options": ["--precision", "bf16"] if precision == "bf16" else [],
+        "batch": batch,
+        "step_seconds": seconds,
+        **others,
+    }
+
+
+def verdict(of: dict[str, Any], passed: bool = True) -> dict[str, Any]:
+    named = {key: of[key] for key in ("backend", "export", "engine_sha256")}
+    return {**named, "device": of["computes_on"], "passed": passed}
+
+
+def test_the_fastest_that_passed_is_first() -> None:
+    rows = [row("torch-eager", seconds=4), row("onnxruntime-fp32", seconds=3)]
+    rows += [row("openvino-fp32", seconds=2), row("openvino-bf16", seconds=1)]
+    verdicts = [verdict(rows[1]), verdict(rows[2]), verdict(rows[3], passed=False)]
+    first, *others = rank(rows, verdicts, 16)
+    assert first.name == "openvino-fp32"
+    assert first.why == (
+        "openvino-fp32, the fastest of 3 that passed parity here: 125 ms an image and step at "
+        "batch 16; faster, but not passed: openvino-bf16 (`lutdeploy parity --all` judges)"
+    )
+    assert [choice.name for choice in others] == ["onnxruntime-fp32", "torch-eager"]
+    (*_, narrow) = rank(rows, [verdict(rows[3])], 16)[:1]
+    assert (narrow.name, narrow.precision) == ("openvino-bf16", "bf16")
+
+
+def test_the_batch_size_decides() -> None:
+    small = [row("torch-eager", 1, 1.0), row("torch-eager", 64, 60.0)]
+    large = [row("onnxruntime-fp32", 1, 2.0), row("onnxruntime-fp32", 64, 20.0)]
+    verdicts = [verdict(large[0])]
+    assert rank([*small, *large], verdicts, 1)[0].name == "torch-eager"
+    assert rank([*small, *large], verdicts, 100)[0].name == "onnxruntime-fp32"
+    assert nearest(small, 63)["batch"] == 1
+    assert nearest([row("torch-eager", 8)], 2)["batch"] == 8
+
+
+@pytest.mark.parametrize("key", ["backend", "export", "device", "engine_sha256"])
+def test_a_verdict_counts_for_what_it_judged_alone(key: str) -> None:
+    measured = row("onnxruntime-fp32")
+    assert has_passed(measured, [verdict(measured)])
+    assert not has_passed(measured, [verdict(measured) | {key: "another"}])
+    assert not has_passed(measured, [])
+
+
+@pytest.fixture
+def run(exported: Exported, tmp_path: Path) -> bundle.Run:
+    """A run with a float32 export that has passed in both runtimes, and their speeds."""
+    source = exported()
+    run = bundle.Run(tmp_path / "run")
+    shutil.copytree(source, run.export_folder(source.name))
+    shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+    rows = [row("openvino-fp32", seconds=1), row("onnxruntime-fp32", seconds=2)]
+    write_bench(run, *rows)
+    found = bundle.read_json(run.bench)
+    machine = {"machine": found["fingerprint"]}
+    bundle.write_json(run.parity, {r["path"]: verdict(r) | machine for r in found["rows"]})
+    return run
+
+
+def write_bench(run: bundle.Run, *rows: dict[str, Any], **changes: Any) -> None:
+    sha = bundle.read_manifest(run.export_folder("step-fp32")).weights_sha256
+    model = bundle.sha256(run.model)
+    of = {None: model, "step-fp32": sha}
+    result = {
+        "model": {"sha256": model},
+        "fingerprint": this_machine().fingerprint(),
+        "rows": [{**r, "engine_sha256": of[r["export"]]} for r in rows],
+    }
+    bundle.write_json(run.bench, {**result, **changes})
+
+
+def sampled_by(run: bundle.Run, out: Path, *options: object) -> tuple[str, str]:
+    """The backend that `lutdeploy sample` took, and what it said about it."""
+    result = succeed("sample", run.path, *SAMPLE, "--out", out, *options)
+    line = json.loads((out / "manifest.jsonl").read_text())
+    said = [text for text in result.stderr.splitlines() if text.startswith("auto: ")]
+    return line["backend"], "\n".join(said)
+
+
+def test_sample_takes_it_and_says_why(run: bundle.Run, tmp_path: Path) -> None:
+    run.parity.unlink()
+    succeed("parity", run.path, "--backend", "openvino", "-n", 1, "--steps", 2)
+    succeed("parity", run.path, "--backend", "onnxruntime", "-n", 1, "--steps", 2)
+    backend, said = sampled_by(run, tmp_path / "out")
+    assert backend == "openvino"
+    assert said.startswith("auto: openvino-fp32, the fastest of 2 that passed parity here")
+    with lutdeploy.load(run.path, "auto") as engine:
+        assert engine.identity["backend"] == "openvino"
+    assert measured_choices(run, 1, "cuda", None) == []
+    assert measured_choices(run, 1, None, "step-fp16") == []
+
+
+def test_what_was_measured_elsewhere_does_not_count(run: bundle.Run, tmp_path: Path) -> None:
+    fast = row("openvino-fp32")
+    for number, changes in enumerate(
+        ({"fingerprint": {"cpu": "another"}}, {"model": {"sha256": "another"}})
+    ):
+        write_bench(run, fast, **changes)
+        backend, said = sampled_by(run, tmp_path / str(number))
+        assert backend == "onnxruntime"
+        assert "has measured nothing else here" in said
+    verdicts = run.verdicts()
+    for judged in verdicts.values():
+        judged["machine"] = {"cpu": "another"}
+    bundle.write_json(run.parity, verdicts)
+    write_bench(run, fast)
+    assert sampled_by(run, tmp_path / "verdicts")[0] == "onnxruntime"
+
+
+def test_what_changed_or_does_not_open_is_passed_over(
+    run: bundle.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bench(run, row("openvino-fp32", seconds=1), row("torch-eager", seconds=2))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        patch.delitem(sys.modules, "engines.openvino_engine")
+        backend, said = sampled_by(run, tmp_path / "absent")
+    assert backend == "torch"
+    assert "auto: not openvino-fp32: OpenVINO is not installed" in said
+    result = bundle.read_json(run.bench)
+    verdicts = run.verdicts()
+    for entry in (*result["rows"], *verdicts.values()):
+        if entry["backend"] == "openvino":
+            entry["engine_sha256"] = "of another export"
+    bundle.write_json(run.bench, result)
+    bundle.write_json(run.parity, verdicts)
+    backend, said = sampled_by(run, tmp_path / "changed")
+    assert backend == "torch"
+    assert "auto: not openvino-fp32, which has changed" in said
+
+
+def test_a_damaged_measurement_is_one_line(run: bundle.Run, tmp_path: Path) -> None:
+    for text in ('{"model"', "[]", '{"model": {}}', '{"model": 3}'):
+        run.bench.write_text(text)
+        said = fail(1, "sample", run.path, *SAMPLE, "--out", tmp_path / "out")
+        assert "bench.json is" in said
