@@ -112,6 +112,7 @@ def has_passed(row: Row, verdicts: Iterable[Mapping[str, Any]]) -> bool:
 
 def _choice(row: Row, telling: Sequence[Row], passed: Sequence[Row]) -> Choice:
     speed = f"{1000 * seconds_per_image(row):.3g} ms an image and step at batch {row['batch']}"
+    speed += "" if row["stable"] else " in an unstable measurement"
     why = f"{row['path']}, {speed}"
     if row is passed[0]:
         why = f"{row['path']}, the fastest of {len(passed)} that passed parity here: {speed}"

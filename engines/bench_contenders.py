@@ -40,6 +40,15 @@ class Contender:
         return "cpu" if self.device == "cpu" else "cuda"
 
     @property
+    def arithmetic(self) -> str | None:
+        """What :func:`engines.open_engine` takes as precision.
+
+        OpenVINO alone chooses its arithmetic; elsewhere, and of INT8, the export has decided it.
+        """
+        chosen = self.backend == "openvino" and self.precision in ("fp32", "bf16")
+        return self.precision if chosen else None
+
+    @property
     def sample_options(self) -> tuple[str, ...] | None:
         """What makes `lutdeploy sample` run it; None: that has no such way."""
         if self.kind != "engine":
@@ -146,14 +155,12 @@ def open_contender(contender: Contender, threads: int | None) -> Any:
 
 
 def _open_engine(contender: Contender, threads: int | None) -> Engine:
-    # OpenVINO alone chooses its arithmetic; elsewhere, and of INT8, the export has decided it.
-    choice = contender.precision if contender.backend == "openvino" else None
     return open_engine(
         contender.path,
         contender.backend,
         contender.device,
         threads=threads,
-        precision=choice if choice in ("fp32", "bf16") else None,
+        precision=contender.arithmetic,
     )
 
 

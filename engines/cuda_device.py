@@ -96,6 +96,10 @@ class CudaDevice:
         """Zeros in host memory that copies can read and write beside computation."""
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
+    def combine(self, out: Tensor, x: Tensor, ratio: float, y: Tensor) -> None:
+        """out = x + ratio·y on the current stream, without memory of its own."""
+        torch.add(x, y, alpha=ratio, out=out)
+
     def synchronize(self) -> None:
         """Wait for everything on every stream."""
         torch.cuda.synchronize(self.torch_device)

@@ -153,7 +153,8 @@ class DeviceDenoiser(abc.ABC):
         if self.table is None:
             program.set_coefficients(_coefficients(table.rows, batch))
         program.capturable &= self._captures
-        loop = DeviceLoop(self.device, program, batch, self.config.image_shape)
+        ratios = () if self.whole_trajectory else [row.history_ratio for row in table.rows]
+        loop = DeviceLoop(self.device, program, batch, self.config.image_shape, ratios)
         self._captures = loop.captured  # it has said why not, and need not say it again
         return loop
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,6 +73,7 @@ class DeviceLoop:
         program: its evaluations.
         batch: B, images per pass; smaller batches are padded.
         shape: (C, S, S).
+        ratios: d/c of each evaluation (:func:`lutdeploy.sampling.history`); none means 0.
     """
 
     def __init__(
@@ -81,9 +82,12 @@ class DeviceLoop:
         program: Program,
         batch: int,
         shape: tuple[int, int, int],
+        ratios: Sequence[float] = (),
     ) -> None:
         self.device, self.program, self.batch = device, program, batch
         full = (batch, *shape)
+        self._ratios = tuple(ratios) or (0.0,) * program.evaluations
+        self._history = device.empty(full) if any(self._ratios) else None
         self._x = [device.empty(full) for _ in range(2)]
         self._x0 = [device.empty(full) for _ in range(2)]
         self._pixels = device.empty((batch, *shape[1:], shape[0]), torch.uint8)
@@ -115,7 +119,12 @@ class DeviceLoop:
         with self.device.on(self.device.compute):
             for k in range(self.program.evaluations):
                 old, new = k % 2, (k + 1) % 2
-                self.program.enqueue(k, self._x[old], self._x0[old], self._x[new], self._x0[new])
+                history = self._x0[old]
+                if self._ratios[k] and self._history is not None:
+                    # What this evaluation will overwrite is still the x0 before the last.
+                    history = self._history
+                    self.device.combine(history, self._x0[old], self._ratios[k], self._x0[new])
+                self.program.enqueue(k, self._x[old], history, self._x[new], self._x0[new])
             self._finite.copy_(self._last.isfinite().flatten(1).all(1))
             self._pixels.copy_(to_pixels(self._last))
 

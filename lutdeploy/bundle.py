@@ -8,6 +8,7 @@
       onnx/EXPORT/             graphs, one weights file, manifest.json
       parity.json              the last verdict on every export
       bench.json bench.png     the last speed measurement
+      steps.json steps.png     tuned time grids, and what they were compared with
       engines/KEY.plan         a TensorRT engine, and beside it KEY.json: what it was built from
       engines/timing.cache     what its builder measured
 
@@ -230,8 +231,22 @@ class Run:
         """What `lutdeploy bench` measured; its plot has the same name and ends in .png."""
         return self.path / "bench.json"
 
+    @property
+    def tuned_steps(self) -> Path:
+        """Time grids searched for the run's model (:mod:`lutdeploy.tuned_steps`)."""
+        return tuned_steps_file(self.model)
+
+    @property
+    def steps_plot(self) -> Path:
+        return self.path / "steps.png"
+
+    @property
+    def exports_folder(self) -> Path:
+        """Locked by whoever writes exports or what describes them."""
+        return self.path / "onnx"
+
     def export_folder(self, name: str) -> Path:
-        return self.path / "onnx" / name
+        return self.exports_folder / name
 
     @property
     def engines(self) -> Path:
@@ -271,7 +286,7 @@ class Run:
 
     def exports(self) -> list[Path]:
         """Export folders, newest first (by the time in the manifest, not the file's)."""
-        folder = self.path / "onnx"
+        folder = self.exports_folder
         found = [
             entry
             for entry in (sorted(folder.iterdir()) if folder.is_dir() else [])
@@ -322,6 +337,12 @@ def embedded_model() -> Path:
     return Path(__file__).parent / "models" / "static-tanh-64-small.safetensors"
 
 
+def tuned_steps_file(model: Path) -> Path:
+    """Where the tuned time grids of a model file are: beside it."""
+    name = "steps.json" if model.name == MODEL else f"{model.stem}.steps.json"
+    return model.parent / name
+
+
 def newest_run(root: Path = RUNS) -> Run | None:
     """The run under ``root`` whose model was written last; None when there is none."""
     models = list(root.glob(f"*/{MODEL}")) if root.is_dir() else []
@@ -346,6 +367,7 @@ class Manifest:
     graphs: tuple[str, ...]
     files: dict[str, dict[str, Any]]
     quantization: dict[str, Any] | None = None  # of an int8 export: see engines/quantizer.py
+    tuned: tuple[StepTable, ...] = ()  # the model's, as steps.json had them
 
     @property
     def name(self) -> str:
@@ -374,6 +396,7 @@ class Manifest:
             "graphs": list(self.graphs),
             "files": self.files,
             **quantization,
+            **({"tuned": [table.to_dict() for table in self.tuned]} if self.tuned else {}),
         }
 
     def verify(self) -> None:
@@ -440,6 +463,7 @@ def read_manifest(folder: Path) -> Manifest:
                 for name, file in values["files"].items()
             },
             quantization=dict(values["quantization"]) if "quantization" in values else None,
+            tuned=tuple(StepTable.from_dict(table) for table in values.get("tuned", ())),
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
         raise ArtefactError(f"{path} is incomplete or damaged: {error!r}") from error

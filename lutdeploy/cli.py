@@ -24,6 +24,7 @@ from lutdeploy.commands.inspect import inspect
 from lutdeploy.commands.parity import parity
 from lutdeploy.commands.sample import sample
 from lutdeploy.commands.train import train
+from lutdeploy.commands.tune_steps import tune_steps
 from lutdeploy.errors import LutDeployError
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch"
@@ -97,7 +98,7 @@ def cli(context: click.Context, /) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, import_, export, build, parity, sample, bench, inspect, doctor):
+for command in (train, import_, export, build, parity, tune_steps, sample, bench, inspect, doctor):
     cli.add_command(command)
 
 

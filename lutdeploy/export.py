@@ -14,11 +14,12 @@ import datetime
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
@@ -232,7 +233,22 @@ def _row_values(time: TimeBias, row: Step) -> dict[str, Tensor]:
     return values
 
 
-def _unroll(steps: Iterable[ir.Model], signature: Signature) -> ir.Model:
+def _compose(
+    prefix: str, row: Step, x0: ir.Value, x0_prev: ir.Value, shared: dict[str, ir.Value]
+) -> tuple[list[ir.Node], ir.Value]:
+    """:func:`lutdeploy.sampling.history` as nodes: x0 + (d/c)·x0_prev, and its value."""
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    name = f"{prefix}history_ratio"
+    ratio = ir.tensor(np.array([row.history_ratio], np.float32), name=name)
+    shared[name] = ir.Value(name=name, type=floats, shape=ir.Shape((1,)), const_value=ratio)
+    scaled = ir.Node("", "Mul", [shared[name], x0_prev], name=f"{prefix}sampler/history_Mul")
+    summed = ir.Node("", "Add", [x0, *scaled.outputs], name=f"{prefix}sampler/history_Add")
+    for node in (scaled, summed):
+        node.outputs[0].name, node.outputs[0].type = f"{node.name}_output", floats
+    return [scaled, summed], summed.outputs[0]
+
+
+def _unroll(steps: Iterable[ir.Model], table: StepTable, signature: Signature) -> ir.Model:
     """Chain fixed step graphs into one graph; equal initializers are shared.
 
     Each is copied before the next is asked for, so they may be one graph that changes.
@@ -242,12 +258,16 @@ def _unroll(steps: Iterable[ir.Model], signature: Signature) -> ir.Model:
     source = ir.Value(name=noise.name, type=floats, shape=ir.Shape(noise.shape))
     shared: dict[str, ir.Value] = {}
     nodes: list[ir.Node] = []
-    x, x0 = source, source
+    x, x0, x0_prev = source, source, source
     opsets: dict[str, int] = {}
-    for k, step in enumerate(steps):
+    for k, (row, step) in enumerate(zip(table.rows, steps, strict=True)):
         opsets, ir_version = dict(step.graph.opset_imports), step.ir_version
         prefix = f"step_{k:02d}/"
-        values = dict(zip(step.graph.inputs, (x, x0), strict=False))
+        history = x0
+        if row.d:
+            composed, history = _compose(prefix, row, x0, x0_prev, shared)
+            nodes += composed
+        values = dict(zip(step.graph.inputs, (x, history), strict=False))
         for name, value in step.graph.initializers.items():
             key = prefix + name if name in ROW else name
             if key not in shared:
@@ -268,6 +288,7 @@ def _unroll(steps: Iterable[ir.Model], signature: Signature) -> ir.Model:
                 ours.name, ours.type = prefix + str(theirs.name), theirs.type
                 values[theirs] = ours
             nodes.append(copy)
+        x0_prev = x0
         x, x0 = (values[value] for value in step.graph.outputs)
     x.name, x.shape, x.type = image.name, ir.Shape(image.shape), floats
     graph = ir.Graph(
@@ -329,7 +350,7 @@ def write_graphs(model: LutTransformer, plan: ExportPlan, folder: Path) -> tuple
                 write(graph, f"step-{k:03d}.onnx")
         else:
             steps = _fixed_steps(model, plan.precision, plan.table)
-            write(_unroll(steps, loop_signature(config)), "loop.onnx")
+            write(_unroll(steps, plan.table, loop_signature(config)), "loop.onnx")
     for name in names:
         check_graph(folder / name)
     return tuple(names)
@@ -354,6 +375,7 @@ def export_model(
     source_sha256: str,
     verify: Callable[[Path], Any] = lambda folder: None,
     quantize: Callable[[Path], dict[str, Any]] | None = None,
+    tuned: Sequence[StepTable] = (),
 ) -> Path:
     """Export into the run folder, beside its other exports; an export of this name is replaced.
 
@@ -367,6 +389,7 @@ def export_model(
         quantize: of an int8 export, called with the float32 graph's file before the manifest is
             written; puts the quantised graph in its place and returns the manifest's
             ``quantization``.
+        tuned: the model's tuned tables, for the manifest.
 
     Returns:
         The export folder.
@@ -402,6 +425,7 @@ def export_model(
             graphs=graphs,
             files=bundle.hash_files(stage),
             quantization=quantization,
+            tuned=tuple(tuned),
         )
         bundle.write_json(stage / bundle.MANIFEST, manifest.to_dict())
         verify(stage)

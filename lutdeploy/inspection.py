@@ -9,6 +9,7 @@ from lutdeploy import bundle, plan
 from lutdeploy.checkpoint import read_metadata
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError
+from lutdeploy.tuned_steps import read_tuned_steps
 
 
 def _about_model(config: ModelConfig) -> dict[str, Any]:
@@ -112,6 +113,17 @@ def inspect_engines(run: bundle.Run, machine: plan.Machine | None) -> list[dict[
     return found
 
 
+def _inspect_tuned_steps(run: bundle.Run, model_sha256: str) -> dict[str, Any] | None:
+    if not run.tuned_steps.is_file():
+        return None
+    known = read_tuned_steps(run.tuned_steps)
+    return {
+        "path": str(run.tuned_steps),
+        "tables": [table.describe() for table in known.tables],
+        "stale": known.model_sha256 != model_sha256,
+    }
+
+
 def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, Any]:
     """A run folder with its exports, engines and last parity verdicts, an export, or a model.
 
@@ -140,4 +152,5 @@ def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, A
         "exports": exports,
         "engines": inspect_engines(run, machine),
         "parity": run.verdicts(),
+        "tuned_steps": _inspect_tuned_steps(run, model["model_sha256"]),
     }

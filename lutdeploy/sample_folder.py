@@ -8,6 +8,7 @@ completed by the same command, and what is there stays as it is, byte for byte.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -44,7 +45,7 @@ def settings(
     identity: dict[str, Any], table: StepTable, seed: int, file_format: str
 ) -> dict[str, Any]:
     """What decides a picture besides its index; stands in every line of the manifest."""
-    return {
+    made = {
         **identity,
         "solver": table.solver,
         "steps": table.steps,
@@ -52,6 +53,10 @@ def settings(
         "seed": seed,
         "format": file_format,
     }
+    if table.grid != "uniform":  # folders of earlier versions, without the key, stay the same
+        times = ",".join(map(repr, table.times)).encode()
+        made |= {"grid": table.grid, "times_sha256": hashlib.sha256(times).hexdigest()}
+    return made
 
 
 def _encode(image: NDArray[Any], file_format: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,7 +38,7 @@ class Denoiser(Protocol):
     def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
         """One row of a table: (x', x0) with x' = a·x + b·x0 + c·x0_prev.
 
-        ``x0_prev`` is the x0 of the step before, None on the first.
+        ``x0_prev`` is what :func:`history` makes of the x0 before, None on the first step.
         """
 
     def run(self, noise: Images) -> Images:
@@ -122,13 +122,27 @@ def predict_by_row(denoiser: Denoiser, x: Images, t: NDArray[np.float32]) -> Ima
     return x0
 
 
+def history(row: Step, x0_prev: Images | None, x0_prev2: Images | None) -> Images | None:
+    """The one history term that graphs take: x0_prev + (d/c)·x0_prev2.
+
+    With it c·x0_prev is c·x0_prev + d·x0_prev2, so that a third-order step needs no other graph.
+    """
+    if not row.d or x0_prev is None or x0_prev2 is None:
+        return x0_prev
+    return x0_prev + np.float32(row.history_ratio) * x0_prev2
+
+
 @dataclass(frozen=True)
 class State:
-    """The trajectory after ``step`` steps; x0 is the prediction that led here (None at 0)."""
+    """The trajectory after ``step`` steps; x0 is the prediction that led here (None at 0).
+
+    x0_prev is the prediction before that; None where there is none.
+    """
 
     step: int
     x: Images
     x0: Images | None
+    x0_prev: Images | None = None
 
 
 def check_table(denoiser: Denoiser, table: StepTable) -> None:
@@ -170,11 +184,28 @@ def trajectory(
         require_finite(x, table.steps, names)
         yield State(table.steps, x, None)
         return
-    x, x0 = noise, None
-    for k, row in enumerate(table.rows, start=1):
-        x, x0 = denoiser.step(x, row, x0)
-        require_finite(x, k, names)
-        yield State(k, x, x0)
+    yield from resume(denoiser, State(0, noise, None), table, names)
+
+
+def resume(
+    denoiser: Denoiser, state: State, table: StepTable, indices: Sequence[int]
+) -> Iterator[State]:
+    """The states that follow ``state``, step by step.
+
+    Args:
+        denoiser: takes single steps.
+        state: from a trajectory whose first ``state.step`` rows were those of ``table``.
+        table: the steps.
+        indices: the images' numbers for messages.
+
+    Raises:
+        NonFiniteError: as :func:`trajectory`.
+    """
+    for row in table.rows[state.step :]:
+        x, x0 = denoiser.step(state.x, row, history(row, state.x0, state.x0_prev))
+        state = State(state.step + 1, x, x0, state.x0)
+        require_finite(x, state.step, indices)
+        yield state
 
 
 def require_finite(x: Images, step: int, indices: Sequence[int]) -> None:
@@ -224,6 +255,7 @@ def sample(
     batch: int = 64,
     noise: Images | None = None,
     shift: float | None = None,
+    table: StepTable | None = None,
 ) -> Images:
     """Sample n images. Image i depends on (seed, i) alone, never on ``batch``.
 
@@ -235,6 +267,7 @@ def sample(
             one, else 64 steps of "euler" at shift 1.
         batch: images per pass, at least 1.
         noise: float32 [n, C, S, S] to start from instead of the seed's.
+        table: all of the steps at once, such as a tuned table, instead of the three.
 
     Returns:
         float32 [n, C, S, S], about [−1, 1], not clipped.
@@ -248,7 +281,10 @@ def sample(
         raise UsageError(f"n and batch must be at least 1, not n={n}, batch={batch}")
     if noise is not None and noise.shape != (n, *shape):
         raise UsageError(f"noise must have shape {(n, *shape)}, not {noise.shape}")
-    table = choose_table(denoiser.table, solver, steps, shift)
+    if table is None:
+        table = choose_table(denoiser.table, solver, steps, shift)
+    elif (steps, solver, shift) != (None, None, None):
+        raise UsageError("table says solver, steps and shift; give either")
     check_table(denoiser, table)
     groups = (range(start, min(start + batch, n)) for start in range(0, n, batch))
     batches = (
@@ -267,11 +303,48 @@ def sample(
 
 
 def choose_table(
-    held: StepTable | None, solver: str | None, steps: int | None, shift: float | None
+    held: StepTable | None,
+    solver: str | None,
+    steps: int | None,
+    shift: float | None,
+    grid: str | None = None,
+    tuned: Callable[[], Sequence[StepTable]] = tuple,
 ) -> StepTable:
-    """The table asked for; what is not said (None) is as in ``held``, else the reference's."""
-    return step_table(
-        solver if solver is not None else (held.solver if held else "euler"),
-        steps if steps is not None else (held.steps if held else 64),
-        shift if shift is not None else (held.shift if held else 1.0),
+    """The table asked for; what is not said (None) is as in ``held``, else the reference's.
+
+    Args:
+        held: the only table that a denoiser can follow, if so.
+        solver: its name. None with a tuned grid: the best of those there are.
+        steps: network evaluations.
+        shift: of a uniform grid.
+        grid: "uniform" or "tuned".
+        tuned: gives the model's tuned tables, better ones first; called when one is wanted.
+
+    Raises:
+        UsageError: no such tuned table, which lists those there are; a shift of a tuned grid.
+        ConfigError: as :func:`lutdeploy.solvers.step_table`.
+    """
+    if held is not None and held.grid == "tuned" and grid is None and shift is None:
+        grid = "tuned"
+    if grid != "tuned":
+        return step_table(
+            solver if solver is not None else (held.solver if held else "euler"),
+            steps if steps is not None else (held.steps if held else 64),
+            shift if shift is not None else (held.shift if held else 1.0),
+        )
+    if shift is not None:
+        raise UsageError("--shift warps a uniform grid; a tuned one has its times")
+    if held is not None and held.grid == "tuned":
+        if solver in (None, held.solver) and steps in (None, held.steps):
+            return held
+    there = tuned()
+    wanted = steps if steps is not None else (held.steps if held else 64)
+    for table in there:
+        if table.steps == wanted and solver in (None, table.solver):
+            return table
+    names = ", ".join(table.describe() for table in there)
+    raise UsageError(
+        f"no tuned grid of {wanted} steps{f' for {solver}' if solver else ''}; "
+        + (f"there are {names}" if there else "this model has none")
+        + f"; `lutdeploy tune-steps --steps {wanted}` searches one"
     )

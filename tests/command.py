@@ -25,6 +25,7 @@ NOTES = (
     "pictures: ",
     "sample ",
     "train ",
+    "tune ",
 )
 
 

@@ -21,6 +21,9 @@ CORE = {
     "signature": {"config", "errors", "solvers"},
     "images": set(),
     "model": {"config", "lut"},
+    "tuned_steps": {"bundle", "errors", "solvers"},
+    "tuning": {"errors", "sampling", "solvers"},
+    "step_comparison": {"errors", "parity", "sampling", "solvers", "tuning"},
     "sampling": {"config", "errors", "solvers"},
     "bundle": {"config", "errors", "signature", "solvers"},
     "checkpoint": {"bundle", "config", "errors", "model"},
@@ -31,7 +34,7 @@ CORE = {
     "quantization": {"fused", "model", "reference", "sampling", "solvers"},
     "export": {"bundle", "config", "errors", "fused", "model", "signature", "solvers"},
     "sample_folder": {"bundle", "errors", "images", "sampling", "solvers"},
-    "inspection": {"bundle", "checkpoint", "config", "errors", "plan"},
+    "inspection": {"bundle", "checkpoint", "config", "errors", "plan", "tuned_steps"},
 }
 
 

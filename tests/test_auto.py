@@ -35,6 +35,7 @@ def row(path: str, batch: int = 16, seconds: float = 1.0, **others: Any) -> dict
         "computes_on": place.get(backend, "cpu"),
         "sample_options": ["--precision", "bf16"] if precision == "bf16" else [],
         "batch": batch,
+        "stable": True,
         "step_seconds": seconds,
         **others,
     }
@@ -56,6 +57,8 @@ def test_the_fastest_that_passed_is_first() -> None:
         "batch 16; faster, but not passed: openvino-bf16 (`lutdeploy parity --all` judges)"
     )
     assert [choice.name for choice in others] == ["onnxruntime-fp32", "torch-eager"]
+    (shaky,) = rank([row("torch-eager", stable=False)], [], 16)
+    assert shaky.why.endswith("at batch 16 in an unstable measurement")
     (*_, narrow) = rank(rows, [verdict(rows[3])], 16)[:1]
     assert (narrow.name, narrow.precision) == ("openvino-bf16", "bf16")
 

@@ -67,6 +67,23 @@ def test_a_loop_gives_what_the_steps_give(evaluations: int, capturable: bool) ->
     assert device.replays == (4 if capturable else 0), "the last, smaller batch is padded"
 
 
+@pytest.mark.parametrize("capturable", [True, False])
+def test_history_is_composed_on_the_device(capturable: bool) -> None:
+    """Where d/c is not 0 a step is given x0_prev + d/c·x0_prev2, as on the host."""
+    device, ratios = CpuDevice(), (0.0, 0.0, -0.25, -0.5, 0.0, -0.125)
+    program = Affine(len(ratios), capturable)
+    noise = batch_noise(0, range(2), SHAPE)
+    x, past = torch.from_numpy(noise), [torch.zeros(1), torch.from_numpy(noise)]
+    for k, ratio in enumerate(ratios):
+        history = past[-1] + ratio * past[-2]
+        x, x0 = x / 2 + (k + 1) + 0.01 * history, x - history
+        past.append(x0)
+    loop = DeviceLoop(device, program, 2, SHAPE, ratios)
+    for _ in range(2):  # the second finds in its buffers what the first left there
+        found = loop.finish(loop.start(noise, pixels=False))[0]
+        np.testing.assert_allclose(found, x.numpy(), rtol=1e-6)
+
+
 def test_results_are_the_callers_own() -> None:
     device = CpuDevice()
     loops = Loops(lambda batch: DeviceLoop(device, Affine(2), batch, SHAPE))

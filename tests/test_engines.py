@@ -115,6 +115,24 @@ def test_exports_with_their_own_steps_give_the_same_pictures(
         lutdeploy.sample(engine, 3, solver="euler")
 
 
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+def test_third_order_needs_no_other_graph(
+    exported: Exported, golden_runs: RunOf, graph: str, device: bool
+) -> None:
+    """The second x0 from the past is composed on the host, on the device, or in the loop."""
+    table = step_table("dpmpp-3m", 6)
+    reference = lutdeploy.load(golden_runs("static-tanh-64").model)
+    folder = exported(graph=graph, solver="dpmpp-3m", steps=6)
+    with (
+        OnnxRuntimeDeviceDenoiser(bundle.read_manifest(folder), "cpu", CpuDevice())
+        if device
+        else lutdeploy.load(folder, "onnxruntime")
+    ) as engine:
+        found = lutdeploy.sample(engine, 3, seed=2, batch=2, table=table)
+    assert np.abs(found - lutdeploy.sample(reference, 3, seed=2, table=table)).max() < 1e-4
+
+
 def test_per_step_export_predicts_at_its_own_timesteps(exported: Exported) -> None:
     engine = lutdeploy.load(exported(graph="per-step"), "onnxruntime")
     reference = lutdeploy.load(exported(), "onnxruntime")

@@ -122,10 +122,10 @@ def model(golden_runs: Callable[[str], bundle.Run]) -> Path:
     return golden_runs("static-tanh-64").model
 
 
-def sample(model: Path, out: Path, *more: object) -> tuple[object, ...]:
+def sample(model: Path, out: Path, *more: object, picture: bool = False) -> tuple[object, ...]:
     """Arguments that make many images, two at a time; ``more`` overrides them."""
-    small = ("-n", IMAGES, "--batch", 2, "--steps", 12, "--no-grid")
-    return ("sample", model, "--out", out, *small, *more)
+    small = ("-n", IMAGES, "--batch", 2, "--steps", 12)
+    return ("sample", model, "--out", out, *small, *(() if picture else ("--no-grid",)), *more)
 
 
 def pictures(out: Path) -> list[Path]:
@@ -214,11 +214,11 @@ def test_picture_that_was_removed(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_kill_left_of_pictures_is_cleared(model: Path, tmp_path: Path) -> None:
-    succeed(*sample(model, tmp_path, "-n", 4, "--grid"))
+    succeed(*sample(model, tmp_path, "-n", 4, picture=True))
     for name in (".000007.png", ".grid.png.abc", ".manifest.jsonl.abc"):
         (tmp_path / name).write_bytes(b"half")
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in contents(tmp_path)}
-    succeed(*sample(model, tmp_path, "-n", 4, "--grid"))
+    succeed(*sample(model, tmp_path, "-n", 4, picture=True))
     assert hidden(tmp_path) == []
     for path in tmp_path.glob("*"):  # nothing was written a second time
         assert path.name == ".lock" or path.stat().st_mtime_ns == before[path.name]
@@ -255,7 +255,7 @@ def test_full_disk_while_sampling(
 
 
 def test_full_disk_while_drawing_the_grid(model: Path, tmp_path: Path) -> None:
-    small = sample(model, tmp_path, "-n", 30, "--grid")
+    small = sample(model, tmp_path, "-n", 30, picture=True)
     with files_limited_to(20_000):
         line = fail(1, *small)
     assert f"{tmp_path}/grid.png: {os.strerror(errno.EFBIG)}" in line

@@ -20,6 +20,7 @@ from lutdeploy.parity import MIN_PSNR, Check, Report, compare, difference
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Images, batch_noise
 from lutdeploy.solvers import Step, step_table
+from tests.command import fail, invoke, succeed
 from tests.conftest import golden_model
 
 Exported = Callable[..., Path]
@@ -46,7 +47,30 @@ def test_every_export_passes(exported: Exported, preset: str, graph: str, precis
     assert len(report.drift) == (1 if graph == "loop" else report.table.steps)
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpmpp-2m"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+def test_third_order_passes_in_every_graph(exported: Exported, graph: str, precision: str) -> None:
+    """Six steps, of which two take two x0 from the past."""
+    model = golden_model("static-tanh-64")
+    noise = batch_noise(0, range(2), model.config.image_shape)
+    table = step_table("dpmpp-3m", 6)
+    assert sum(row.d != 0 for row in table.rows) == 2
+    folder = exported("static-tanh-64", graph, precision, "dpmpp-3m", 6)
+    with open_engine(folder, "onnxruntime") as engine:
+        report = compare(model, engine, precision, table, noise)
+    assert report.passed, report.failures()
+
+
+def test_a_forgotten_x0_fails(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second history term is large enough to be missed."""
+    model = golden_model("static-tanh-64")
+    noise = batch_noise(0, range(2), model.config.image_shape)
+    with open_engine(exported("static-tanh-64", "loop", "fp32", "dpmpp-3m", 6)) as engine:
+        monkeypatch.setattr("lutdeploy.sampling.history", lambda row, x0, before: x0)
+        assert not compare(model, engine, "fp32", engine.table, noise).passed
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp-2m", "dpmpp-3m"])
 def test_reference_trajectory_of_64_steps_passes(exported: Exported, solver: str) -> None:
     model = golden_model("static-tanh-64")
     with open_engine(exported(), "onnxruntime") as engine:
@@ -171,3 +195,38 @@ def test_model_is_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     compare(model, TorchDenoiser(model), "fp16", step_table("euler", 2))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_all_judges_every_engine_and_goes_on_after_a_failure(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = bundle.Run(tmp_path / "run")
+    for precision in ("fp32", "fp16"):
+        source = exported(precision=precision)
+        shutil.copytree(source, run.export_folder(source.name))
+        shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+    options = ("parity", run.path, "--all", "-n", 1, "--steps", 2)
+    lines = succeed(*options).stdout.splitlines()
+    names = [line.partition(":")[0] for line in lines]
+    assert {"onnxruntime-fp16", "onnxruntime-fp32", "openvino-fp32"} <= set(names)
+    assert all("passed, PSNR" in line or "not judged" in line for line in lines)
+    passed = [line for line in lines if "passed" in line]
+    assert len(run.verdicts()) == len(passed)
+    assert all(verdict["machine"]["cpu"] for verdict in run.verdicts().values())
+
+    monkeypatch.setitem(MIN_PSNR, "fp16", 1000.0)
+    result = invoke(*options)
+    assert result.exit_code == 1
+    assert "onnxruntime-fp16: FAILED" in result.stdout
+    assert len(result.stdout.splitlines()) == len(lines), "the others were judged all the same"
+    assert result.stderr.splitlines()[-1] == "error: parity failed: onnxruntime-fp16"
+    assert not run.verdicts()["step-fp16 onnxruntime CPUExecutionProvider"]["passed"]
+
+
+def test_all_needs_an_export_and_nothing_that_chooses(
+    golden_runs: Callable[[str], bundle.Run], tmp_path: Path
+) -> None:
+    run = bundle.Run(tmp_path / "run")
+    bundle.write_atomic(run.model, golden_runs("dynamic-64").model.read_bytes())
+    assert "no export to judge" in fail(2, "parity", run.path, "--all")
+    assert "leave out which" in fail(2, "parity", run.path, "--all", "--backend", "openvino")

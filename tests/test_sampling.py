@@ -14,8 +14,16 @@ import lutdeploy
 from lutdeploy import images, sample_folder
 from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.sampling import Images, batch_noise, image_noise, sample, trajectory
-from lutdeploy.solvers import Step, step_table
+from lutdeploy.sampling import (
+    Images,
+    batch_noise,
+    choose_table,
+    image_noise,
+    resume,
+    sample,
+    trajectory,
+)
+from lutdeploy.solvers import Step, StepTable, step_table, tuned_table
 from tests.conftest import golden_model
 
 SHAPE = (3, 64, 64)
@@ -82,6 +90,97 @@ def test_trajectory_yields_every_state(denoiser: TorchDenoiser) -> None:
     assert states[0].x0 is None
     assert states[-1].x0 is not None
     assert np.array_equal(states[-1].x, states[-1].x0)  # the last step gives x' = x0
+
+
+def test_third_order_remembers_two_predictions(denoiser: TorchDenoiser) -> None:
+    noise = batch_noise(0, range(2), SHAPE)
+    table = step_table("dpmpp-3m", 6)
+    x, past = noise, [np.zeros_like(noise)] * 2
+    for row, state in zip(table.rows, list(trajectory(denoiser, noise, table))[1:], strict=True):
+        x0 = denoiser.predict_x0(x, np.full(2, row.t, np.float32))
+        x = row.a * x + row.b * x0 + row.c * past[-1] + row.d * past[-2]
+        x = x.astype(np.float32)
+        past.append(x0)
+        np.testing.assert_allclose(state.x, x, atol=1e-5)
+
+
+def test_a_trajectory_can_be_resumed_anywhere(denoiser: TorchDenoiser) -> None:
+    noise = batch_noise(0, range(2), SHAPE)
+    table = step_table("dpmpp-3m", 6)
+    states = list(trajectory(denoiser, noise, table))
+    for state in states:
+        rest = list(resume(denoiser, state, table, range(2)))
+        assert [s.step for s in rest] == list(range(state.step + 1, 7))
+        assert np.array_equal(rest[-1].x if rest else state.x, states[-1].x)
+
+
+TUNED = [tuned_table("dpmpp-3m", [0, 0.3, 1]), tuned_table("euler", [0, 0.4, 1])]
+HELD = tuned_table("euler", [0, 0.1, 1])
+
+
+@pytest.mark.parametrize(
+    ("held", "solver", "steps", "expected"),
+    [
+        (None, None, 2, TUNED[0]),  # the best that there is
+        (None, "euler", 2, TUNED[1]),
+        (step_table("euler", 2), None, None, TUNED[0]),
+        (HELD, None, None, HELD),
+        (HELD, "euler", 2, HELD),
+    ],
+)
+def test_tuned_tables_are_chosen(
+    held: StepTable | None, solver: str | None, steps: int | None, expected: StepTable
+) -> None:
+    assert choose_table(held, solver, steps, None, "tuned", lambda: TUNED) == expected
+
+
+def test_a_held_tuned_table_is_the_default() -> None:
+    assert choose_table(HELD, None, None, None) == HELD
+    assert choose_table(HELD, None, None, None, "uniform") == step_table("euler", 2)
+    assert choose_table(HELD, "euler", 3, 2.0) == step_table("euler", 3, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "shift", "tuned", "told"),
+    [
+        (None, None, None, TUNED, r"no tuned grid of 64 steps; there are dpmpp-3m-2-tuned, euler"),
+        (
+            "dpmpp-2m",
+            2,
+            None,
+            TUNED,
+            r"of 2 steps for dpmpp-2m; .*`lutdeploy tune-steps --steps 2`",
+        ),
+        (None, 5, None, [], r"this model has none; `lutdeploy tune-steps --steps 5` searches one"),
+        (None, 2, 1.5, TUNED, "--shift warps a uniform grid"),
+    ],
+)
+def test_tuned_tables_that_are_not_there(
+    solver: str | None,
+    steps: int | None,
+    shift: float | None,
+    tuned: list[StepTable],
+    told: str,
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        choose_table(None, solver, steps, shift, "tuned", lambda: tuned)
+
+
+def test_a_table_can_be_given(denoiser: TorchDenoiser) -> None:
+    table = tuned_table("dpmpp-2m", [0, 0.2, 0.5, 1])
+    end = list(trajectory(denoiser, batch_noise(4, range(2), SHAPE), table))[-1].x
+    assert np.array_equal(sample(denoiser, 2, seed=4, table=table), end)
+    with pytest.raises(UsageError, match="give either"):
+        sample(denoiser, 2, steps=3, table=table)
+
+
+def test_only_tuned_folders_say_their_grid() -> None:
+    """Folders of earlier versions go on; other times are other pictures."""
+    uniform = sample_folder.settings({}, step_table("euler", 2), 0, "png")
+    assert uniform == {"solver": "euler", "steps": 2, "shift": 1, "seed": 0, "format": "png"}
+    one, other = (sample_folder.settings({}, table, 0, "png") for table in (TUNED[1], HELD))
+    assert one["grid"] == other["grid"] == "tuned"
+    assert one != other
 
 
 def test_one_step_is_the_prediction(denoiser: TorchDenoiser) -> None:

@@ -4,40 +4,102 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lutdeploy.errors import ConfigError
-from lutdeploy.solvers import SOLVERS, StepTable, step_table, time_grid
+from lutdeploy.solvers import SOLVERS, Step, StepTable, step_table, time_grid, tuned_table
 
+NAN = math.nan
 TABLES = st.builds(
     step_table,
     st.sampled_from(sorted(SOLVERS)),
     st.integers(1, 80),
     st.floats(0.2, 5.0),
 )
+# Times that rise from 0 to 1 however their increments fall out.
+TIMES = st.lists(st.floats(1e-3, 1), min_size=1, max_size=20).map(
+    lambda parts: [0.0, *(sum(parts[:k]) / sum(parts) for k in range(1, len(parts))), 1.0]
+)
+TUNED = st.builds(tuned_table, st.sampled_from(sorted(SOLVERS)), TIMES)
 
 
-@given(TABLES)
+@given(TABLES | TUNED)
 def test_coefficients_sum_to_one(table: StepTable) -> None:
-    """With x = x0 = x0_prev nothing moves."""
+    """With x = x0 = x0_prev = x0_prev2 nothing moves."""
     for row in table.rows:
-        assert math.isclose(row.a + row.b + row.c, 1, abs_tol=1e-9)
+        assert math.isclose(row.a + row.b + row.c + row.d, 1, abs_tol=1e-9)
 
 
-@given(TABLES)
+@given(TABLES | TUNED)
 def test_first_and_last_row(table: StepTable) -> None:
     assert table.rows[0].t == 0
     assert table.rows[0].c == 0
     last = table.rows[-1]
-    assert (last.a, last.b, last.c) == (0, 1, 0)
+    assert (last.a, last.b, last.c, last.d) == (0, 1, 0, 0)
 
 
-@given(TABLES)
+@given(TABLES | TUNED)
 def test_dict_round_trip_is_exact(table: StepTable) -> None:
     assert StepTable.from_dict(table.to_dict()) == table
+
+
+@given(TABLES | TUNED)
+def test_only_what_is_unusual_is_written(table: StepTable) -> None:
+    """What earlier versions wrote and read stays as it was, and with it every hash."""
+    values = table.to_dict()
+    assert ("grid" in values) == (table.grid != "uniform")
+    third = any(row.d for row in table.rows)
+    assert {len(row) for row in values["rows"]} == {5 if third else 4}
+
+
+def test_a_table_of_an_earlier_version_is_read() -> None:
+    rows = [[0.0, 0.5, 0.5, 0.0], [0.5, 0.0, 1.0, 0.0]]
+    assert StepTable.from_dict({"solver": "euler", "shift": 1.0, "rows": rows}) == step_table(
+        "euler", 2
+    )
+
+
+@given(TUNED)
+def test_tuned_times_are_kept(table: StepTable) -> None:
+    assert table.times[0] == 0
+    assert table.times[-1] == 1
+    assert all(t < t_next for t, t_next in itertools.pairwise(table.times))
+    assert tuned_table(table.solver, table.times) == table
+
+
+@given(st.integers(1, 40), st.floats(0.2, 5.0), st.sampled_from(sorted(SOLVERS)))
+def test_a_solver_knows_times_alone(steps: int, shift: float, solver: str) -> None:
+    """The uniform table and a tuned one over the same times have the same rows."""
+    assert (
+        step_table(solver, steps, shift).rows == tuned_table(solver, time_grid(steps, shift)).rows
+    )
+
+
+@given(TABLES | TUNED)
+def test_one_history_term_is_enough(table: StepTable) -> None:
+    """d needs c, and weighs less than it: the composed history stays of the size of an x0."""
+    for row in table.rows:
+        assert row.d == pytest.approx(row.c * row.history_ratio)
+        assert -1 < row.history_ratio <= 0
+
+
+def test_a_second_history_term_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"t = 0\.5 has d = 0\.1 but c = 0"):
+        Step(0.5, 0.5, 0.4, 0.0, 0.1)
+    rows = [[0.0, 0.5, 0.4, 0.0, 0.1]]
+    with pytest.raises(ConfigError, match="has d"):
+        StepTable.from_dict({"solver": "dpmpp-3m", "shift": 1, "rows": rows})
+
+
+def test_orders_rise_and_fall_at_the_ends() -> None:
+    """First order where λ is infinite: the first two steps and the last; then one more each."""
+    rows = step_table("dpmpp-3m", 8).rows
+    assert [(row.c != 0) + (row.d != 0) for row in rows] == [0, 0, 1, 2, 2, 2, 2, 0]
+    assert rows[:3] == step_table("dpmpp-2m", 8).rows[:3]
 
 
 def test_reference_is_64_uniform_euler_steps() -> None:
@@ -60,21 +122,65 @@ def test_grid_is_warped_monotonically(steps: int, shift: float) -> None:
         assert math.isclose(grid[steps // 2], middle)
 
 
+SPREAD = 0.5  # s of data N(0, s²), whose exact flow goes from noise to s·noise
+
+
+def _predict(x: float, t: float) -> float:
+    """x0(x, t) = t·s²/(t²s² + (1−t)²)·x."""
+    return t * SPREAD**2 / _exact(t) ** 2 * x
+
+
+def _exact(t: float) -> float:
+    """The state at t of the flow that starts at 1."""
+    return math.sqrt(t**2 * SPREAD**2 + (1 - t) ** 2)
+
+
+def _walk(rows: Sequence[Step], x: float, history: list[float]) -> float:
+    """From x through some rows; ``history`` holds the x0 before, newest last."""
+    past = [0.0, 0.0, *history]
+    for row in rows:
+        x0 = _predict(x, row.t)
+        x = row.a * x + row.b * x0 + row.c * past[-1] + row.d * past[-2]
+        past.append(x0)
+    return x
+
+
 def _endpoint_error(solver: str, steps: int) -> float:
-    """Data N(0, s²): x0(x, t) = t·s²/(t²s² + (1−t)²)·x, whose exact flow ends at s·noise."""
-    s = 0.5
-    x, previous = 1.0, 0.0
-    for row in step_table(solver, steps).rows:
-        variance = row.t**2 * s**2 + (1 - row.t) ** 2
-        x0 = row.t * s**2 / variance * x
-        x, previous = row.a * x + row.b * x0 + row.c * previous, x0
-    return abs(x - s)
+    return abs(_walk(step_table(solver, steps).rows, 1.0, []) - SPREAD)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpmpp-2m", 1.6)])
-def test_order_of_convergence(solver: str, order: float) -> None:
+def _inner_error(solver: str, steps: int) -> float:
+    """From an exact state with exact history, over equal steps of λ from −2 to 2."""
+    inner = [1 / (1 + math.exp(2 - 4 * k / steps)) for k in range(steps + 1)]
+    table = tuned_table(solver, [0.0, *inner, 1.0])
+    first = 4  # all its history lies behind the first steps, whose order is lower
+    exact = [_predict(_exact(t), t) for t in table.times[first - 2 : first]]
+    end = _walk(table.rows[first:-1], _exact(table.times[first]), exact)
+    return abs(end - _exact(table.times[-2]))
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpmpp-2m", 2), ("dpmpp-3m", 3)])
+def test_order_of_the_inner_steps(solver: str, order: int) -> None:
+    coarse, fine = _inner_error(solver, 64), _inner_error(solver, 128)
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+# The ends are first order, so that no whole trajectory over uniform times has a third.
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpmpp-2m", 1.6), ("dpmpp-3m", 1.6)])
+def test_order_of_whole_trajectories(solver: str, order: float) -> None:
     coarse, fine = _endpoint_error(solver, 64), _endpoint_error(solver, 256)
     assert math.log(coarse / fine, 4) > 0.9 * order
+
+
+@given(st.floats(0.05, 6), st.floats(0.2, 5), st.floats(0.2, 5))
+def test_third_order_is_exact_for_parabolas(h: float, r0: float, r1: float) -> None:
+    """With x0 = (λ − λ_k)² one step adds t'·∫ e^(λ−λ')·x0 dλ = t'·(h² − 2h + 2 − 2e^(−h))."""
+    log_snr = [-1 - h * (r0 + r1), -1 - h * r0, -1.0, -1 + h]
+    inner = [1 / (1 + math.exp(-value)) for value in log_snr]
+    row = tuned_table("dpmpp-3m", [0.0, inner[0] / 2, *inner, 1.0]).rows[4]
+    found = row.c * (h * r0) ** 2 + row.d * (h * (r0 + r1)) ** 2
+    expected = inner[-1] * (h**2 - 2 * h - 2 * math.expm1(-h))
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_second_order_beats_first() -> None:
@@ -88,6 +194,7 @@ def test_second_order_beats_first() -> None:
         (("euler", 0), "0"),
         (("euler", 8, 0.0), "0.0"),
         (("euler", 8, math.inf), "inf"),
+        (("dpmpp-4m", 8), "there are euler, dpmpp-2m, dpmpp-3m"),
     ],
 )
 def test_impossible_tables_raise(arguments: tuple[str, int], told: str) -> None:
@@ -95,7 +202,24 @@ def test_impossible_tables_raise(arguments: tuple[str, int], told: str) -> None:
         step_table(*arguments)
 
 
-@pytest.mark.parametrize("broken", [None, {}, {"solver": "euler", "shift": 1, "rows": [[1, 2]]}])
+@pytest.mark.parametrize(
+    "times", [[], [0], [1, 0], [0, 0.5], [0.1, 1], [0, 0.6, 0.5, 1], [0, 0.5, 0.5, 1], [0, NAN, 1]]
+)
+def test_times_that_do_not_rise_raise(times: list[float]) -> None:
+    with pytest.raises(ConfigError, match="rise from 0 to 1"):
+        tuned_table("euler", times)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        {},
+        {"solver": "euler", "shift": 1, "rows": [[1, 2]]},
+        {"solver": "euler", "shift": 1, "rows": [[0, 0, 1, 0, 0, 0]]},
+        {"solver": "euler", "shift": 1, "grid": "best", "rows": [[0, 0, 1, 0]]},
+    ],
+)
 def test_damaged_tables_raise(broken: object) -> None:
     with pytest.raises(ConfigError):
         StepTable.from_dict(broken)
@@ -104,3 +228,4 @@ def test_damaged_tables_raise(broken: object) -> None:
 def test_names_for_folders() -> None:
     assert step_table("euler", 64).describe() == "euler-64"
     assert step_table("dpmpp-2m", 16, 2.0).describe() == "dpmpp-2m-16-shift2"
+    assert tuned_table("dpmpp-3m", [0, 0.2, 0.5, 1]).describe() == "dpmpp-3m-3-tuned"

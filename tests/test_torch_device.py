@@ -15,6 +15,7 @@ from benchmarks import gpu
 from engines.cuda_device import CudaDevice
 from engines.torch_device import TorchDeviceDenoiser
 from lutdeploy.reference import TorchDenoiser
+from lutdeploy.solvers import SOLVERS
 from tests.conftest import golden_model
 from tests.doubles.cpu_device import CpuDevice
 
@@ -24,11 +25,11 @@ def test_a_trajectory_on_the_device(preset: str, precision: str, limit: float) -
     reference = TorchDenoiser(golden_model(preset))
     device = CpuDevice()
     with TorchDeviceDenoiser(golden_model(preset), device, precision) as denoiser:
-        for solver in ("euler", "dpmpp-2m"):
-            found = lutdeploy.sample(denoiser, 3, steps=5, solver=solver, batch=2)
-            expected = lutdeploy.sample(reference, 3, steps=5, solver=solver)
+        for solver in SOLVERS:
+            found = lutdeploy.sample(denoiser, 3, steps=6, solver=solver, batch=2)
+            expected = lutdeploy.sample(reference, 3, steps=6, solver=solver)
             assert np.abs(found - expected).max() < limit
-    assert device.captures == 2
+    assert device.captures == len(SOLVERS)
 
 
 @pytest.mark.gpu

@@ -10,10 +10,11 @@ import click
 
 from lutdeploy import bundle
 from lutdeploy.commands.console import note
-from lutdeploy.commands.options import RUN, SHIFT, SOLVER, STEPS
+from lutdeploy.commands.options import RUN, SHIFT, SOLVER, STEPS, TIME_GRID
 from lutdeploy.commands.targets import find_run
 from lutdeploy.errors import ParityError, UsageError
 from lutdeploy.signature import GRAPHS
+from lutdeploy.solvers import StepTable
 
 if TYPE_CHECKING:
     from lutdeploy.export import ExportPlan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @SOLVER
 @STEPS
 @SHIFT
+@TIME_GRID
 @click.option(
     "--author-format",
     type=click.Path(path_type=Path),
@@ -42,6 +44,7 @@ def export(
     solver: str | None,
     steps: int | None,
     shift: float | None,
+    time_grid: str | None,
     author_format: Path | None,
 ) -> None:
     """Export a run to ONNX and check it against PyTorch before it takes its place.
@@ -51,14 +54,15 @@ def export(
     """
     if fp16 and int8:
         raise UsageError("--fp16 or --int8, not both")
-    if graph == "step" and (solver, steps, shift) != (None, None, None):
+    if graph == "step" and (solver, steps, shift, time_grid) != (None,) * 4:
         raise UsageError(
-            "--solver, --steps and --shift belong to --graph per-step and loop; "
+            "--solver, --steps, --shift and --time-grid belong to --graph per-step and loop; "
             "a step graph follows any"
         )
     from lutdeploy.checkpoint import load_model, save_author_file
     from lutdeploy.export import ExportPlan, export_model
     from lutdeploy.sampling import choose_table
+    from lutdeploy.tuned_steps import tuned_tables
 
     target = find_run(run)
     model = load_model(target.model)
@@ -66,17 +70,36 @@ def export(
         save_author_file(model, author_format)
         click.echo(author_format)
         return
-    table = None if graph == "step" else choose_table(None, solver, steps, shift)
+    sha256 = bundle.sha256(target.model)
+    table = None
+    if graph != "step":
+        table = choose_table(
+            None, solver, steps, shift, time_grid, lambda: tuned_tables(target.path, sha256)
+        )
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", table)
-    with bundle.lock(target.path / "onnx", "`lutdeploy export`"):
+    with bundle.lock(target.exports_folder, "`lutdeploy export`"):
+        tuned = _fresh(target, sha256)
         if int8:
-            folder = _export_int8(model, plan, target)
+            folder = _export_int8(model, plan, target, tuned)
         else:
             verify = partial(_verify, model, plan)
-            folder = export_model(model, plan, target, bundle.sha256(target.model), verify)
+            folder = export_model(model, plan, target, sha256, verify, tuned=tuned)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")
     click.echo(folder)
+
+
+def _fresh(target: bundle.Run, model: str) -> tuple[StepTable, ...]:
+    """The run's tuned tables for the manifest; none, and a note, where they are stale."""
+    from lutdeploy.tuned_steps import read_tuned_steps
+
+    if not target.tuned_steps.is_file():
+        return ()
+    known = read_tuned_steps(target.tuned_steps)
+    if known.model_sha256 == model:
+        return known.tables
+    note(f"{target.tuned_steps} was tuned for other weights: left out of the export")
+    return ()
 
 
 def _verify(model: LutTransformer, plan: ExportPlan, folder: Path) -> None:
@@ -105,7 +128,9 @@ def _verify(model: LutTransformer, plan: ExportPlan, folder: Path) -> None:
         note(f"pictures: PSNR {report.final.psnr:.1f} dB to float32")
 
 
-def _export_int8(model: LutTransformer, plan: ExportPlan, target: bundle.Run) -> Path:
+def _export_int8(
+    model: LutTransformer, plan: ExportPlan, target: bundle.Run, tuned: tuple[StepTable, ...]
+) -> Path:
     """Keep ever more of the sensitive products in float32 until the checks pass.
 
     Raises:
@@ -127,6 +152,7 @@ def _export_int8(model: LutTransformer, plan: ExportPlan, target: bundle.Run) ->
             folder = export_model(
                 *(model, plan, target, bundle.sha256(target.model), partial(_verify, model, plan)),
                 quantize=partial(quantize_graph, model=model, kept=kept, sensitivity=sensitivity),
+                tuned=tuned,
             )
         except ParityError as error:
             failure = error

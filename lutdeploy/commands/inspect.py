@@ -43,6 +43,9 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
         for name, verdict in found["parity"].items():
             word = "passed" if verdict.get("passed") else "FAILED"
             yield f"{indent}  parity {name}: {word} ({verdict.get('solver')})"
+        if tuned := found["tuned_steps"]:
+            stale = "; STALE: the model has changed since" if tuned["stale"] else ""
+            yield f"{indent}  tuned steps: {', '.join(tuned['tables']) or 'none'}{stale}"
         return
     config = found["config"]
     if found["kind"] == "model":

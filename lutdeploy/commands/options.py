@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lutdeploy.solvers import SOLVERS
+from lutdeploy.solvers import GRIDS, SOLVERS
 
 POSITIVE = click.IntRange(min=1)
 RUN = click.argument("run", required=False, type=click.Path(path_type=Path))
@@ -39,10 +39,19 @@ THREADS = click.option(
     type=click.IntRange(1, 1024),  # many more, and starting them takes the process down
     help="CPU threads; the backend's own choice by default.",
 )
-SOLVER = click.option("--solver", type=click.Choice(tuple(SOLVERS)), help="Default: euler.")
+SOLVER = click.option(
+    "--solver",
+    type=click.Choice(tuple(SOLVERS)),
+    help="Default: euler; of a tuned grid the best there is.",
+)
 STEPS = click.option("--steps", type=POSITIVE, help="Network evaluations. Default: 64.")
 SHIFT = click.option(
     "--shift",
     type=click.FloatRange(min=0, min_open=True),
     help="Warp of the time grid. Default: 1.",
+)
+TIME_GRID = click.option(
+    "--time-grid",
+    type=click.Choice(GRIDS),
+    help="Times of the steps; tuned: what `lutdeploy tune-steps` found. Default: uniform.",
 )

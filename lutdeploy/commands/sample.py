@@ -23,6 +23,7 @@ from lutdeploy.commands.options import (
     SOLVER,
     STEPS,
     THREADS,
+    TIME_GRID,
 )
 from lutdeploy.commands.parity import parity_key
 from lutdeploy.commands.targets import find, open_reported, place
@@ -37,6 +38,7 @@ from lutdeploy.errors import LutDeployError, ParityError, UsageError
 @STEPS
 @SOLVER
 @SHIFT
+@TIME_GRID
 @SEED
 @BACKEND
 @DEVICE
@@ -60,6 +62,7 @@ def sample(
     steps: int | None,
     solver: str | None,
     shift: float | None,
+    time_grid: str | None,
     seed: int,
     backend: str,
     device: str | None,
@@ -80,6 +83,7 @@ def sample(
     """
     from lutdeploy import sample_folder
     from lutdeploy.sampling import check_table, choose_table
+    from lutdeploy.tuned_steps import tuned_tables
 
     backend, device = place(backend, device, provider)
     path = find(run)
@@ -90,7 +94,10 @@ def sample(
         precision=precision,
     )
     with opened as engine:
-        table = choose_table(engine.table, solver, steps, shift)
+        model = engine.identity["model_sha256"]
+        table = choose_table(
+            engine.table, solver, steps, shift, time_grid, lambda: tuned_tables(path, model)
+        )
         check_table(engine, table)
         if engine.whole_trajectory and (gif or trajectory):
             raise UsageError("a loop export shows no steps; --gif and --trajectory need another")

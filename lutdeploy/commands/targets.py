@@ -31,6 +31,9 @@ def find_run(path: Path | None) -> bundle.Run:
     if chosen == bundle.embedded_model():
         run = bundle.Run(bundle.RUNS / chosen.stem)
         bundle.write_atomic(run.model, chosen.read_bytes())
+        tuned = bundle.tuned_steps_file(chosen)
+        if tuned.is_file() and not run.tuned_steps.is_file():
+            bundle.write_atomic(run.tuned_steps, tuned.read_bytes())
         note(f"run: {run.path} (made for the embedded model)")
         return run
     if chosen.name == bundle.MODEL and chosen.is_file():

@@ -1,0 +1,302 @@
+"""`lutdeploy tune-steps`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lutdeploy import bundle
+from lutdeploy.commands.console import note, progress_bar
+from lutdeploy.commands.options import (
+    DEVICE,
+    EXPORT,
+    POSITIVE,
+    PROVIDER,
+    RUN,
+    SEED,
+    THREADS,
+)
+from lutdeploy.commands.targets import find_run, open_reported, place
+from lutdeploy.errors import ArtefactError, BackendError, ConfigError, UsageError
+from lutdeploy.solvers import SOLVERS, StepTable, step_table
+
+if TYPE_CHECKING:
+    from lutdeploy.step_comparison import Row
+    from lutdeploy.tuned_steps import Entry, Noise, TunedSteps
+    from lutdeploy.tuning import Found, Problem
+
+
+class StepList(click.ParamType[tuple[int, ...]]):
+    """Numbers of steps such as 8,10,16."""
+
+    name = "N,N,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = sorted({int(part) for part in str(value).split(",")})
+        except ValueError:
+            numbers = [0]
+        if not 1 <= numbers[0] <= numbers[-1] <= 1000:
+            self.fail(f"{value!r} is no list of steps from 1 to 1000 such as 8,10,16", param)
+        return tuple(numbers)
+
+
+@click.command("tune-steps")
+@RUN
+@click.option("--steps", type=StepList(), required=True, help="Numbers of steps to tune for.")
+@click.option(
+    "--solver",
+    "solvers",
+    type=click.Choice(tuple(SOLVERS)),
+    multiple=True,
+    help="To tune for; may be given again. Default: all.",
+)
+@click.option("--images", type=POSITIVE, default=8, show_default=True, help="To tune on.")
+@click.option(
+    "--held-out",
+    type=POSITIVE,
+    default=16,
+    show_default=True,
+    help="Images of the next seed, to measure errors on.",
+)
+@click.option(
+    "--evaluations",
+    type=POSITIVE,
+    default=1000,
+    show_default=True,
+    help="Network evaluations of all images that one search may take.",
+)
+@click.option(
+    "--table",
+    type=StepList(),
+    default="4,6,8,10,16,32,64",
+    show_default=True,
+    help="Numbers of steps in the table and plot.",
+)
+@click.option("--batch", type=POSITIVE, default=64, show_default=True)
+@SEED
+@click.option(
+    "--backend",
+    type=click.Choice(("auto", "torch", "onnxruntime", "openvino", "tensorrt")),
+    default="auto",
+    show_default=True,
+    help="auto: onnxruntime when the run has a float32 step export, else torch.",
+)
+@DEVICE
+@PROVIDER
+@EXPORT
+@THREADS
+def tune_steps(
+    run: Path | None,
+    steps: tuple[int, ...],
+    solvers: tuple[str, ...],
+    images: int,
+    held_out: int,
+    evaluations: int,
+    table: tuple[int, ...],
+    batch: int,
+    seed: int,
+    backend: str,
+    device: str | None,
+    provider: str | None,
+    export: str | None,
+    threads: int | None,
+) -> None:
+    """Search time grids with which few steps end where 256 Euler steps end.
+
+    Once per model. What is found goes to steps.json in the run and into the manifests of
+    its exports, for `--time-grid tuned` of the other commands; a table says how near each solver
+    and grid comes, on noise that the search did not see.
+    """
+    from lutdeploy.sampling import batch_noise
+    from lutdeploy.step_comparison import YARDSTICK, measure, plot, show
+    from lutdeploy.tuned_steps import Noise
+    from lutdeploy.tuning import Problem
+
+    if seed == 2**64 - 1:
+        raise UsageError("--seed must leave a next one, for the noise to measure on")
+    backend, device = place(backend, device, provider)
+    target = find_run(run)
+    noises = (Noise(seed, images), Noise(seed + 1, held_out))
+    jobs = [(solver, count) for solver in solvers or tuple(SOLVERS) for count in steps]
+    if backend == "auto" and export is None:
+        backend, export = _float32(target)
+    with open_reported(target.path, backend, device, export, threads, batch=batch) as engine:
+        if engine.table is not None:
+            raise UsageError(
+                f"export {engine.identity['export']} holds {engine.table.describe()} and no other "
+                "steps; name a step export with --export, or use --backend torch"
+            )
+        model = str(engine.identity["model_sha256"])
+        known = _known(target, model)
+        with progress_bar("state") as bar:
+            task = bar.add_task("tune", total=2 + len(jobs) + len(table), state="reference")
+            problems = []
+            for noise in noises:
+                array = batch_noise(noise.seed, range(noise.images), engine.config.image_shape)
+                problems.append(Problem(engine, array, batch))
+                bar.advance(task)
+            training, judging = problems
+
+            def watch(found: Found) -> None:
+                table = found.table
+                state = f"{table.solver}, {table.steps} steps: RMS {found.rms:.4f}"
+                bar.update(task, state=state)
+
+            entries: list[Entry] = []
+            refusals: list[str] = []
+            for solver, count in jobs:
+                bar.update(task, state=f"{solver}, {count} steps")
+                searched = _search(training, solver, count, known, evaluations, watch)
+                try:
+                    entry = _entry(searched, judging, noises)
+                except ConfigError:
+                    refusals.append(_told(searched, judging) + ": not better, not stored")
+                else:
+                    entries.append(entry)
+                    known = known.updated([entry])
+                bar.update(task, advance=1, state=_told(searched, judging))
+            known = _store(target, model, entries, jobs)
+            rows: list[Row] = []
+            for count in table:
+                bar.update(task, state=f"table, {count} steps")
+                rows += measure(judging, _compared(training, known, count))
+                bar.advance(task)
+            if YARDSTICK.steps not in table:
+                rows += measure(judging, [YARDSTICK])
+    reference = judging.reference.describe()
+    comparison = {
+        "reference": reference,
+        "noise": asdict(noises[1]),
+        "rows": [row.to_dict() for row in rows],
+    }
+    _store(target, model, [], [], comparison)
+    for line in refusals:
+        note(line)
+    show(rows, f"{noises[1].images} images, against {reference}")
+    try:
+        bundle.write_atomic(target.steps_plot, plot(rows, reference))
+        note(f"plot: {target.steps_plot}")
+    except BackendError as error:
+        note(f"no plot: {error}")
+    click.echo(target.tuned_steps)
+
+
+def _float32(target: bundle.Run) -> tuple[str, str | None]:
+    """Backend and export for --backend auto. Less precise ones would put noise in the search."""
+    for folder in target.exports():
+        manifest = bundle.read_manifest(folder)
+        if (manifest.graph, manifest.precision) == ("step", "fp32"):
+            if manifest.source_sha256 == bundle.sha256(target.model):
+                return "onnxruntime", folder.name
+    return "torch", None
+
+
+def _known(target: bundle.Run, model: str) -> TunedSteps:
+    """What was found before for these weights; nothing, and a note, if for others."""
+    from lutdeploy.tuned_steps import TunedSteps, read_tuned_steps
+
+    if target.tuned_steps.is_file():
+        known = read_tuned_steps(target.tuned_steps)
+        if known.model_sha256 == model:
+            return known
+        note(f"{target.tuned_steps} was tuned for other weights; it will be replaced")
+    return TunedSteps(model)
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """The three grids of a solver and a number of steps."""
+
+    uniform: StepTable
+    shifted: StepTable
+    tuned: StepTable
+
+    def errors(self, judging: Problem) -> tuple[float, float, float]:
+        """RMS of the tuned, the uniform and the shifted grid on the held-out noise."""
+        return judging.rms(self.tuned), judging.rms(self.uniform), judging.rms(self.shifted)
+
+
+def _search(
+    training: Problem,
+    solver: str,
+    count: int,
+    known: TunedSteps,
+    budget: int,
+    watch: Callable[[Found], None],
+) -> _Searched:
+    from lutdeploy.tuning import best_shift, resampled, tune
+
+    shifted = best_shift(training, solver, count).table
+    starts = [resampled(found.times, count) for found in known.tables]
+    tuned = tune(training, solver, count, [shifted.times, *starts], budget, watch).table
+    return _Searched(step_table(solver, count), shifted, tuned)
+
+
+def _entry(searched: _Searched, judging: Problem, noises: tuple[Noise, Noise]) -> Entry:
+    """What is stored.
+
+    Raises:
+        ConfigError: the tuned grid is not the best of the three on the held-out noise.
+    """
+    from lutdeploy.tuned_steps import Entry
+
+    reference, shift = judging.reference.describe(), searched.shifted.shift
+    return Entry(searched.tuned, *noises, reference, *searched.errors(judging), shift)
+
+
+def _told(searched: _Searched, judging: Problem) -> str:
+    tuned, uniform, shifted = searched.errors(judging)
+    name = f"{searched.uniform.solver}, {searched.uniform.steps} steps"
+    return f"{name}: RMS {tuned:.4f} tuned, {uniform:.4f} uniform, {shifted:.4f} best shift"
+
+
+def _store(
+    target: bundle.Run,
+    model: str,
+    entries: list[Entry],
+    jobs: list[tuple[str, int]],
+    comparison: dict[str, Any] | None = None,
+) -> TunedSteps:
+    """Put the entries in the place of those of ``jobs``, also in the exports' manifests.
+
+    What is there is read again: another process may have added to it meanwhile.
+
+    Raises:
+        ArtefactError: the model is not the one any more that was tuned for.
+    """
+    with bundle.lock(target.exports_folder, "`lutdeploy export` or tune-steps", on_wait=note):
+        if bundle.sha256(target.model) != model:
+            raise ArtefactError(f"{target.model} changed while it was tuned for; run again")
+        known = _known(target, model)
+        for solver, count in jobs:
+            known = known.without(solver, count)
+        known = known.updated(entries)
+        if comparison is not None:
+            known = replace(known, comparison=comparison)
+        known.write(target.tuned_steps)
+        for folder in target.exports():
+            manifest = bundle.read_manifest(folder)
+            if manifest.source_sha256 == model and manifest.tuned != known.tables:
+                updated = replace(manifest, tuned=known.tables)
+                bundle.write_json(folder / bundle.MANIFEST, updated.to_dict())
+    return known
+
+
+def _compared(training: Problem, known: TunedSteps, count: int) -> list[StepTable]:
+    """The tables of one number of steps: each solver with each of its grids."""
+    from lutdeploy.tuning import best_shift
+
+    tables: list[StepTable] = []
+    for solver in SOLVERS:
+        tables += [step_table(solver, count), best_shift(training, solver, count).table]
+        tables += [t for t in known.tables if (t.solver, t.steps) == (solver, count)]
+    return list(dict.fromkeys(tables))
