@@ -49,13 +49,13 @@ class Contender:
         return self.precision if chosen else None
 
     @property
-    def sample_options(self) -> tuple[str, ...] | None:
+    def sample_options(self) -> list[str] | None:
         """What makes `lutdeploy sample` run it; None: that has no such way."""
         if self.kind != "engine":
             return None
-        options = ("--backend", self.backend, "--device", self.device)
+        options = ["--backend", self.backend, "--device", self.device]
         if self.backend == "openvino" and self.precision == "bf16":
-            return (*options, "--precision", self.precision)
+            options += ["--precision", self.precision]
         return options
 
 

@@ -97,6 +97,7 @@ class Host:
         table = self.denoiser.table
         first = self._work(1, table)
         first()
+        finished = time.time()
         identity = getattr(self.denoiser, "identity", None)
         digest = identity["engine_sha256"] if identity else bundle.sha256(contender.path)
         self.ready = {
@@ -106,10 +107,10 @@ class Host:
             "engine_sha256": digest,
             "computes_on": identity["device"] if identity else contender.device,
             "startup": {
-                "seconds": time.time() - started,
+                "seconds": finished - started,
                 "python_seconds": running - started,
                 "open_seconds": opened - running,  # with the imports that it takes
-                "first_step_seconds": time.time() - opened,
+                "first_step_seconds": finished - opened,
             },
         }
 

@@ -50,6 +50,7 @@ class Double:
     table: StepTable | None = None
     whole_trajectory = False
     engine_sha256 = "0" * 64
+    computes_on = "cpu"
     startup = {"seconds": 1.0}  # noqa: RUF012
 
     def __init__(
@@ -169,6 +170,8 @@ def test_ratio_images_a_second_and_share_of_the_limit(subject: bench_subject.Sub
     assert row["share_of_peak"] == pytest.approx(flop / 0.25 / 1e9)
     assert row["stable"] and row["windows"] == 3
     assert row["peak_bytes"] == 1000
+    assert row["computes_on"] == "cpu"
+    assert row["sample_options"] == ["--backend", "torch", "--device", "cpu"]
     assert rows(result, ORIGINAL)[0]["ratio_to_original"] == 1.0
     loop = contender(result, "fast")["loop"]
     assert (loop["seconds"], loop["images_per_second"], loop["batch"]) == (2.0, 0.5, 1)
