@@ -310,7 +310,7 @@ def test_plan_names_and_impossible_plans() -> None:
         ("step", "fp16", table),
         ("loop", "fp16", None),
         ("steps", "fp16", None),
-        ("step", "int8", None),
+        ("step", "int4", None),
     ):
         with pytest.raises(ConfigError):
             ExportPlan(graph, precision, steps)
