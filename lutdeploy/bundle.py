@@ -9,6 +9,7 @@
       parity.json              the last verdict on every export
       bench.json bench.png     the last speed measurement
       steps.json steps.png     tuned time grids, and what they were compared with
+      evaluation.json evaluation.html   how good the pictures are, by `lutdeploy evaluate`
       engines/KEY.plan         a TensorRT engine, and beside it KEY.json: what it was built from
       engines/timing.cache     what its builder measured
 
@@ -37,6 +38,8 @@ from lutdeploy.solvers import StepTable
 RUNS = Path("runs")
 MODEL = "model.safetensors"
 MANIFEST = "manifest.json"
+EVALUATION = "evaluation.json"
+EVALUATION_PAGE = "evaluation.html"
 MANIFEST_FORMAT = 1
 KEY_DIGITS = 20  # of an engine's key in its file names
 

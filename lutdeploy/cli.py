@@ -18,6 +18,7 @@ from lutdeploy.commands.bench import bench
 from lutdeploy.commands.build import build
 from lutdeploy.commands.console import INTERRUPTED, stop_with
 from lutdeploy.commands.doctor import doctor
+from lutdeploy.commands.evaluate import evaluate
 from lutdeploy.commands.export import export
 from lutdeploy.commands.import_ import import_
 from lutdeploy.commands.inspect import inspect
@@ -98,7 +99,19 @@ def cli(context: click.Context, /) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, import_, export, build, parity, tune_steps, sample, bench, inspect, doctor):
+for command in (
+    train,
+    import_,
+    export,
+    build,
+    parity,
+    tune_steps,
+    sample,
+    evaluate,
+    bench,
+    inspect,
+    doctor,
+):
     cli.add_command(command)
 
 

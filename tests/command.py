@@ -26,6 +26,9 @@ NOTES = (
     "sample ",
     "train ",
     "tune ",
+    "read ",
+    "data ",
+    "evaluate ",
 )
 
 

@@ -12,6 +12,9 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from training.evaluate import Evaluation
+    from training.features import Extractor
+
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -68,3 +71,25 @@ def show_report(report: Any) -> None:
         f"final pictures: max abs {final.max_abs:.3g}, PSNR {final.psnr:.1f} dB, cosine "
         f"{final.cosine:.8f}; rms drift, first to last step: {', '.join(f'{d:.2g}' for d in drift)}"
     )
+
+
+def show_evaluation(evaluation: Evaluation, extractor: Extractor) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from training import report
+
+    console = Console(stderr=True)
+    heads, lines = report.metric_table(evaluation, extractor)
+    table = Table(title="Pictures against real images, and real ones as the floor")
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    table = Table(*report.MEMORISATION_HEADS, title="Nearest training images, flips included")
+    for line in report.memorisation_rows(evaluation.memorisation):
+        table.add_row(*line)
+    console.print(table)
+    for sentence in report.sentences(evaluation):
+        console.print(sentence, markup=False, highlight=False)

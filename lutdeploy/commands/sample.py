@@ -102,7 +102,7 @@ def sample(
         if engine.whole_trajectory and (gif or trajectory):
             raise UsageError("a loop export shows no steps; --gif and --trajectory need another")
         if not unverified:
-            _require_verdict(path, engine.identity)
+            require_verdict(path, engine.identity)
         settings = sample_folder.settings(engine.identity, table, seed, file_format)
         with sample_folder.open_folder(out, settings, overwrite) as folder:
             missing = len(folder.missing(count))
@@ -129,7 +129,7 @@ def sample(
     click.echo(out)
 
 
-def _require_verdict(path: Path, identity: dict[str, Any]) -> None:
+def require_verdict(path: Path, identity: dict[str, Any]) -> None:
     """Refuse an export whose last parity run failed; say so where there was none."""
     if identity["export"] is None:
         return

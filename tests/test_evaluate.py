@@ -1,0 +1,417 @@
+"""`lutdeploy evaluate`: splits, rows, alarms, results on disk, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from lutdeploy import bundle, images, sampling
+from lutdeploy.config import ModelConfig, model_config
+from lutdeploy.errors import UsageError
+from lutdeploy.reference import TorchDenoiser
+from lutdeploy.sampling import Denoiser
+from tests.command import fail, invoke, succeed
+from tests.conftest import golden_model
+from training.data import draw_set, load_folder
+from training.distances import Features
+from training.evaluate import ErrorCurve, compare_sets, evaluate, x0_errors
+from training.evaluation_data import RealImages, draw_samples, load_real, read_samples
+from training.features import open_extractor
+from training.report import chart, metric_table, page
+
+Pixels = NDArray[np.uint8]
+Runs = Callable[[str], bundle.Run]
+
+
+class Means:
+    """A cheap extractor: the mean of each quarter of an image."""
+
+    name, sha256 = "quarters", "0"
+    frechet_name, kernel_name = "FID", "KID"
+
+    def __call__(self, pixels: Pixels) -> Features:
+        n, c, s, _ = pixels.shape
+        cut = pixels.reshape(n, c, 2, s // 2, 2, s // 2).astype(np.float32) / 255
+        return cut.mean((3, 5)).reshape(n, -1)
+
+
+def faces(count: int, seed: int = 0) -> Pixels:
+    return draw_set(64, count=count, seed=seed).images
+
+
+def write_pictures(folder: Path, pixels: Pixels) -> Path:
+    folder.mkdir()
+    for index, picture in enumerate(np.moveaxis(pixels, 1, -1)):
+        Image.fromarray(picture).save(folder / f"{index:06d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 real images."""
+    return write_pictures(tmp_path_factory.mktemp("data") / "faces", faces(64))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run trained for a step on ``data``, a third held out."""
+    run = tmp_path_factory.mktemp("trained") / "cats"
+    small = ("--size", "tiny", "--steps", 1, "--batch", 2)
+    succeed("train", "--data", data, "--held-out", "0.33", "--seed", 5, "--out", run, *small)
+    return run
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """A folder of 20 pictures."""
+    return write_pictures(tmp_path / "pictures", faces(20, seed=1))
+
+
+def read(folder: Path) -> Any:
+    return json.loads((folder / bundle.EVALUATION).read_text(encoding="utf-8"))
+
+
+# The command
+
+
+def test_a_run_end_to_end(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "cats")
+    options = ("-n", 18, "--steps", 2, "--batch", 7)
+    result = succeed("evaluate", run, "--data", data, *options)
+    assert result.stdout.strip() == str(run / bundle.EVALUATION_PAGE)
+    assert "Fréchet distance" in result.stderr and "FID" not in result.stderr
+    found = read(run)
+    assert [(row["what"], row["metrics"]["images"]) for row in found["rows"]] == [
+        ("samples", 18),
+        ("real", 18),
+        ("samples", 18),
+        ("held-out", 18),
+    ]
+    assert found["settings"]["training_images"] == 43 and found["settings"]["held_out_images"] == 21
+    assert found["settings"]["split"].endswith("seed 5, as in the run's training")
+    assert found["settings"]["model_sha256"] == bundle.sha256(bundle.Run(run).model)
+    assert any(note.startswith("18 images are fewer than the 384") for note in found["notes"])
+    assert found["errors"]["images"] == 21 and len(found["errors"]["held_out"]) == 12
+    assert [m["space"] for m in found["memorisation"]] == ["pixels", "features"]
+    assert found["memorisation"][0]["held_out"]["images"] == 21
+    text = (run / bundle.EVALUATION_PAGE).read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)  # nothing is loaded
+    assert text.count("data:image/png;base64,") == 2 + 16 + 16
+
+    again = succeed("evaluate", run, *options, "--out", tmp_path / "again")  # --data is known
+    assert again.exit_code == 0
+    assert read(tmp_path / "again") == found
+
+
+def test_a_folder_of_samples_equals_the_run(trained: Path, data: Path, tmp_path: Path) -> None:
+    succeed("sample", trained, "-n", 18, "--steps", 2, "--out", tmp_path / "s")
+    succeed("evaluate", tmp_path / "s", "--data", data, "--json", tmp_path / "x" / "s.json")
+    found = json.loads((tmp_path / "x" / "s.json").read_text(encoding="utf-8"))
+    assert not (tmp_path / "s" / bundle.EVALUATION).exists()
+    assert (tmp_path / "s" / bundle.EVALUATION_PAGE).is_file()
+    assert found["settings"]["steps"] == 2 and found["settings"]["pictures"] == 18
+    assert found["settings"]["model_sha256"] == bundle.sha256(bundle.Run(trained).model)
+    assert found["errors"] is None
+    assert "split here" in found["settings"]["split"]
+    assert any("may have been trained on" in note for note in found["notes"])
+    out = tmp_path / "run"
+    succeed("evaluate", trained, "--data", data, "-n", 18, "--steps", 2, "--out", out)
+    assert read(out)["rows"][0] == found["rows"][0]
+
+
+def test_a_loop_export_has_no_error_curve(
+    exported: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    loop = exported("static-tanh-64", "loop")
+    succeed("evaluate", loop, "--data", data, "-n", 16, "--out", tmp_path)
+    found = read(tmp_path)
+    assert found["errors"] is None
+    assert any("holds its own timesteps alone" in note for note in found["notes"])
+
+
+def test_held_out_folder(trained: Path, data: Path, drawn: Path, tmp_path: Path) -> None:
+    small = ("-n", 16, "--steps", 1, "--out", tmp_path)
+    succeed("evaluate", trained, "--data", data, "--held-out", drawn, *small)
+    found = read(tmp_path)
+    assert found["settings"]["held_out_images"] == 20
+    assert found["settings"]["training_images"] == 43  # what the run held out is left out
+    assert found["settings"]["split"] == f"held out: {drawn}"
+
+
+def test_interrupted_or_full_disk_keeps_what_was_there(
+    drawn: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeed("evaluate", drawn, "--data", data)
+    before = {
+        name: (drawn / name).read_bytes() for name in (bundle.EVALUATION, bundle.EVALUATION_PAGE)
+    }
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.evaluate.sliced_wasserstein", stop)
+        assert "interrupted" in fail(130, "evaluate", drawn, "--data", data)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lutdeploy.bundle.os.fsync", full)
+        result = invoke("evaluate", drawn, "--data", data)
+    assert result.exit_code == 1
+    assert "Fréchet" in result.stderr  # what was computed is on the screen
+    assert f"{bundle.EVALUATION}: No space left" in result.stderr
+    assert {name: (drawn / name).read_bytes() for name in before} == before
+    assert sorted(p.name for p in drawn.iterdir() if p.suffix != ".png") == sorted(before)
+
+
+# What goes wrong
+
+
+def test_too_few_pictures(trained: Path, data: Path, drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / "few").mkdir()
+    for k in range(10):
+        shutil.copy(drawn / f"{k:06d}.png", tmp_path / "few")
+    few = tmp_path / "few"
+    assert "10 images are too few; at least 16" in fail(2, "evaluate", few, "--data", data)
+    assert "-n 8: 8 images are too few" in fail(2, "evaluate", trained, "-n", 8)
+    assert "half of the real images: 5 images" in fail(2, "evaluate", drawn, "--data", few)
+
+
+def test_pictures_that_do_not_fit(drawn: Path, data: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(drawn / "000007.png")
+    line = fail(2, "evaluate", drawn, "--data", data)
+    assert "000007.png is 32×32, the pictures before it 64×64" in line
+    Image.new("RGB", (32, 64)).save(tmp_path / "pictures" / "000000.png")
+    assert "000000.png is 32×64; square" in fail(2, "evaluate", drawn, "--data", data)
+    small = write_pictures(tmp_path / "small", faces(32)[..., ::2, ::2])
+    line = fail(2, "evaluate", data, "--data", small)
+    assert "000000.png is 32×32, the pictures are 64×64: real images must not be smaller" in line
+
+
+def test_unreadable_pictures_are_skipped_and_named(drawn: Path, data: Path) -> None:
+    (drawn / "000003.png").write_bytes(b"no picture")
+    succeed("evaluate", drawn, "--data", data)
+    found = read(drawn)
+    assert found["settings"]["pictures"] == 19
+    assert any("1 unreadable files skipped" in n and "000003.png" in n for n in found["notes"])
+    for path in drawn.glob("*.png"):
+        path.write_bytes(b"no picture")
+    assert "no picture is readable; first: " in fail(2, "evaluate", drawn, "--data", data)
+
+
+def test_folders_without_pictures(tmp_path: Path, data: Path, drawn: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    line = fail(2, "evaluate", empty, "--data", data)
+    assert f"{empty} holds neither a model.safetensors nor pictures" in line
+    Image.new("RGB", (64, 64)).save(empty / "grid.png")  # a picture about pictures
+    assert "holds neither" in fail(2, "evaluate", empty, "--data", data)
+    assert "no such folder of images" in fail(2, "evaluate", drawn, "--data", tmp_path / "no")
+    assert "no such run" in fail(2, "evaluate", tmp_path / "no", "--data", data)
+    assert "--data is needed" in fail(2, "evaluate", drawn)
+
+
+def test_results_that_belong_nowhere(
+    golden_runs: Runs, data: Path, drawn: Path, tmp_path: Path
+) -> None:
+    model = shutil.copy(golden_runs("static-tanh-64").model, tmp_path / "m.safetensors")
+    assert "--out names a folder for the results" in fail(2, "evaluate", model, "--data", data)
+    assert "--data is needed: " in fail(2, "evaluate", model)
+    line = fail(2, "evaluate", drawn, "--data", data, "--json", tmp_path)
+    assert f"--json names a file; {tmp_path} is a folder" in line
+    assert "is a file; --out names" in fail(2, "evaluate", drawn, "--data", data, "--out", model)
+
+
+@pytest.mark.parametrize("option", [("--steps", 4), ("--solver", "euler"), ("--backend", "torch")])
+def test_options_of_a_run_beside_a_folder(
+    option: tuple[object, ...], drawn: Path, data: Path
+) -> None:
+    line = fail(2, "evaluate", drawn, "--data", data, *option)
+    assert f"{option[0]} is for a RUN; {drawn} holds pictures" in line
+
+
+def test_damaged_features_file(drawn: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "inception.pth"
+    path.write_bytes(b"no weights")
+    assert "inception.pth" in fail(1, "evaluate", drawn, "--data", data, "--features", path)
+
+
+def test_without_the_extra(drawn: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("torchmetrics.image.fid", "jinja2"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            line = fail(1, "evaluate", drawn, "--data", data)
+        assert "pip install 'lutdeploy[evaluate]'" in line
+
+
+# Splits
+
+
+def test_the_split_is_the_one_of_the_training(trained: Path, data: Path) -> None:
+    run = bundle.Run(trained)
+    real = load_real(str(data), None, 64, 3, run)
+    chosen, held = load_folder(data, 64).split(0.33, 5)
+    everything = load_folder(data, 64).images
+    np.testing.assert_array_equal(real.training, everything[chosen])
+    np.testing.assert_array_equal(real.held_out, everything[held])
+    assert real.warnings == ()
+
+
+def test_a_split_that_nothing_vouches_for_warns(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = bundle.Run(shutil.copytree(trained, tmp_path / "run"))
+    values = bundle.read_json(run.settings)
+    more = write_pictures(tmp_path / "more", faces(70))
+    bundle.write_json(run.settings, {**values, "data": str(more)})
+    assert "the run saw 43" in load_real(str(more), None, 64, 3, run).warnings[0]
+    bundle.write_json(run.settings, {**values, "held_out": 0.0})
+    real = load_real(str(data), None, 64, 3, run)
+    assert "held nothing out" in real.warnings[0] and len(real.held_out) == 3
+    bundle.write_json(run.settings, {**values, "data": "synthetic"})
+    real = load_real(str(data), None, 64, 3, run)
+    assert real.warnings == () and "the model was trained on synthetic" in real.split
+
+
+# From Python
+
+
+def test_compare_sets_is_repeatable_and_zero_for_itself() -> None:
+    a, b = faces(32), faces(32, seed=1)
+    extractor = open_extractor()
+    found = compare_sets(a, b, extractor)
+    assert compare_sets(a, b, extractor) == found
+    assert found.images == 32 and list(found.sliced_wasserstein) == [64, 32, 16]
+    same = compare_sets(a, a, extractor)
+    assert same.frechet_distance < 1e-3 < found.frechet_distance
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    with pytest.raises(UsageError, match="two sets of one shape"):
+        compare_sets(a, b[:20], extractor)
+    with pytest.raises(UsageError, match="at least 16"):
+        compare_sets(a[:8], b[:8], extractor)
+
+
+def test_copies_raise_the_alarm_of_memorisation() -> None:
+    real = RealImages(faces(64), faces(20, seed=1), "")
+    copies = np.concatenate([real.training[:10], real.training[10:20, ..., ::-1]])
+    found = evaluate(copies, real, Means())
+    assert sum("memorisation: 100.0% of the samples" in alarm for alarm in found.alarms) == 2
+    assert found.memorisation[0].closest[0].distance == 0
+    assert not evaluate(faces(20, seed=2), real, Means()).alarms
+
+
+def test_one_picture_again_and_again_raises_the_alarm_of_collapse() -> None:
+    real = RealImages(faces(64), faces(20, seed=1), "")
+    found = evaluate(np.repeat(faces(1, seed=2), 20, axis=0), real, Means())
+    assert any(alarm.startswith("collapse: ") for alarm in found.alarms)
+
+
+class Recalling:
+    """A denoiser that knows its training images by heart and blurs all others."""
+
+    table, whole_trajectory = None, False
+
+    def __init__(self, known: Pixels) -> None:
+        self.known = known.astype(np.float32) / 127.5 - 1
+
+    @property
+    def config(self) -> ModelConfig:
+        return model_config("static-tanh-64", "tiny")
+
+    def predict_x0(self, x: sampling.Images, t: NDArray[np.float32]) -> sampling.Images:
+        level = t[:, None, None, None]
+        found = []
+        for state, at in zip(x, level, strict=True):
+            distances = np.square(at * self.known - state).mean((1, 2, 3))
+            found.append(self.known[distances.argmin()])
+        return np.stack(found)
+
+
+def test_a_model_that_knows_its_training_images_raises_the_alarm_of_overfitting() -> None:
+    real = RealImages(faces(48), faces(20, seed=1), "")
+    denoiser: Denoiser = Recalling(real.training)  # type: ignore[assignment]
+    found = evaluate(faces(20, seed=2), real, Means(), denoiser)
+    assert any(alarm.startswith("overfitting: ") for alarm in found.alarms)
+    assert found.errors is not None and found.errors.gap > 0
+
+
+def test_x0_errors_are_the_mean_squares(golden_runs: Runs) -> None:
+    denoiser = TorchDenoiser(golden_model("static-tanh-64"))
+    held, training = faces(5), faces(9, seed=1)
+    curve = x0_errors(denoiser, held, training)
+    assert curve.images == 5
+    x = held.astype(np.float32) / 127.5 - 1
+    noise = sampling.batch_noise(2, range(5), x.shape[1:])
+    t = np.full(5, 0.3, np.float32)
+    x0 = denoiser.predict_x0(np.float32(0.3) * x + np.float32(0.7) * noise, t)
+    assert curve.held_out[3] == pytest.approx(float(np.square(x0 - x).mean()), rel=1e-5)
+    same = x0_errors(denoiser, held, held)
+    assert same.held_out == same.training and same.gap == 0
+
+
+def test_samples_in_memory_are_those_of_the_folder(tmp_path: Path, golden_runs: Runs) -> None:
+    run = golden_runs("static-tanh-64")
+    from lutdeploy.solvers import step_table
+
+    denoiser = TorchDenoiser(golden_model("static-tanh-64"))
+    drawn = draw_samples(denoiser, 5, step_table("euler", 2), seed=3, batch=2)
+    common = ("-n", 5, "--steps", 2, "--seed", 3, "--batch", 2)
+    for form in ("png", "npz"):
+        out = tmp_path / form
+        succeed("sample", run.path, *common, "--backend", "torch", "--format", form, "--out", out)
+        found = read_samples(out, 10)
+        np.testing.assert_array_equal(found.pixels, drawn)
+        assert found.origin["seed"] == 3
+
+
+def test_too_few_held_out_images_are_said(data: Path) -> None:
+    real = RealImages(faces(40), faces(3, seed=1), "")
+    found = evaluate(faces(16, seed=2), real, Means())
+    assert [row.what for row in found.rows] == ["samples", "real"]
+    assert any("3 held-out images are too few" in note for note in found.notes)
+    none = replace(real, held_out=real.held_out[:0])
+    denoiser: Denoiser = Recalling(real.training)  # type: ignore[assignment]
+    found = evaluate(faces(16, seed=2), none, Means(), denoiser)
+    assert found.errors is None and found.memorisation[0].held_out is None
+    assert "no held-out images: no x0 error curve" in found.notes
+
+
+def test_held_out_images_that_were_trained_on_are_said() -> None:
+    training = faces(40)
+    found = evaluate(faces(16, seed=2), RealImages(training, training[:16], ""), Means())
+    assert "some held-out images are training images, to the last pixel" in found.notes
+
+
+def test_only_inception_is_called_fid() -> None:
+    real = RealImages(faces(40), faces(16, seed=1), "")
+    found = evaluate(faces(16, seed=2), real, Means())
+    assert [line[0] for line in metric_table(found, Means())[1]][:2] == ["FID", "KID × 1000"]
+    own = page(found, open_extractor(), faces(16), real.training, "<title>", {"a": "<b>"})
+    text = re.sub(r"base64,[^\"]*", "", own)
+    assert "FID" not in text and "KID" not in text
+    assert "<title>&lt;title&gt;</title>" in own and "&lt;b&gt;" in own
+
+
+def test_the_chart_spans_its_values() -> None:
+    drawn = chart(ErrorCurve(2, (0.0, 0.5), (1.0, 0.01), (0.5, 0.01), 0.0, 0.0))
+    assert [label for _, label in drawn["y_ticks"]] == ["1e-2", "1e-1", "1e0"]
+    first, last = (tuple(map(float, p.split(","))) for p in drawn["held_out"].split())
+    assert first == (drawn["left"], drawn["top"]) and last[1] == drawn["bottom"]
+
+
+def test_grey_pictures(tmp_path: Path) -> None:
+    grey = faces(40)[:, :1]
+    found = evaluate(grey[:16], RealImages(grey, grey[20:36], ""), open_extractor())
+    assert found.rows[0].metrics.images == 16
+    assert images.decode_png(images.encode_png(np.moveaxis(grey[0], 0, -1))).shape == (64, 64, 1)
