@@ -75,7 +75,8 @@ def random(config: ModelConfig, name: str) -> Iterator[Subject]:
         run = bundle.Run(Path(folder) / "run")
         torch.manual_seed(0)
         save_model(LutTransformer(config), run.model)
-        yield Subject(name, run.model, config, (_export(run.model, run),), None, Path(folder))
+        exports = (_export(run.model, run), _export_int8(run))
+        yield Subject(name, run.model, config, exports, None, Path(folder))
 
 
 def _export(model: Path, run: bundle.Run) -> Path:
@@ -86,3 +87,19 @@ def _export(model: Path, run: bundle.Run) -> Path:
     if not run.model.exists():
         bundle.write_atomic(run.model, model.read_bytes())
     return export_model(load_model(run.model), ExportPlan(), run, bundle.sha256(run.model))
+
+
+def _export_int8(run: bundle.Run) -> Path:
+    """An int8 ``step`` export with all products in int8."""
+    from functools import partial
+
+    from engines.quantizer import quantize_graph
+    from lutdeploy.checkpoint import load_model
+    from lutdeploy.export import ExportPlan, export_model
+    from lutdeploy.quantization import SENSITIVITY, Sensitivity
+
+    model = load_model(run.model)
+    nothing = Sensitivity(SENSITIVITY, {})
+    quantize = partial(quantize_graph, model=model, kept=(), sensitivity=nothing)
+    plan = ExportPlan(precision="int8")
+    return export_model(model, plan, run, bundle.sha256(run.model), quantize=quantize)

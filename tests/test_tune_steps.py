@@ -340,3 +340,17 @@ def test_entries_are_of_a_solver_and_steps() -> None:
     assert Row(table, {}).to_dict() == {
         "steps": 2, "solver": "euler", "grid": "tuned", "metrics": {}
     }  # fmt: skip
+
+
+def test_real_images_add_distances_to_the_table(run: bundle.Run) -> None:
+    options = ("--solver", "euler", "--steps", 2, "--table", 2, "--images", 1, "--held-out", 1)
+    budget = ("--evaluations", 10, "--data", "synthetic")
+    succeed("tune-steps", run.path, *options, *budget, "--pictures", 16)
+    comparison = read_tuned_steps(run.tuned_steps).comparison
+    assert comparison is not None
+    assert (comparison["pictures"], comparison["data"]) == (16, "synthetic")
+    for row in comparison["rows"]:
+        assert set(row["metrics"]) == {"rms", "psnr", "Fréchet", "kernel", "sliced"}
+        assert row["metrics"]["Fréchet"] > 0
+    line = fail(2, "tune-steps", run.path, *options, *budget, "--pictures", 10**6)
+    assert "--pictures 1000000 needs as many" in line

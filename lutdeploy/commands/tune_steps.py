@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,11 @@ from lutdeploy.errors import ArtefactError, BackendError, ConfigError, UsageErro
 from lutdeploy.solvers import SOLVERS, StepTable, step_table
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from engines import Engine
+    from lutdeploy.config import ModelConfig
     from lutdeploy.step_comparison import Row
     from lutdeploy.tuned_steps import Entry, Noise, TunedSteps
     from lutdeploy.tuning import Found, Problem
@@ -81,6 +87,18 @@ class StepList(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Numbers of steps in the table and plot.",
 )
+@click.option(
+    "--data",
+    metavar="DIR",
+    help="Real images: the table then has distances of `lutdeploy evaluate` to them, too.",
+)
+@click.option(
+    "--pictures",
+    type=click.IntRange(min=16),
+    default=512,
+    show_default=True,
+    help="With --data: images of each row, and as many real ones.",
+)
 @click.option("--batch", type=POSITIVE, default=64, show_default=True)
 @SEED
 @click.option(
@@ -102,6 +120,8 @@ def tune_steps(
     held_out: int,
     evaluations: int,
     table: tuple[int, ...],
+    data: str | None,
+    pictures: int,
     batch: int,
     seed: int,
     backend: str,
@@ -137,6 +157,7 @@ def tune_steps(
             )
         model = str(engine.identity["model_sha256"])
         known = _known(target, model)
+        real = _real_pictures(data, engine.config, pictures) if data else None
         with progress_bar("state") as bar:
             task = bar.add_task("tune", total=2 + len(jobs) + len(table), state="reference")
             problems = []
@@ -172,11 +193,18 @@ def tune_steps(
                 bar.advance(task)
             if YARDSTICK.steps not in table:
                 rows += measure(judging, [YARDSTICK])
+            if real is not None:
+                bar.update(task, completed=0, total=len(rows))
+                for k, row in enumerate(rows):
+                    bar.update(task, state=f"{pictures} pictures, {row.table.describe()}")
+                    rows[k] = _with_distances(row, engine, real, seed, batch)
+                    bar.advance(task)
     reference = judging.reference.describe()
     comparison = {
         "reference": reference,
         "noise": asdict(noises[1]),
         "rows": [row.to_dict() for row in rows],
+        **({"pictures": pictures, "data": data} if data else {}),
     }
     _store(target, model, [], [], comparison)
     for line in refusals:
@@ -188,6 +216,42 @@ def tune_steps(
     except BackendError as error:
         note(f"no plot: {error}")
     click.echo(target.tuned_steps)
+
+
+def _real_pictures(data: str, config: ModelConfig, n: int) -> NDArray[np.uint8]:
+    """n of the real images, uint8 [n, C, S, S].
+
+    Raises:
+        UsageError: there are not so many.
+    """
+    import numpy as np
+
+    from training.evaluation_data import load_images
+
+    images = load_images(data, config.image_size, config.channels).images
+    if len(images) < n:
+        raise UsageError(f"--data {data} has {len(images)} images; --pictures {n} needs as many")
+    return images[np.random.default_rng(0).permutation(len(images))[:n]]
+
+
+def _with_distances(
+    row: Row, engine: Engine, real: NDArray[np.uint8], seed: int, batch: int
+) -> Row:
+    """A row with the distances of its pictures to real ones, on lutdeploy's own features."""
+    from lutdeploy.errors import NonFiniteError
+    from training.evaluate import compare_sets
+    from training.evaluation_data import draw_samples
+    from training.features import open_extractor
+
+    names = ("Fréchet", "kernel", "sliced")
+    try:
+        made = draw_samples(engine, len(real), row.table, seed, batch)
+    except NonFiniteError:
+        return replace(row, metrics={**row.metrics, **dict.fromkeys(names, math.nan)})
+    found = compare_sets(made, real, open_extractor())
+    sliced = found.sliced_wasserstein[max(found.sliced_wasserstein)]
+    values = (found.frechet_distance, found.kernel_distance, sliced)
+    return replace(row, metrics={**row.metrics, **dict(zip(names, values, strict=True))})
 
 
 def _float32(target: bundle.Run) -> tuple[str, str | None]:
