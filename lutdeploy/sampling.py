@@ -342,9 +342,10 @@ def choose_table(
     for table in there:
         if table.steps == wanted and solver in (None, table.solver):
             return table
-    names = ", ".join(table.describe() for table in there)
+    counts = [str(n) for n in dict.fromkeys(t.steps for t in there if solver in (None, t.solver))]
+    owner = f" for {solver}" if solver else ""
     raise UsageError(
-        f"no tuned grid of {wanted} steps{f' for {solver}' if solver else ''}; "
-        + (f"there are {names}" if there else "this model has none")
+        f"no tuned grid of {wanted} steps{owner}; "
+        + (f"there are some of {', '.join(counts)} steps" if counts else "this model has none")
         + f"; `lutdeploy tune-steps --steps {wanted}` searches one"
     )

@@ -135,7 +135,10 @@ def read_tuned_steps(path: Path) -> TunedSteps:
     Raises:
         ArtefactError: missing, of another format, or damaged.
     """
-    values = bundle.read_json(path)
+    try:
+        values = bundle.read_json(path)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; delete it and run `lutdeploy tune-steps`") from error
     try:
         if values["format"] != FORMAT:
             raise ArtefactError(

@@ -140,8 +140,7 @@ def test_inspect_lists_them(run: bundle.Run) -> None:
 def test_grids_that_are_not_there(run: bundle.Run, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "s", "--time-grid", "tuned")
     line = fail(2, "sample", run.path, *out, "--steps", 9)
-    assert "no tuned grid of 9 steps; there are " in line
-    assert "-3-tuned" in line
+    assert "no tuned grid of 9 steps; there are some of " in line
     assert "`lutdeploy tune-steps --steps 9` searches one" in line
     line = fail(2, "sample", run.path, *out, "--steps", 3, "--shift", 2)
     assert "--shift warps a uniform grid" in line
