@@ -57,8 +57,8 @@ def open_engine(
         threads: of one operator; with torch, of every operator in the process.
         batch: for tensorrt and auto, the batch size to choose for.
         unverified: for tensorrt, use engines that have not passed their checks.
-        precision: for openvino, of the arithmetic: "fp32", the default, or "bf16"; None for an
-            int8 export.
+        precision: for openvino, of the arithmetic: "fp32", the default, or "bf16"; of an int8
+            export that of all but its int8 products.
         say: told what "auto" takes and why.
 
     Raises:
@@ -88,7 +88,7 @@ def open_engine(
         if backend == "tensorrt":
             return _open_tensorrt(located.run, manifest, device or "cuda", batch, unverified)
         if backend == "openvino":
-            return _open_openvino(manifest, device or "cpu", precision, threads)
+            return _open_openvino(manifest, device or "cpu", precision or "fp32", threads)
         return _open_onnxruntime(located.run, manifest, device or "cpu", threads)
     if export is not None:
         raise UsageError(f"export {export}: backend torch runs the model and no export")
@@ -161,7 +161,7 @@ def _open_onnxruntime(
 
 
 def _open_openvino(
-    manifest: bundle.Manifest, device: str, precision: str | None, threads: int | None
+    manifest: bundle.Manifest, device: str, precision: str, threads: int | None
 ) -> Engine:
     try:
         from engines.openvino_engine import OpenVinoDenoiser

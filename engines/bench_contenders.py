@@ -17,7 +17,7 @@ ORIGINAL = "original"
 CPU_RUNTIMES = {
     "fp32": (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")),
     "fp16": (("onnxruntime", "fp16"),),
-    "int8": (("onnxruntime", "int8"), ("openvino", "int8")),
+    "int8": (("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "int8-bf16")),
 }
 GPU_PROVIDERS = ("cuda", "tensorrt")
 
@@ -43,10 +43,10 @@ class Contender:
     def arithmetic(self) -> str | None:
         """What :func:`engines.open_engine` takes as precision.
 
-        OpenVINO alone chooses its arithmetic; elsewhere, and of INT8, the export has decided it.
+        OpenVINO alone chooses: float32 unless told otherwise. Elsewhere the export decides.
         """
-        chosen = self.backend == "openvino" and self.precision in ("fp32", "bf16")
-        return self.precision if chosen else None
+        chosen = self.backend == "openvino" and self.precision.endswith("bf16")
+        return "bf16" if chosen else None
 
     @property
     def sample_options(self) -> list[str] | None:
@@ -54,8 +54,8 @@ class Contender:
         if self.kind != "engine":
             return None
         options = ["--backend", self.backend, "--device", self.device]
-        if self.backend == "openvino" and self.precision == "bf16":
-            options += ["--precision", self.precision]
+        if self.arithmetic is not None:
+            options += ["--precision", self.arithmetic]
         return options
 
 

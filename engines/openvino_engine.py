@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: an exported graph behind the Denoiser protocol.
 
-An int8 export runs as it is: int8 products, the rest float32, which is both nearer to the
-original and faster than the rest in bfloat16. Other exports run in float32 or bfloat16.
+An int8 export has int8 products and the rest in float32 or bfloat16; other exports run in
+float32 or bfloat16. Which precision products really have is read back from the compiled graph.
 
 bfloat16 is OpenVINO's own conversion of the whole graph, islands included, which is why it has
 limits of its own in :mod:`lutdeploy.parity`. Graphs are compiled anew each time: that takes less
@@ -20,11 +20,11 @@ import openvino as ov
 
 from engines.export_denoiser import ExportDenoiser
 from lutdeploy.bundle import Manifest
-from lutdeploy.errors import ArtefactError, BackendError, UsageError
+from lutdeploy.errors import ArtefactError, BackendError
 from lutdeploy.sampling import Images
 
 DEVICE = "CPU"
-HINTS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "int8": ov.Type.f32}
+HINTS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 # What OpenVINO calls the layers that hold the model's products, and their type as it runs them.
 PRODUCT_LAYERS = ("FullyConnected", "MatMul", "Convolution")
@@ -38,14 +38,13 @@ class OpenVinoDenoiser(ExportDenoiser):
     Args:
         manifest: of the export folder.
         device: "cpu".
-        precision: of the arithmetic, "fp32" or "bf16"; never a silent other one. An int8 export
-            has its own and takes None alone, which for others is "fp32".
+        precision: of the arithmetic, "fp32" or "bf16", of an int8 export that of all but its int8
+            products; never a silent other one.
         threads: of one inference; OpenVINO's own choice by default.
 
     Raises:
         ArtefactError: a file differs from its hash, or a graph from its signature.
         BackendError: another device, or a precision that this CPU does not compute in.
-        UsageError: a precision for an int8 export.
     """
 
     backend = "openvino"
@@ -54,27 +53,23 @@ class OpenVinoDenoiser(ExportDenoiser):
         self,
         manifest: Manifest,
         device: str = "cpu",
-        precision: str | None = None,
+        precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
         if device != "cpu":
             raise BackendError(f"backend openvino runs on cpu alone, not on {device!r}")
-        if manifest.precision == "int8" and precision is not None:
-            raise UsageError(
-                f"{manifest.name} is an int8 export, which has its own precision; leave out "
-                "--precision"
-            )
-        self.precision = "int8" if manifest.precision == "int8" else precision or "fp32"
-        if self.precision not in HINTS:
-            raise BackendError(f"no precision {precision!r}; there is fp32, bf16")
+        if precision not in HINTS:
+            raise BackendError(f"no precision {precision!r}; there are {', '.join(HINTS)}")
         self._core = ov.Core()
+        self._narrow = manifest.precision == "int8"
         offered = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-        if CAPABILITIES[self.precision] not in offered:
-            raise BackendError(
-                f"this CPU does not compute in {self.precision}: OpenVINO offers "
-                f"{', '.join(offered)}"
-            )
+        for needed in (precision, *(("int8",) if self._narrow else ())):
+            if CAPABILITIES[needed] not in offered:
+                raise BackendError(
+                    f"this CPU does not compute in {needed}: OpenVINO offers {', '.join(offered)}"
+                )
         super().__init__(manifest)
+        self.precision = precision
         self._settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
@@ -90,7 +85,7 @@ class OpenVinoDenoiser(ExportDenoiser):
 
     @property
     def place(self) -> str:
-        return f"{DEVICE} {self.precision}"
+        return f"{DEVICE} {runs_in(self.manifest, self.precision)}"
 
     def _request(self, k: int) -> Any:
         """The compiled graph k, ready to infer."""
@@ -122,14 +117,15 @@ class OpenVinoDenoiser(ExportDenoiser):
             for layer in compiled.get_runtime_model().get_ops()
             if _runtime_info(layer, "layerType") in PRODUCT_LAYERS
         )
-        found = sum(types[name] for name in RUNTIME_TYPES[self.precision])
+        products = "int8" if self._narrow else self.precision
+        found = sum(types[name] for name in RUNTIME_TYPES[products])
         wanted = types.total()
         if self.manifest.quantization is not None:
             wanted = len(self.manifest.quantization["int8_products"])
         if found != wanted or not wanted:
             raise BackendError(
-                f"OpenVINO runs {found} of the {wanted} {self.precision} products of {path} in "
-                f"{self.precision} here: {dict(types)}"
+                f"OpenVINO runs {found} of the {wanted} {products} products of {path} in "
+                f"{products} here: {dict(types)}"
             )
 
     def _compile(self, path: Path) -> Any:
@@ -154,6 +150,13 @@ class OpenVinoDenoiser(ExportDenoiser):
             ) from error
         # The request writes its next results into the same memory.
         return [np.array(results[spec.name]) for spec in self.signature(k).outputs]
+
+
+def runs_in(manifest: Manifest, precision: str) -> str:
+    """What :mod:`lutdeploy.parity` calls an export of a precision, run in a precision."""
+    if manifest.precision != "int8":
+        return precision
+    return "int8" if precision == "fp32" else f"int8-{precision}"
 
 
 def _describe(port: Any, names: Sequence[str]) -> tuple[str, str, tuple[str | int | None, ...]]:

@@ -12,7 +12,8 @@ after a whole trajectory. fp16: what half precision costs on this very model, me
 running PyTorch's own (torch.autocast, float16) on the same inputs; an export may err three
 times as much, and its pictures must reach 40 dB. bf16: likewise with bfloat16, whose three bits
 less are 18 dB: PyTorch's own pictures reach 42 dB on the embedded model, so the limit is 35 dB.
-int8: likewise with the INT8 of :mod:`lutdeploy.quantization`, simulated in PyTorch.
+int8: likewise with the INT8 of :mod:`lutdeploy.quantization`, simulated in PyTorch; int8-bf16 is
+that with all else in bfloat16.
 Anything not finite fails everywhere.
 """
 
@@ -37,13 +38,9 @@ from lutdeploy.solvers import Step, StepTable, step_table
 
 FLOAT32_LIMIT = 1e-4  # absolute, on images of unit scale
 HALF_FACTOR = 3.0
-MIN_PSNR = {
-    "fp32": 80.0,
-    "fp16": 40.0,
-    "bf16": 35.0,
-    "int8": 35.0,
-}  # dB; 80 dB: 2e-4 in every pixel
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# dB; 80 dB: 2e-4 in every pixel
+MIN_PSNR = {"fp32": 80.0, "fp16": 40.0, "bf16": 35.0, "int8": 35.0, "int8-bf16": 35.0}
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8-bf16": torch.bfloat16}
 TIMESTEPS = tuple(k / 10 for k in range(10))
 
 
@@ -216,10 +213,12 @@ def _streamed(
 
 
 def narrow_reference(model: LutTransformer, precision: str) -> TorchDenoiser | None:
-    """PyTorch's own fp16 or bf16, or its simulated int8; None for fp32."""
-    if precision == "int8":
-        return TorchDenoiser(with_int8_products(model, product_names(model)))
-    return TorchDenoiser(model, autocast=HALVES[precision]) if precision in HALVES else None
+    """PyTorch's own fp16 or bf16, its simulated int8, or both; None for fp32."""
+    if precision == "fp32":
+        return None
+    if precision.startswith("int8"):
+        model = with_int8_products(model, product_names(model))
+    return TorchDenoiser(model, autocast=HALVES.get(precision))
 
 
 def compare(
@@ -236,7 +235,7 @@ def compare(
     Args:
         model: what both compute; what a narrow precision costs it in PyTorch sets the limits.
         candidate: what is judged.
-        precision: "fp32", "fp16", "bf16" or "int8", which decides the limits.
+        precision: "fp32", "fp16", "bf16", "int8" or "int8-bf16", which decides the limits.
         table: the trajectory; by default the candidate's own, else 64 Euler steps.
         noise: [n, C, S, S]; by default that of images 0 to 3 of seed 0.
         levels: which levels to run; a loop graph has no "step".

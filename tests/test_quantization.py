@@ -17,7 +17,7 @@ import lutdeploy
 from engines import open_engine
 from lutdeploy import bundle, parity
 from lutdeploy.checkpoint import save_model
-from lutdeploy.errors import BackendError, ConfigError, UsageError
+from lutdeploy.errors import BackendError, ConfigError
 from lutdeploy.export import ExportPlan
 from lutdeploy.model import Block, LutTransformer
 from lutdeploy.parity import difference
@@ -98,6 +98,24 @@ def test_pictures_are_those_of_float32_to_35_db(
     assert report.final.max_abs > 1e-4, "so it was int8 that ran"
 
 
+@has_int8
+@pytest.mark.skipif(
+    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    reason="this CPU does not compute in bfloat16",
+)
+def test_the_rest_of_int8_may_be_bf16(exported: Exported, preset: str) -> None:
+    folder = exported(preset, precision="int8")
+    with open_engine(folder, "openvino", precision="bf16") as engine:
+        assert engine.identity["device"] == "CPU int8-bf16"
+        model, table = golden_model(preset), step_table("euler", 8)
+        report = parity.compare(model, engine, "int8-bf16", table)
+        assert report.passed, report.failures()
+        with open_engine(folder, "openvino") as other:
+            x = batch_noise(0, range(2), model.config.image_shape)
+            t = np.full(2, 0.5, np.float32)
+            assert difference(engine.predict_x0(x, t), other.predict_x0(x, t)).max_abs > 1e-4
+
+
 def test_a_simulated_product_is_that_of_the_graph(exported: Exported) -> None:
     """Both are as far from float32 in the same direction: the errors are correlated."""
     model = golden_model("static-tanh-64")
@@ -164,8 +182,6 @@ def test_int8_has_no_other_graph_precision_or_place(exported: Exported, tmp_path
     assert "int8 is for graph step" in fail(2, "export", run, "--int8", "--graph", "loop")
     with pytest.raises(ConfigError, match="int8 is for graph step"):
         ExportPlan("per-step", "int8", step_table("euler", 2))
-    with pytest.raises(UsageError, match="leave out --precision"):
-        open_engine(folder, "openvino", precision="bf16")
     assert "which is for CPUs" in fail(2, "build", run, "--export", "step-int8", "--dry-run")
 
 

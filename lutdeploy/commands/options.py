@@ -31,7 +31,8 @@ PROVIDER = click.option(
 PRECISION = click.option(
     "--precision",
     type=click.Choice(("fp32", "bf16")),
-    help="Arithmetic of --backend openvino. Default: fp32. Elsewhere it is the export's.",
+    help="Arithmetic of --backend openvino, of an int8 export that of all but its int8 products. "
+    "Default: fp32. Elsewhere it is the export's.",
 )
 EXPORT = click.option("--export", help="Name of an export of the run; the newest by default.")
 THREADS = click.option(

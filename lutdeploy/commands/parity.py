@@ -116,7 +116,9 @@ def parity(
         precision=precision,
     )
     with opened as engine:
-        report = judge(engine, "bf16" if precision == "bf16" else held)
+        if precision == "bf16":
+            held = "int8-bf16" if held == "int8" else "bf16"
+        report = judge(engine, held)
     show_report(report)
     if not report.passed:
         raise ParityError(f"parity failed: {'; '.join(report.failures()[:2])}")
