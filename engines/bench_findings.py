@@ -115,7 +115,9 @@ class Findings:
                     "images_per_second": images_per_second(batch, found.step_seconds, steps),
                     "flops_per_second": flop / found.step_seconds,
                     "share_of_peak": share_of_peak(
-                        flop, found.step_seconds, rates.get(contender.precision.partition("-")[0])
+                        flop,
+                        found.step_seconds,
+                        rates.get(bench_limits.limit_of(contender.precision)),
                     ),
                     "peak_bytes": entry.peak_bytes[batch],
                 }

@@ -15,6 +15,11 @@ TRIES = 3  # in a round
 SPIN = 0.02  # seconds of untimed products before: a clock needs them to rise
 
 
+def limit_of(precision: str) -> str:
+    """The limit that a precision's products have: that of int8 for ``int8-bf16``."""
+    return precision.partition("-")[0]
+
+
 def open_limits(device: str, size: int, threads: int | None) -> dict[str, Callable[[], float]]:
     """What to try on a device: name to a function that returns seconds of one try.
 

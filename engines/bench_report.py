@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engines.bench_limits import limit_of
 from lutdeploy.machine import Machine
 
 Result = dict[str, Any]
@@ -137,7 +138,7 @@ def remarks(result: Result) -> Iterator[str]:
         if peaks["bytes_per_second"]:
             rates.append(f"memory copy {peaks['bytes_per_second'] / 1e9:.1f} GB/s")
         yield f"Limits of {device} ({peaks['matrix']}×{peaks['matrix']}): {', '.join(rates)}."
-        precisions = {row["precision"] for row in result["rows"] if _place(row) == device}
+        precisions = {limit_of(row["precision"]) for row in result["rows"] if _place(row) == device}
         if missing := sorted(precisions - set(peaks["flops_per_second"])):
             yield (
                 f"No limit in {', '.join(missing)}: {device} has no fast matrix product of its own "
@@ -213,7 +214,7 @@ def plot(result: Result) -> bytes:
                 "o",
                 **circle,
             )
-        precisions.append((_place(contender), contender["precision"]))
+        precisions.append((_place(contender), limit_of(contender["precision"])))
     per_image = result["model"]["flop_per_image_and_step"] * result["settings"]["steps"]
     for style, (device, precision) in enumerate(dict.fromkeys(precisions)):
         peak = result["peaks"].get(device, {}).get("flops_per_second", {}).get(precision)
