@@ -94,6 +94,7 @@ class Findings:
         contender, steps = entry.contender, self.settings.table.steps
         original = self.entries[ORIGINAL].windows
         rates = peaks.get(contender.place, {}).get("flops_per_second", {})
+        peak = rates.get(bench_limits.limit_of(contender.precision))
         rows = []
         for batch, windows in entry.windows.items():
             if not windows:
@@ -114,11 +115,7 @@ class Findings:
                     **asdict(found),
                     "images_per_second": images_per_second(batch, found.step_seconds, steps),
                     "flops_per_second": flop / found.step_seconds,
-                    "share_of_peak": share_of_peak(
-                        flop,
-                        found.step_seconds,
-                        rates.get(bench_limits.limit_of(contender.precision)),
-                    ),
+                    "share_of_peak": share_of_peak(flop, found.step_seconds, peak),
                     "peak_bytes": entry.peak_bytes[batch],
                 }
             )
