@@ -76,7 +76,7 @@ def open_engine(
     located = bundle.locate(Path(path))
     if backend == "auto":
         options = {"threads": threads, "batch": batch, "unverified": unverified}
-        return _open_fastest(located, Path(path), device, export, say, options)
+        return _open_fastest(located, path, device, export, say, options)
     if backend == "tensorrt" and export is None and located.export is None and located.run:
         export = newest_built_export(located.run)
     folder = choose_export(located, export)
@@ -103,7 +103,7 @@ def open_engine(
 
 def _open_fastest(
     located: bundle.Located,
-    path: Path,
+    path: str | Path,
     device: str | None,
     export: str | None,
     say: Callable[[str], None],

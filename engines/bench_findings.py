@@ -103,12 +103,7 @@ class Findings:
             flop = 2 * self.subject.config.multiply_adds() * batch
             rows.append(
                 {
-                    "path": contender.name,
-                    "backend": contender.backend,
-                    "precision": contender.precision,
-                    "device": contender.device,
-                    "export": contender.export,
-                    "engine_sha256": entry.engine_sha256,
+                    **_named(entry),
                     "computes_on": entry.computes_on,
                     "sample_options": contender.sample_options,
                     "batch": batch,
@@ -153,15 +148,9 @@ class Findings:
         }
 
     def _describe(self, entry: Entry) -> dict[str, Any]:
-        contender = entry.contender
-        row = best_row(self.rows(contender.name))
+        row = best_row(self.rows(entry.contender.name))
         return {
-            "path": contender.name,
-            "backend": contender.backend,
-            "precision": contender.precision,
-            "device": contender.device,
-            "export": contender.export,
-            "engine_sha256": entry.engine_sha256,
+            **_named(entry),
             "status": entry.status,
             "reason": entry.reason,
             "startup": entry.startup,
@@ -169,3 +158,16 @@ class Findings:
             "loop": entry.loop,
             "end_to_end": entry.end_to_end,
         }
+
+
+def _named(entry: Entry) -> dict[str, Any]:
+    """What a contender is, as plain JSON values."""
+    contender = entry.contender
+    return {
+        "path": contender.name,
+        "backend": contender.backend,
+        "precision": contender.precision,
+        "device": contender.device,
+        "export": contender.export,
+        "engine_sha256": entry.engine_sha256,
+    }

@@ -96,10 +96,7 @@ def _export_int8(run: bundle.Run) -> Path:
     from engines.quantizer import quantize_graph
     from lutdeploy.checkpoint import load_model
     from lutdeploy.export import ExportPlan, export_model
-    from lutdeploy.quantization import SENSITIVITY, Sensitivity
 
     model = load_model(run.model)
-    nothing = Sensitivity(SENSITIVITY, {})
-    quantize = partial(quantize_graph, model=model, kept=(), sensitivity=nothing)
-    plan = ExportPlan(precision="int8")
-    return export_model(model, plan, run, bundle.sha256(run.model), quantize=quantize)
+    plan, source = ExportPlan(precision="int8"), bundle.sha256(run.model)
+    return export_model(model, plan, run, source, quantize=partial(quantize_graph, model=model))

@@ -61,7 +61,10 @@ class TrajectoryReader(CalibrationDataReader):  # type: ignore[misc]  # of an un
 
 
 def quantize_graph(
-    graph: Path, model: LutTransformer, kept: Collection[str], sensitivity: Sensitivity
+    graph: Path,
+    model: LutTransformer,
+    kept: Collection[str] = (),
+    sensitivity: Sensitivity | None = None,
 ) -> dict[str, Any]:
     """Quantise a float32 ``step`` graph in its place, its weights file with it.
 
@@ -69,7 +72,7 @@ def quantize_graph(
         graph: ``step.onnx`` in a folder with its weights file alone.
         model: what the graph computes.
         kept: products that stay float32 (:func:`lutdeploy.quantization.product_names`).
-        sensitivity: what ``kept`` was chosen by, for the record.
+        sensitivity: what ``kept`` was chosen by, for the record; None where nothing chose.
 
     Returns:
         The record for the manifest, plain JSON values.
@@ -110,7 +113,7 @@ def quantize_graph(
             "seed": CALIBRATION_SEED,
             "solver": CALIBRATION.describe(),
         },
-        "sensitivity": sensitivity.to_dict(),
+        **({"sensitivity": sensitivity.to_dict()} if sensitivity else {}),
         "onnxruntime": onnxruntime.__version__,
     }
 

@@ -251,6 +251,13 @@ class Run:
     def export_folder(self, name: str) -> Path:
         return self.exports_folder / name
 
+    def float32_step(self, source_sha256: str) -> Path | None:
+        """The float32 ``step`` export of a model file; None where there is none of it."""
+        folder = self.export_folder("step-fp32")
+        if (folder / MANIFEST).is_file() and read_manifest(folder).source_sha256 == source_sha256:
+            return folder
+        return None
+
     @property
     def engines(self) -> Path:
         return self.path / "engines"

@@ -29,6 +29,7 @@ from lutdeploy.sampling import (
     batch_noise,
     check_table,
     finished_batches,
+    noise_batches,
     trajectory,
 )
 from lutdeploy.solvers import StepTable
@@ -217,10 +218,7 @@ def fill(
     """
     check_table(denoiser, table)
     missing, seed = folder.missing(n), folder.settings["seed"]
-    groups = (missing[start : start + batch] for start in range(0, len(missing), batch))
-    batches = (
-        (indices, batch_noise(seed, indices, denoiser.config.image_shape)) for indices in groups
-    )
+    batches = noise_batches(seed, missing, batch, denoiser.config.image_shape)
     pixels = folder.settings["format"] == "png"
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as encoder:

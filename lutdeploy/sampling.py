@@ -90,6 +90,24 @@ def batch_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) 
     return noise
 
 
+def in_batches(indices: Sequence[int], batch: int) -> Iterator[Sequence[int]]:
+    """``indices`` in order, ``batch`` at a time; fewer at the end."""
+    return (indices[start : start + batch] for start in range(0, len(indices), batch))
+
+
+def given_batches(noise: Images, batch: int) -> Iterator[Batch]:
+    """The rows of ``noise`` [n, C, S, S], a batch at a time; their numbers are the indices."""
+    for group in in_batches(range(len(noise)), batch):
+        yield group, np.ascontiguousarray(noise[group[0] : group[-1] + 1], np.float32)
+
+
+def noise_batches(
+    seed: int, indices: Sequence[int], batch: int, shape: tuple[int, int, int]
+) -> Iterator[Batch]:
+    """The noise of many images, a batch at a time, each made when it is asked for."""
+    return ((group, batch_noise(seed, group, shape)) for group in in_batches(indices, batch))
+
+
 def held_row(table: StepTable, row: Step) -> int:
     """Which row of a denoiser's own table is asked for.
 
@@ -286,15 +304,10 @@ def sample(
     elif (steps, solver, shift) != (None, None, None):
         raise UsageError("table says solver, steps and shift; give either")
     check_table(denoiser, table)
-    groups = (range(start, min(start + batch, n)) for start in range(0, n, batch))
     batches = (
-        (
-            indices,
-            batch_noise(seed, indices, shape)
-            if noise is None
-            else np.ascontiguousarray(noise[indices.start : indices.stop], np.float32),
-        )
-        for indices in groups
+        noise_batches(seed, range(n), batch, shape)
+        if noise is None
+        else given_batches(noise, batch)
     )
     images = np.empty((n, *shape), np.float32)
     for indices, ends in finished_batches(denoiser, batches, table):

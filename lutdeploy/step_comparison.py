@@ -1,7 +1,7 @@
 """Solvers and time grids side by side: how near each ends to the reference, at which cost.
 
-A row is one table; what is measured of it is a mapping of names to functions, so that a
-measure more (of distributions, say) is an entry more.
+A row is one table; what is measured of its ends is a mapping of names to functions. Distances of
+distributions need more images than that; `lutdeploy tune-steps --data` adds them to the rows.
 """
 
 from __future__ import annotations

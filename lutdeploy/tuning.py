@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutdeploy.errors import ConfigError, NonFiniteError
-from lutdeploy.sampling import Denoiser, Images, State, finished_batches, resume
+from lutdeploy.sampling import Denoiser, Images, State, finished_batches, given_batches, resume
 from lutdeploy.solvers import StepTable, step_table, time_grid, tuned_table
 
 REFERENCE = step_table("euler", 256)
@@ -78,9 +78,7 @@ class Problem:
         Raises:
             NonFiniteError: NaN or Inf on the way.
         """
-        n = len(self.noise)
-        groups = (range(start, min(start + self.batch, n)) for start in range(0, n, self.batch))
-        batches = ((group, self.noise[group.start : group.stop]) for group in groups)
+        batches = given_batches(self.noise, self.batch)
         parts = [images for _, images in finished_batches(self.denoiser, batches, table)]
         self.passes += table.steps
         return np.concatenate(parts).astype(np.float32, copy=False)

@@ -22,8 +22,6 @@ from lutdeploy.checkpoint import from_author_state, load_model, save_model
 from lutdeploy.config import PRESETS, ModelConfig, model_config
 from lutdeploy.export import ExportPlan, export_model
 from lutdeploy.model import LutTransformer
-from lutdeploy.quantization import measure_sensitivity
-from lutdeploy.sampling import batch_noise
 from lutdeploy.solvers import step_table
 from tests.command import succeed
 from tests.doubles import install
@@ -114,8 +112,7 @@ def quantizer(model: LutTransformer, kept: tuple[str, ...] = ()) -> Callable[[Pa
     """What export_model asks for in order to make an int8 export."""
     from engines.quantizer import quantize_graph
 
-    sensitivity = measure_sensitivity(model, batch_noise(0, range(1), model.config.image_shape))
-    return partial(quantize_graph, model=model, kept=kept, sensitivity=sensitivity)
+    return partial(quantize_graph, model=model, kept=kept)
 
 
 @pytest.fixture(scope="session")

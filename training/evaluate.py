@@ -158,14 +158,20 @@ def compare_sets(
             f"two sets of one shape are compared, not {samples.shape} and {reference.shape}"
         )
     require_size("samples", len(samples))
-    return _measure((samples, extractor(samples)), (reference, extractor(reference)), seed)
+    return measure(with_features(samples, extractor), with_features(reference, extractor), seed)
 
 
 Set = tuple[Pixels, Features]
 Told = Callable[[str], None]
 
 
-def _measure(samples: Set, reference: Set, seed: int) -> Metrics:
+def with_features(pixels: Pixels, extractor: Extractor) -> Set:
+    """Images as :func:`measure` takes them."""
+    return pixels, extractor(pixels)
+
+
+def measure(samples: Set, reference: Set, seed: int) -> Metrics:
+    """:func:`compare_sets` for sets whose features are there already."""
     kernel, kernel_std = kernel_distance(samples[1], reference[1], seed)
     return Metrics(
         images=len(samples[0]),
@@ -213,7 +219,7 @@ def _rows(samples: Set, training: Set, held_out: Set, seed: int, told: Told) -> 
     rows = []
     for what, name, first, second in pairs:
         told(f"distances: {what} against {name}")
-        rows.append(Row(what, name, _measure(first, second, seed)))
+        rows.append(Row(what, name, measure(first, second, seed)))
     return tuple(rows)
 
 

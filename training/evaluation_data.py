@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lutdeploy import bundle, images
 from lutdeploy.errors import UsageError
 from lutdeploy.sample_folder import EXTRAS, MANIFEST
-from lutdeploy.sampling import Denoiser, batch_noise, finished_batches
+from lutdeploy.sampling import Denoiser, finished_batches, noise_batches
 from lutdeploy.solvers import StepTable
 from training.data import ImageSet, draw_set, find_images, load_folder
 from training.distances import Pixels
@@ -159,8 +159,7 @@ def draw_samples(
     """
     shape = denoiser.config.image_shape
     pixels = np.empty((n, *shape), np.uint8)
-    groups = (range(start, min(start + batch, n)) for start in range(0, n, batch))
-    batches = ((indices, batch_noise(seed, indices, shape)) for indices in groups)
+    batches = noise_batches(seed, range(n), batch, shape)
     done = 0
     for indices, ends in finished_batches(denoiser, batches, table, pixels=True):
         made = ends if ends.dtype == np.uint8 else images.to_uint8(ends)

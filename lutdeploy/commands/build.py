@@ -257,14 +257,10 @@ def _float32_reference(
     from engines import open_engine
     from lutdeploy.export import ExportPlan, export_model
 
-    step = ExportPlan()
-    folder = target.export_folder(step.name)
-    fresh = (folder / bundle.MANIFEST).is_file() and bundle.read_manifest(
-        folder
-    ).source_sha256 == manifest.source_sha256
+    source = manifest.source_sha256
     with tempfile.TemporaryDirectory() as scratch:
-        if not fresh:
-            own = bundle.Run(Path(scratch))
-            folder = export_model(model, step, own, manifest.source_sha256)
+        folder = target.float32_step(source) or export_model(
+            model, ExportPlan(), bundle.Run(Path(scratch)), source
+        )
         with open_engine(folder, "onnxruntime", "cpu") as reference:
             yield reference

@@ -24,7 +24,7 @@ from lutdeploy.commands.options import (
     THREADS,
 )
 from lutdeploy.commands.sample import require_verdict
-from lutdeploy.commands.targets import find, find_run, open_reported, place
+from lutdeploy.commands.targets import find, find_run, open_reported, place, table_for
 from lutdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +85,6 @@ def evaluate(
     The pictures are sampled from a RUN, or read from a DIR that `lutdeploy sample` filled.
     Real images measured against real ones stand beside them as the floor.
     """
-    from lutdeploy.sampling import choose_table
     from training.distances import require_torchmetrics
     from training.features import open_extractor
     from training.report import require_jinja2
@@ -119,7 +118,7 @@ def evaluate(
     with opened as engine:
         if not unverified:
             require_verdict(path, engine.identity)
-        table = choose_table(engine.table, options["solver"], options["steps"], options["shift"])
+        table = table_for(engine, path, *(options[name] for name in ("solver", "steps", "shift")))
         subject = _draw(engine, located.run, table, data, held_out, count, seed, batch)
         _finish(subject, extractor, seed, folder, json_file)
 
@@ -210,12 +209,11 @@ def _draw(
     batch: int,
 ) -> Subject:
     """Pictures sampled from a run."""
-    from lutdeploy.sampling import check_table
+    from lutdeploy import sample_folder
     from training.distances import require_size
     from training.evaluate import require_images
     from training.evaluation_data import draw_samples
 
-    check_table(engine, table)
     require_size(f"-n {count}", count)
     config = engine.config
     with progress_bar() as bar:
@@ -223,9 +221,10 @@ def _draw(
         real = _real(data, held_out, config.image_size, config.channels, run, told)
         require_images(real)
         pixels = draw_samples(engine, count, table, seed, batch, _told(bar, "sample"))
-    made = {"solver": table.solver, "steps": table.steps, "shift": table.shift, "seed": seed}
+    made = sample_folder.settings(engine.identity, table, seed, "png")
+    del made["format"]  # of pictures in files
     title = str(run.path) if run else engine.identity["model_sha256"][:12]
-    return Subject(title, pixels, real, engine, {**engine.identity, **made}, ())
+    return Subject(title, pixels, real, engine, made, ())
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,11 +80,9 @@ def export(
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", table)
     with bundle.lock(target.exports_folder, "`lutdeploy export`"):
         tuned = _fresh(target, sha256)
-        if int8:
-            folder = _export_int8(model, plan, target, tuned)
-        else:
-            verify = partial(_verify, model, plan)
-            folder = export_model(model, plan, target, sha256, verify, tuned=tuned)
+        verify = partial(_verify, model, plan)
+        keep = partial(export_model, model, plan, target, sha256, verify, tuned=tuned)
+        folder = _export_int8(model, keep) if int8 else keep()
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")
     click.echo(folder)
@@ -128,16 +127,17 @@ def _verify(model: LutTransformer, plan: ExportPlan, folder: Path) -> None:
         note(f"pictures: PSNR {report.final.psnr:.1f} dB to float32")
 
 
-def _export_int8(
-    model: LutTransformer, plan: ExportPlan, target: bundle.Run, tuned: tuple[StepTable, ...]
-) -> Path:
+def _export_int8(model: LutTransformer, export: Callable[..., Path]) -> Path:
     """Keep ever more of the sensitive products in float32 until the checks pass.
+
+    Args:
+        model: float32.
+        export: :func:`lutdeploy.export.export_model`, all but ``quantize`` given.
 
     Raises:
         ParityError: not even with half of them.
     """
     from engines.quantizer import quantize_graph
-    from lutdeploy.export import export_model
     from lutdeploy.quantization import float_ladder, measure_sensitivity
     from lutdeploy.sampling import batch_noise
 
@@ -149,10 +149,8 @@ def _export_int8(
         if failure is not None:
             note(f"{failure}; again with {', '.join(kept)} in float32")
         try:
-            folder = export_model(
-                *(model, plan, target, bundle.sha256(target.model), partial(_verify, model, plan)),
-                quantize=partial(quantize_graph, model=model, kept=kept, sensitivity=sensitivity),
-                tuned=tuned,
+            folder = export(
+                quantize=partial(quantize_graph, model=model, kept=kept, sensitivity=sensitivity)
             )
         except ParityError as error:
             failure = error

@@ -24,7 +24,7 @@ from lutdeploy.commands.options import (
     THREADS,
     TIME_GRID,
 )
-from lutdeploy.commands.targets import find, open_reported, place
+from lutdeploy.commands.targets import find, open_reported, place, table_for
 from lutdeploy.errors import LutDeployError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -83,14 +83,9 @@ def parity(
 
     def judge(engine: Engine, judged_as: str) -> Report:
         from lutdeploy.parity import compare
-        from lutdeploy.sampling import batch_noise, check_table, choose_table
-        from lutdeploy.tuned_steps import tuned_tables
+        from lutdeploy.sampling import batch_noise
 
-        weights = engine.identity["model_sha256"]
-        table = choose_table(
-            engine.table, solver, steps, shift, time_grid, lambda: tuned_tables(path, weights)
-        )
-        check_table(engine, table)
+        table = table_for(engine, path, solver, steps, shift, time_grid)
         noise = batch_noise(seed, range(count), model.config.image_shape)
         report = compare(model, engine, judged_as, table, noise)
         if located.run is not None:

@@ -26,7 +26,7 @@ from lutdeploy.commands.options import (
     TIME_GRID,
 )
 from lutdeploy.commands.parity import parity_key
-from lutdeploy.commands.targets import find, open_reported, place
+from lutdeploy.commands.targets import find, open_reported, place, table_for
 from lutdeploy.errors import LutDeployError, ParityError, UsageError
 
 
@@ -82,8 +82,6 @@ def sample(
     Image i depends on the seed and i alone, whatever the batch, backend or count.
     """
     from lutdeploy import sample_folder
-    from lutdeploy.sampling import check_table, choose_table
-    from lutdeploy.tuned_steps import tuned_tables
 
     backend, device = place(backend, device, provider)
     path = find(run)
@@ -94,11 +92,7 @@ def sample(
         precision=precision,
     )
     with opened as engine:
-        model = engine.identity["model_sha256"]
-        table = choose_table(
-            engine.table, solver, steps, shift, time_grid, lambda: tuned_tables(path, model)
-        )
-        check_table(engine, table)
+        table = table_for(engine, path, solver, steps, shift, time_grid)
         if engine.whole_trajectory and (gif or trajectory):
             raise UsageError("a loop export shows no steps; --gif and --trajectory need another")
         if not unverified:

@@ -11,6 +11,7 @@ from lutdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from engines import Engine
+    from lutdeploy.solvers import StepTable
 
 
 def find(run: Path | None) -> Path:
@@ -60,6 +61,35 @@ def open_reported(
     name = f", export {made['export']}" if made["export"] else ""
     note(f"backend: {made['backend']} on {made['device']}{name}")
     return engine
+
+
+def table_for(
+    engine: Engine,
+    path: Path,
+    solver: str | None,
+    steps: int | None,
+    shift: float | None,
+    time_grid: str | None = None,
+) -> StepTable:
+    """The steps that the options mean, which the engine can follow.
+
+    Args:
+        engine: opened from ``path``.
+        path: whose tuned grids count.
+        solver, steps, shift, time_grid: of the command line; None where nothing was said.
+
+    Raises:
+        UsageError: the engine holds other steps, or there is no such tuned grid.
+    """
+    from lutdeploy.sampling import check_table, choose_table
+    from lutdeploy.tuned_steps import tuned_tables
+
+    model = engine.identity["model_sha256"]
+    table = choose_table(
+        engine.table, solver, steps, shift, time_grid, lambda: tuned_tables(path, model)
+    )
+    check_table(engine, table)
+    return table
 
 
 def place(backend: str, device: str | None, provider: str | None) -> tuple[str, str | None]:

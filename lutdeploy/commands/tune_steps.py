@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lutdeploy.step_comparison import Row
     from lutdeploy.tuned_steps import Entry, Noise, TunedSteps
     from lutdeploy.tuning import Found, Problem
+    from training.evaluate import Metrics
 
 
 class StepList(click.ParamType[tuple[int, ...]]):
@@ -195,9 +196,10 @@ def tune_steps(
                 rows += measure(judging, [YARDSTICK])
             if real is not None:
                 bar.update(task, completed=0, total=len(rows))
+                distances = _distances_to(real)
                 for k, row in enumerate(rows):
                     bar.update(task, state=f"{pictures} pictures, {row.table.describe()}")
-                    rows[k] = _with_distances(row, engine, real, seed, batch)
+                    rows[k] = _with_distances(row, engine, distances, pictures, seed, batch)
                     bar.advance(task)
     reference = judging.reference.describe()
     comparison = {
@@ -234,21 +236,34 @@ def _real_pictures(data: str, config: ModelConfig, n: int) -> NDArray[np.uint8]:
     return images[np.random.default_rng(0).permutation(len(images))[:n]]
 
 
+def _distances_to(real: NDArray[np.uint8]) -> Callable[[NDArray[np.uint8]], Metrics]:
+    """What measures pictures against the real ones, whose features are taken once."""
+    from training.evaluate import measure, with_features
+    from training.features import open_extractor
+
+    extractor = open_extractor()
+    reference = with_features(real, extractor)
+    return lambda made: measure(with_features(made, extractor), reference, 0)
+
+
 def _with_distances(
-    row: Row, engine: Engine, real: NDArray[np.uint8], seed: int, batch: int
+    row: Row,
+    engine: Engine,
+    distances: Callable[[NDArray[np.uint8]], Metrics],
+    pictures: int,
+    seed: int,
+    batch: int,
 ) -> Row:
     """A row with the distances of its pictures to real ones, on lutdeploy's own features."""
     from lutdeploy.errors import NonFiniteError
-    from training.evaluate import compare_sets
     from training.evaluation_data import draw_samples
-    from training.features import open_extractor
 
     names = ("Fréchet", "kernel", "sliced")
     try:
-        made = draw_samples(engine, len(real), row.table, seed, batch)
+        made = draw_samples(engine, pictures, row.table, seed, batch)
     except NonFiniteError:
         return replace(row, metrics={**row.metrics, **dict.fromkeys(names, math.nan)})
-    found = compare_sets(made, real, open_extractor())
+    found = distances(made)
     sliced = found.sliced_wasserstein[max(found.sliced_wasserstein)]
     values = (found.frechet_distance, found.kernel_distance, sliced)
     return replace(row, metrics={**row.metrics, **dict(zip(names, values, strict=True))})
@@ -256,12 +271,8 @@ def _with_distances(
 
 def _float32(target: bundle.Run) -> tuple[str, str | None]:
     """Backend and export for --backend auto. Less precise ones would put noise in the search."""
-    for folder in target.exports():
-        manifest = bundle.read_manifest(folder)
-        if (manifest.graph, manifest.precision) == ("step", "fp32"):
-            if manifest.source_sha256 == bundle.sha256(target.model):
-                return "onnxruntime", folder.name
-    return "torch", None
+    folder = target.float32_step(bundle.sha256(target.model))
+    return ("onnxruntime", folder.name) if folder else ("torch", None)
 
 
 def _known(target: bundle.Run, model: str) -> TunedSteps:
