@@ -185,6 +185,17 @@ def test_int8_has_no_other_graph_precision_or_place(exported: Exported, tmp_path
     assert "which is for CPUs" in fail(2, "build", run, "--export", "step-int8", "--dry-run")
 
 
+def test_build_passes_over_a_newer_int8_export(exported: Exported, tmp_path: Path) -> None:
+    run = bundle.Run(tmp_path / "run")
+    for created, precision in enumerate(("fp16", "int8"), start=2001):
+        source = exported(precision=precision)
+        shutil.copytree(source, run.export_folder(source.name))
+        shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+        manifest = run.export_folder(source.name) / bundle.MANIFEST
+        bundle.write_json(manifest, {**bundle.read_json(manifest), "created": f"{created}-01-01"})
+    assert "export: step-fp16" in succeed("build", run.path, "--dry-run").stderr
+
+
 @has_int8
 def test_int8_that_is_really_float32_is_refused(
     exported: Exported, monkeypatch: pytest.MonkeyPatch

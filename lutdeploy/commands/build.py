@@ -118,13 +118,14 @@ def _export_to_build(
     from engines import choose_export, require_same_model
 
     located = bundle.locate(given if given is not None and given.is_dir() else target.path)
-    if graph is not None and export is None and located.export is None:
-        kinds = [e for e in target.exports() if bundle.read_manifest(e).graph == graph]
-        if not kinds:
+    if export is None and located.export is None:
+        known = ((e.name, bundle.read_manifest(e)) for e in target.exports())
+        fitting = [name for name, m in known if m.precision != "int8" and graph in (None, m.graph)]
+        if graph is not None and not fitting:
             raise UsageError(
                 f"{target.path} has no {graph} export; run `lutdeploy export --graph {graph}` first"
             )
-        export = kinds[0].name
+        export = fitting[0] if fitting else None
     folder = choose_export(located, export)
     if folder is None:
         raise UsageError(f"{target.path} has no export; run `lutdeploy export --fp16` first")
