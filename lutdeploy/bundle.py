@@ -222,6 +222,14 @@ class Run:
         return self.path / "training-state.safetensors"
 
     @property
+    def averages(self) -> Path:
+        """Where the averages of the weights that training kept are, one model file each."""
+        return self.path / "averages"
+
+    def average(self, decay: float) -> Path:
+        return self.averages / f"ema-{decay:g}.safetensors"
+
+    @property
     def pictures(self) -> Path:
         return self.path / "samples"
 

@@ -399,13 +399,14 @@ def test_full_disk_while_training(cats: Path, tmp_path: Path) -> None:
 def test_loss_that_is_not_finite(
     cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.losses import objective
+    from training.losses import Objective
 
     run = bundle.Run(tmp_path)
     arguments = train(cats, run.path, "--held-out", 0)
     succeed(*arguments, "--steps", 4)
     before = contents(run.path)
     calls = 0
+    objective = Objective.forward
 
     def diverge(*given: Any) -> Tensor:
         nonlocal calls
@@ -414,7 +415,7 @@ def test_loss_that_is_not_finite(
         return loss * torch.nan if calls == 3 else loss
 
     with monkeypatch.context() as patched:
-        patched.setattr("training.loop.objective", diverge)
+        patched.setattr(Objective, "forward", diverge)
         line = fail(1, *arguments, "--resume", "--steps", 9)
     assert "loss is nan at step 7; the last checkpoint is kept; try a lower --lr" in line
     after = contents(run.path)
@@ -427,18 +428,19 @@ def test_weights_that_are_not_finite_are_not_saved(
     cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step before a checkpoint spoils the weights; its own loss was still finite."""
-    from training.losses import objective
+    from training.losses import Objective
 
     run = bundle.Run(tmp_path)
     arguments = train(cats, run.path, "--held-out", 0)
     succeed(*arguments, "--steps", 4)
     before = contents(run.path)
+    objective = Objective.forward
 
     def spoil(*given: Any) -> Tensor:
         loss: Tensor = objective(*given)
         return loss + (loss - loss.detach()).abs().sqrt()  # 0, with a gradient of NaN
 
-    monkeypatch.setattr("training.loop.objective", spoil)
+    monkeypatch.setattr(Objective, "forward", spoil)
     line = fail(1, *arguments, "--resume", "--steps", 5)
     assert "NaN or Inf in " in line
     assert "at step 5; the last checkpoint is kept" in line

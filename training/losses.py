@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lutdeploy.errors import BackendError
 from lutdeploy.lut import StaticLut
-from lutdeploy.model import LutTransformer
+from lutdeploy.model import Block, LutTransformer
+from training.augmentation import PARAMETERS
 from training.recipes import TrainSettings
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
+Perceptual = Callable[[Tensor, Tensor], Tensor]  # two [B, 3, S, S] to distances [B]
+
+# JPEG's example tables (ITU-T T.81, tables K.1 and K.2): steps of brightness and of colour.
+BRIGHTNESS_STEPS = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+COLOUR_STEPS = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    *((99,) * 8 for _ in range(4)),
+)
+# RGB to brightness and two colour differences (JFIF, after ITU-R BT.601), without offsets.
+YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def sample_timesteps(n: int, settings: TrainSettings, generator: torch.Generator) -> Tensor:
@@ -24,7 +47,41 @@ def sample_timesteps(n: int, settings: TrainSettings, generator: torch.Generator
     return torch.sigmoid(settings.t_mean + settings.t_std * normal)
 
 
-def denoising_loss(x0: Tensor, x: Tensor, t: Tensor, velocity_floor: float | None) -> Tensor:
+def frequency_weights(channels: int) -> Tensor:
+    """The map [C·64, C·64] from an 8×8 block of C channels to weighted DCT coefficients.
+
+    Colour conversion (of three channels), orthonormal DCT-II, division by JPEG's steps; scaled
+    so that white noise keeps its mean square.
+    """
+    index = torch.arange(8, dtype=torch.float64)
+    dct = torch.cos(math.pi / 8 * (index[None] + 0.5) * index[:, None]) / 2
+    dct[0] /= math.sqrt(2)
+    blocks = torch.kron(dct, dct)  # [64, 64]
+    if channels == 3:
+        colours = torch.tensor(YCBCR, dtype=torch.float64)
+        steps = torch.tensor([BRIGHTNESS_STEPS, COLOUR_STEPS, COLOUR_STEPS], dtype=torch.float64)
+    else:
+        colours = torch.eye(channels, dtype=torch.float64)
+        steps = torch.tensor([BRIGHTNESS_STEPS] * channels, dtype=torch.float64)
+    weights = torch.kron(colours, blocks) / steps.flatten()[:, None]
+    return (weights * math.sqrt(len(weights)) / weights.norm()).float()
+
+
+def weighted_frequencies(error: Tensor, weights: Tensor) -> Tensor:
+    """Mean square [B] of images [B, C, S, S] after :func:`frequency_weights` of each block."""
+    b, c, s, _ = error.shape
+    blocks = error.reshape(b, c, s // 8, 8, s // 8, 8).permute(0, 2, 4, 1, 3, 5)
+    return (blocks.reshape(b, -1, c * 64) @ weights.T).square().mean(dim=(1, 2))
+
+
+def denoising_loss(
+    x0: Tensor,
+    x: Tensor,
+    t: Tensor,
+    velocity_floor: float | None,
+    dct_weight: float = 0.0,
+    frequencies: Tensor | None = None,
+) -> Tensor:
     """mean (x0−x)², or with a floor mean (x0−x)²/max(1−t, floor)².
 
     The latter is the error of the velocity (x0−x_t)/(1−t), kept finite near t = 1.
@@ -33,8 +90,12 @@ def denoising_loss(x0: Tensor, x: Tensor, t: Tensor, velocity_floor: float | Non
         x0, x: predicted and clean images, [B, C, S, S].
         t: timesteps, [B].
         velocity_floor: the smallest 1−t that counts, or None.
+        dct_weight: of the error in weighted frequencies, added to (x0−x)².
+        frequencies: from :func:`frequency_weights`, where ``dct_weight`` is not 0.
     """
     squared = (x0 - x).square().mean(dim=(1, 2, 3))  # [B]
+    if frequencies is not None:
+        squared = squared + dct_weight * weighted_frequencies(x0 - x, frequencies)
     if velocity_floor is not None:
         squared = squared / (1 - t).clamp_min(velocity_floor).square()
     return squared.mean()
@@ -48,7 +109,7 @@ def gram_penalty(entries: Tensor) -> Tensor:
 
 
 def load_perceptual(device: torch.device) -> Perceptual:
-    """LPIPS (Zhang et al. 2018) on VGG features, of both images clamped to [0, 1].
+    """LPIPS (Zhang et al. 2018) on VGG features, of both images clamped to [0, 1], per image.
 
     The spec clamps, it does not rescale: what is darker than 0 counts as 0.
 
@@ -73,37 +134,65 @@ def load_perceptual(device: torch.device) -> Perceptual:
 
     def perceptual(x0: Tensor, x: Tensor) -> Tensor:
         distance: Tensor = network(x0.clamp(0, 1), x.clamp(0, 1), normalize=True)
-        return distance.mean()
+        return distance.flatten()
 
     return perceptual
 
 
-def objective(
-    model: LutTransformer,
-    x: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    settings: TrainSettings,
-    perceptual: Perceptual | None = None,
-) -> Tensor:
-    """The scalar loss of a batch, float32.
+class Objective(nn.Module):
+    """The scalar loss of a batch, and all that is trained with it.
 
-    Args:
-        model: the denoiser.
-        x: clean images in [−1, 1], [B, C, S, S].
-        noise: N(0, I) of the same shape.
-        t: timesteps in [0, 1], [B].
-        settings: weights and kind of the terms.
-        perceptual: from :func:`load_perceptual`, or None.
+    One module, so that it can be compiled and spread over devices as a whole.
     """
-    at = t[:, None, None, None]
-    x_t = at * x + (1 - at) * noise
-    autocast = settings.precision == "bf16"
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-        x0 = model(x_t, t).float()
-    loss = denoising_loss(x0, x, t, settings.velocity_floor)
-    if perceptual is not None:
-        loss = loss + perceptual(x0, x)
-    if settings.gram_weight and isinstance(model.lut, StaticLut):
-        loss = loss + settings.gram_weight * gram_penalty(model.lut.entries)
-    return loss
+
+    frequencies: Tensor | None
+
+    def __init__(
+        self, model: LutTransformer, settings: TrainSettings, perceptual: Perceptual | None = None
+    ) -> None:
+        """``perceptual``: from :func:`load_perceptual`, where the settings want it."""
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.perceptual = perceptual
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.dropout = settings.dropout
+        # What the network is told of augmentation: 0 where there was none, as at inference.
+        self.told = (
+            nn.Linear(PARAMETERS, model.config.stem_channels, bias=False)
+            if settings.affine
+            else None
+        )
+        weights = frequency_weights(model.config.channels) if settings.dct_weight else None
+        self.register_buffer("frequencies", weights, persistent=False)
+
+    def forward(
+        self, x: Tensor, noise: Tensor, t: Tensor, augmented: Tensor | None = None
+    ) -> Tensor:
+        """The loss, float32.
+
+        Args:
+            x: clean images in [−1, 1], [B, C, S, S].
+            noise: N(0, I) of the same shape.
+            t: timesteps in [0, 1], [B].
+            augmented: from :func:`training.augmentation.affine`, [B, PARAMETERS].
+        """
+        settings, model = self.settings, self.model
+        at = t[:, None, None, None]
+        x_t = at * x + (1 - at) * noise
+        autocast = settings.precision == "bf16"
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+            if self.told is None or augmented is None:
+                x0 = model(x_t, t).float()
+            else:
+                x0 = model(x_t, t, self.told(augmented)).float()
+        loss = denoising_loss(
+            x0, x, t, settings.velocity_floor, settings.dct_weight, self.frequencies
+        )
+        if self.perceptual is not None:
+            counts = t >= settings.perceptual_from
+            loss = loss + settings.perceptual_weight * (self.perceptual(x0, x) * counts).mean()
+        if settings.gram_weight and isinstance(model.lut, StaticLut):
+            loss = loss + settings.gram_weight * gram_penalty(model.lut.entries)
+        return loss

@@ -29,18 +29,24 @@ class TrainSettings:
     compile: bool  # torch.compile
     held_out: float  # fraction of the images
     perceptual: str  # "none" or "lpips"
+    perceptual_weight: float
+    perceptual_from: float  # smallest t at which it counts
     lr: float
     weight_decay: float
     betas: tuple[float, float]
+    optimizer: str  # "adamw", or "muon" for the blocks' matrices and AdamW for the rest
     flip: float  # share of the images mirrored
+    affine: float  # share of the images scaled, shifted and turned, which the network is told
+    dropout: float  # of what each block adds
     gram_weight: float
+    dct_weight: float  # of the error weighted as JPEG weights frequencies
     velocity_floor: float | None  # loss weight 1/max(1−t, floor)²; None: weight 1
     t_mean: float | None  # logit t ~ N(t_mean, t_std²); None: t ~ U(0, 1)
     t_std: float
     clip_norm: float | None
     warmup: int  # steps of linear warm-up
     cosine: bool  # decay to zero at the last step
-    ema: float
+    ema: tuple[float, ...]  # decays of the averages that are kept
     ema_warmup: bool
 
     def __post_init__(self) -> None:
@@ -51,17 +57,29 @@ class TrainSettings:
             "precision": self.precision in ("fp32", "bf16"),
             "held_out": 0 <= self.held_out < 1,
             "perceptual": self.perceptual in ("none", "lpips"),
+            "perceptual_weight": self.perceptual_weight >= 0,
+            "perceptual_from": 0 <= self.perceptual_from <= 1,
             "lr": self.lr > 0 and math.isfinite(self.lr),
+            "optimizer": self.optimizer in ("adamw", "muon"),
             "flip": 0 <= self.flip <= 1,
+            "affine": 0 <= self.affine <= 1,
+            "dropout": 0 <= self.dropout < 1,
             "gram_weight": self.gram_weight >= 0,
+            "dct_weight": self.dct_weight >= 0,
             "t_std": self.t_std > 0,
-            "ema": 0 <= self.ema < 1,
+            "ema": bool(self.ema)
+            and all(0 <= decay < 1 for decay in self.ema)
+            and len(set(self.ema)) == len(self.ema),
         }
         for name, good in checks.items():
             if not good:
                 raise ConfigError(f"{name} cannot be {getattr(self, name)!r}")
         if self.perceptual == "lpips" and self.model.channels != 3:
             raise ConfigError(f"perceptual lpips needs 3 channels, not {self.model.channels}")
+        if self.dct_weight and self.model.image_size % 8:
+            raise ConfigError(
+                f"dct_weight needs images of whole 8×8 blocks, not {self.model.image_size} pixels"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -77,7 +95,8 @@ class TrainSettings:
         try:
             beta1, beta2 = values["betas"]
             model = ModelConfig.from_dict(values["model"])
-            return cls(**{**values, "model": model, "betas": (beta1, beta2)})
+            ema = tuple(values["ema"])
+            return cls(**{**values, "model": model, "betas": (beta1, beta2), "ema": ema})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not the settings of a training run: {error}") from error
 
@@ -90,9 +109,13 @@ class TrainSettings:
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def ema_decay(self, step: int) -> float:
-        """The EMA's decay at a step counted from 0; warm-up as min(decay, (1+n)/(10+n))."""
-        return min(self.ema, (1 + step) / (10 + step)) if self.ema_warmup else self.ema
+    def ema_decay(self, decay: float, step: int) -> float:
+        """An average's decay at a step counted from 0; warm-up as min(decay, (1+n)/(10+n))."""
+        return min(decay, (1 + step) / (10 + step)) if self.ema_warmup else decay
+
+    def training_flops(self) -> int:
+        """FLOP of one image: forward, and twice as many backward; optimiser and terms aside."""
+        return 6 * self.model.multiply_adds()
 
 
 def penalises_gram(model: ModelConfig) -> bool:
@@ -104,18 +127,24 @@ def post(model: ModelConfig) -> dict[str, Any]:
     """The post's recipe (spec "Training as in the post")."""
     return {
         "perceptual": "lpips",
+        "perceptual_weight": 1.0,
+        "perceptual_from": 0.0,
         "lr": 3e-4,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.999),
+        "optimizer": "adamw",
         "flip": 0.25,
+        "affine": 0.0,
+        "dropout": 0.0,
         "gram_weight": 0.2 if penalises_gram(model) else 0.0,
+        "dct_weight": 0.0,
         "velocity_floor": None,
         "t_mean": None,
         "t_std": 0.8,
         "clip_norm": None,
         "warmup": 0,
         "cosine": False,
-        "ema": 0.99,
+        "ema": (0.99,),
         "ema_warmup": False,
     }
 
@@ -124,18 +153,24 @@ def modern(model: ModelConfig) -> dict[str, Any]:
     """x0 prediction with the velocity loss and logit-normal timesteps."""
     return {
         "perceptual": "none",
+        "perceptual_weight": 0.2,
+        "perceptual_from": 0.3,
         "lr": 1e-3,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.99),
+        "optimizer": "adamw",
         "flip": 0.5,
+        "affine": 0.0,
+        "dropout": 0.0,
         "gram_weight": 0.02 if penalises_gram(model) else 0.0,
+        "dct_weight": 0.0,
         "velocity_floor": 0.05,
         "t_mean": -0.8,
         "t_std": 0.8,
         "clip_norm": 1.0,
         "warmup": 200,
         "cosine": True,
-        "ema": 0.9995,
+        "ema": (0.9995,),
         "ema_warmup": True,
     }
 

@@ -1,0 +1,50 @@
+"""Images mirrored, scaled, shifted and turned, on the device that trains.
+
+The network is told how an image was scaled, shifted and turned, so that it learns to paint
+only upright ones at inference, where it is told "not at all" (Karras et al. 2022, appendix
+F.2). Mirrored faces are faces: nothing is told.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PARAMETERS = 5  # log2 of the scale, cosine − 1, sine, right and down; all 0 at identity
+SCALE = 0.2  # standard deviation of log2 of the scale
+TURN = math.radians(15)  # standard deviation of the angle
+SHIFT = 0.125  # standard deviation of each shift, of the image's side
+
+
+def mirror(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Mirror a ``share`` of the images x [B, C, S, S], left to right."""
+    mirrored = torch.rand(len(x), generator=generator, device=x.device) < share
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def affine(x: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Scale, turn and shift a ``share`` of the images; what comes into view is reflected.
+
+    Args:
+        x: [B, C, S, S].
+        share: in [0, 1].
+        generator: on the images' device.
+
+    Returns:
+        The images, and [B, PARAMETERS] for the network.
+    """
+    chosen = torch.rand(len(x), generator=generator, device=x.device) < share
+    normal = torch.randn(len(x), 4, generator=generator, device=x.device) * chosen[:, None]
+    scale, angle = (SCALE * normal[:, 0]).exp2(), TURN * normal[:, 1]
+    shift = SHIFT * normal[:, 2:]
+    cos, sin = angle.cos(), angle.sin()
+    # grid_sample asks where each pixel comes from, in [−1, 1] across the image.
+    rows = torch.stack([cos, sin, -2 * shift[:, 0], -sin, cos, -2 * shift[:, 1]], dim=-1)
+    from_where = (rows / scale[:, None]).reshape(-1, 2, 3)
+    grid = F.affine_grid(from_where, list(x.shape), align_corners=False)
+    moved = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    told = torch.cat([scale.log2()[:, None], (cos - 1)[:, None], sin[:, None], shift], dim=-1)
+    return torch.where(chosen[:, None, None, None], moved, x), told

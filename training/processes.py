@@ -1,0 +1,110 @@
+"""One process, or several that train one model together, as torchrun starts them.
+
+Every process draws the whole batch and computes its part of it, so that the result does not
+depend on how many there are. Accelerate joins them and averages their gradients.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lutdeploy.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Processes:
+    """A process alone."""
+
+    rank = 0
+    count = 1
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is this process that writes files and talks to people."""
+        return self.rank == 0
+
+    def part(self, batch: int) -> slice:
+        """Which part of a batch this process computes.
+
+        Raises:
+            UsageError: the batch cannot be divided evenly.
+        """
+        if batch % self.count:
+            raise UsageError(
+                f"--batch {batch} cannot be divided among {self.count} processes evenly; "
+                f"--batch {-(-batch // self.count) * self.count} can"
+            )
+        size = batch // self.count
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def join(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are the mean of all processes'."""
+        return module
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of all processes."""
+        return values
+
+    def wait(self) -> None:
+        """For the others to come this far."""
+
+
+class JoinedProcesses(Processes):
+    """One of several, joined by Accelerate: NCCL between GPUs, gloo between CPUs."""
+
+    def __init__(self, device: str) -> None:
+        """Join the others.
+
+        Raises:
+            BackendError: Accelerate is not installed.
+        """
+        try:
+            from accelerate import Accelerator, DistributedDataParallelKwargs
+        except ImportError as error:
+            raise BackendError(
+                "training in several processes needs the distributed extra "
+                f"(pip install 'lutdeploy[distributed]'): {error}"
+            ) from error
+        # The buffers are constants: nothing to send round before every step.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self._accelerator: Accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[ddp])
+        self.rank = self._accelerator.process_index
+        self.count = self._accelerator.num_processes
+        self.device = self._accelerator.device
+
+    def join(self, module: nn.Module) -> nn.Module:
+        joined: nn.Module = self._accelerator.prepare_model(module)
+        return joined
+
+    def mean(self, values: Tensor) -> Tensor:
+        mean: Tensor = self._accelerator.reduce(values, "mean")
+        return mean
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+
+def several() -> bool:
+    """Whether torchrun, or whatever sets what it sets, started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def open_processes(device: str) -> Processes:
+    """This process, joined with those that were started beside it.
+
+    Args:
+        device: "cpu" or "cuda"; of several processes each takes a GPU of its own.
+
+    Raises:
+        BackendError: there are several, and Accelerate is not installed.
+    """
+    return JoinedProcesses(device) if several() else Processes(device)
