@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 MEMORY = "memory"  # its limit is in bytes/s, those of the precisions in FLOP/s
 COPIED_BYTES = 2**28  # per copy; well above any cache
@@ -48,6 +51,18 @@ def rate(name: str, seconds: float, size: int) -> float:
     return (2 * COPIED_BYTES if name == MEMORY else 2 * size**3) / seconds
 
 
+def product_peak(device: str, precision: str, size: int = 1024) -> float:
+    """FLOP/s of PyTorch's matrix products on a device, the best of some tries.
+
+    Args:
+        device: "cpu" or "cuda".
+        precision: "fp32", "bf16" or "fp16".
+        size: n of the n×n products.
+    """
+    product = (_cuda_product if device == "cuda" else _cpu_product)(precision, size)
+    return rate(precision, measure({precision: product})[precision], size)
+
+
 def _clocked(call: Callable[[], Any]) -> Callable[[], float]:
     def attempt() -> float:
         start = time.perf_counter()
@@ -63,17 +78,26 @@ def _cpu(size: int, threads: int | None) -> dict[str, Callable[[], float]]:
     if threads is not None:
         torch.set_num_threads(threads)
 
-    def product(dtype: torch.dtype) -> Callable[[], float]:
-        left, right, out = (torch.randn(size, size).to(dtype) for _ in range(3))
-        return _clocked(lambda: torch.mm(left, right, out=out))
-
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    tries = {"fp32": product(torch.float32), MEMORY: _clocked(lambda: target.copy_(source))}
+    tries = {"fp32": _cpu_product("fp32", size), MEMORY: _clocked(lambda: target.copy_(source))}
     if _computes_in_bf16():
-        tries["bf16"] = product(torch.bfloat16)
+        tries["bf16"] = _cpu_product("bf16", size)
     tries["int8"] = _int8_product(size, threads)
     return tries
+
+
+def _dtype(precision: str) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _cpu_product(precision: str, size: int) -> Callable[[], float]:
+    import torch
+
+    left, right, out = (torch.randn(size, size).to(_dtype(precision)) for _ in range(3))
+    return _clocked(lambda: torch.mm(left, right, out=out))
 
 
 def _computes_in_bf16() -> bool:
@@ -106,28 +130,36 @@ def _int8_product(size: int, threads: int | None) -> Callable[[], float]:
     return _clocked(lambda: session.run(None, {"x": x}))
 
 
-def _cuda(size: int) -> dict[str, Callable[[], float]]:
+def _cuda_clocked(call: Callable[[], Any]) -> Callable[[], float]:
     import torch
 
-    def clocked(call: Callable[[], Any]) -> Callable[[], float]:
-        def attempt() -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(end) / 1000
+    def attempt() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
 
-        return attempt
+    return attempt
 
-    def product(dtype: torch.dtype) -> Callable[[], float]:
-        left, right, out = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(3))
-        return clocked(lambda: torch.mm(left, right, out=out))
+
+def _cuda_product(precision: str, size: int) -> Callable[[], float]:
+    import torch
+
+    left, right, out = (
+        torch.randn(size, size, device="cuda", dtype=_dtype(precision)) for _ in range(3)
+    )
+    return _cuda_clocked(lambda: torch.mm(left, right, out=out))
+
+
+def _cuda(size: int) -> dict[str, Callable[[], float]]:
+    import torch
 
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.zeros_like(source)
     return {
-        "fp32": product(torch.float32),
-        "fp16": product(torch.float16),
-        MEMORY: clocked(lambda: target.copy_(source)),
+        "fp32": _cuda_product("fp32", size),
+        "fp16": _cuda_product("fp16", size),
+        MEMORY: _cuda_clocked(lambda: target.copy_(source)),
     }

@@ -22,7 +22,9 @@ from lutdeploy import bundle
 from lutdeploy.checkpoint import load_model, read_metadata
 from lutdeploy.config import PRESETS, model_config
 from lutdeploy.errors import BackendError, ConfigError, UsageError
+from lutdeploy.lut import image_to_tiles
 from lutdeploy.model import LutTransformer
+from training.augmentation import PARAMETERS, affine, mirror
 from training.data import (
     ImageSet,
     batch_indices,
@@ -31,17 +33,21 @@ from training.data import (
     find_images,
     load_folder,
 )
-from training.loop import Progress, Schedule, resumable_settings, train
+from training.loop import Progress, Schedule, held_out_loss, resumable_settings, train
 from training.losses import (
     Objective,
     denoising_loss,
+    frequency_weights,
     gram_penalty,
     load_perceptual,
     sample_timesteps,
+    weighted_frequencies,
 )
+from training.lut_start import principal_entries
 from training.recipes import RECIPES, TrainSettings, train_settings
 from training.state import TrainingState
 
+CPU = torch.device("cpu")
 SMALL = Schedule(checkpoint=3, picture=100, held_out=4, log=1)
 
 
@@ -167,6 +173,100 @@ def test_denoising_loss_by_hand() -> None:
     assert math.isclose(denoising_loss(x0, x, t, 0.05).item(), expected, rel_tol=1e-6)
 
 
+def test_frequency_weights_are_jpegs() -> None:
+    """On one channel against SciPy-free arithmetic, one coefficient at a time."""
+    weights = frequency_weights(1).double()
+    assert math.isclose(weights.square().sum().item(), 64, rel_tol=1e-6)
+    flat = torch.full((1, 1, 8, 8), 2.0, dtype=torch.float64)
+    wave = torch.cos(math.pi / 8 * (torch.arange(8.0) + 0.5) * 7).double()
+    fine = torch.outer(wave, wave)[None, None]
+    coarse, high = (weighted_frequencies(image, weights).item() for image in (flat, fine))
+    # DC: coefficient 8·2 over step 16; the finest: 4 (of norm 16 / 4) over step 99.
+    assert math.isclose(coarse / high, ((16 / 16) / (4 / 99)) ** 2, rel_tol=1e-5)
+    noise = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = weighted_frequencies(noise, frequency_weights(3))
+    assert found.shape == (64,)
+    assert abs(found.mean().item() - 1) < 0.2, "white noise keeps its mean square"
+
+
+def test_frequencies_of_a_grey_error_are_brightness_alone() -> None:
+    """An error equal in all channels has no colour part: as one channel would have it."""
+    error = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    one, three = frequency_weights(1), frequency_weights(3)
+    ratio = weighted_frequencies(error.expand(-1, 3, -1, -1), three) / weighted_frequencies(
+        error, one
+    )
+    assert torch.allclose(ratio, ratio[:1].expand(2), rtol=1e-4)
+
+
+def test_perceptual_term_counts_from_its_timestep() -> None:
+    settings = tiny_settings(perceptual_weight=0.5, perceptual_from=0.3, gram_weight=0.0)
+    torch.manual_seed(0)
+    model = LutTransformer(settings.model)
+    x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 16, 16)
+    t = torch.tensor([0.2, 0.7])
+    without = Objective(model, settings)(x, noise, t)
+    found = Objective(model, settings, lambda ours, theirs: torch.tensor([8.0, 1.0]))(x, noise, t)
+    torch.testing.assert_close(found, without + 0.5 * 1 / 2)
+
+
+# Augmentation
+
+
+def test_nothing_is_told_of_images_that_were_left_alone() -> None:
+    x = torch.rand(6, 3, 16, 16)
+    moved, told = affine(x, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, x)
+    assert not told.any()
+    moved, told = affine(x, 1.0, torch.Generator().manual_seed(0))
+    assert (moved != x).flatten(1).any(1).all()
+    assert told.shape == (6, PARAMETERS)
+    assert (told != 0).all()
+
+
+def test_augmentation_moves_as_it_is_told() -> None:
+    """A bright dot goes where the parameters say: scaled, turned, shifted, in pixels."""
+    x = torch.zeros(200, 1, 65, 65)
+    x[:, 0, 31:34, 38:41] = 1  # 7 pixels right of the centre
+    moved, told = affine(x, 1.0, torch.Generator().manual_seed(0))
+    axis = torch.arange(65.0) - 32
+    mass = moved[:, 0].sum((1, 2))
+    right = (moved[:, 0] * axis).sum((1, 2)) / mass
+    down = (moved[:, 0] * axis[:, None]).sum((1, 2)) / mass
+    scale, cos, sin = told[:, 0].exp2(), told[:, 1] + 1, told[:, 2]
+    shift_right, shift_down = 65 * told[:, 3:].T
+    expected_right = scale * (cos * (7 + shift_right) - sin * shift_down)
+    expected_down = scale * (sin * (7 + shift_right) + cos * shift_down)
+    # Of a few, a reflection of the dot comes into view too.
+    inside = (expected_right.abs() < 15) & (expected_down.abs() < 15)
+    assert inside.sum() > 60
+    assert (right - expected_right)[inside].abs().quantile(0.9) < 0.1
+    assert (down - expected_down)[inside].abs().quantile(0.9) < 0.1
+    assert torch.allclose(cos.square() + sin.square(), torch.ones(200))
+
+
+def test_what_is_told_reaches_the_network_and_not_the_model(
+    drawn: ImageSet, tmp_path: Path
+) -> None:
+    settings = tiny_settings(affine=0.5, steps=4)
+    run_all(settings, drawn, tmp_path)
+    state = TrainingState(settings, CPU)
+    state.restore(bundle.Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
+    assert state.objective.told is not None
+    x, t = torch.rand(2, 3, 16, 16), torch.full((2,), 0.5)
+    told = state.objective.told(torch.full((2, PARAMETERS), 3.0))
+    assert not torch.allclose(state.model(x, t), state.model(x, t, told))
+    assert not [name for name in states_of(bundle.Run(tmp_path)) if "told" in name]
+
+
+def test_mirrored_share() -> None:
+    x = torch.rand(2000, 1, 2, 2)
+    found = mirror(x, 0.25, torch.Generator().manual_seed(0))
+    mirrored = (found == x.flip(-1)).flatten(1).all(1)
+    assert abs(mirrored.float().mean().item() - 0.25) < 0.03
+    assert torch.equal(found[~mirrored], x[~mirrored])
+
+
 def test_gram_penalty_by_hand() -> None:
     entries = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 3.0]]).reshape(3, 1, 1, 2)
     # G off the diagonal: G01 = 1, G02 = 0, G12 = 6, each twice, over 9 places.
@@ -229,7 +329,23 @@ def test_timesteps_are_logit_normal_or_uniform() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"batch": 0}, {"lr": math.nan}, {"held_out": 1.0}, {"ema": (1.0,)}]
+    "change",
+    [
+        {"steps": 0},
+        {"batch": 0},
+        {"lr": math.nan},
+        {"held_out": 1.0},
+        {"ema": (1.0,)},
+        {"ema": ()},
+        {"ema": (0.5, 0.5)},
+        {"optimizer": "sgd"},
+        {"dropout": 1.0},
+        {"warmup": 2.5},
+        {"lut_start": "here"},
+        {"betas": (0.9,)},
+        {"cosine": 1},
+        {"dct_weight": "much"},
+    ],
 )
 def test_impossible_settings_raise_with_the_value(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
@@ -282,7 +398,7 @@ def small_torchvision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_lpips_is_loaded_and_clamps(small_torchvision: None) -> None:
     torch.manual_seed(0)
-    perceptual = load_perceptual(torch.device("cpu"))
+    perceptual = load_perceptual(CPU)
     x = torch.rand(2, 3, 32, 32)
     assert perceptual(x, x).tolist() == [0, 0]
     other = torch.rand(2, 3, 32, 32, requires_grad=True)
@@ -309,7 +425,7 @@ def test_post_recipe_trains_with_lpips(
 def test_lpips_without_its_package_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     with pytest.raises(BackendError, match="--perceptual none"):
-        load_perceptual(torch.device("cpu"))
+        load_perceptual(CPU)
 
 
 def test_lpips_without_its_weights_names_the_way_out(
@@ -320,7 +436,7 @@ def test_lpips_without_its_weights_names_the_way_out(
 
     monkeypatch.setattr(sys.modules["torchvision.models"], "vgg16", offline)
     with pytest.raises(BackendError, match=r"VGG16 weights.*--perceptual none"):
-        load_perceptual(torch.device("cpu"))
+        load_perceptual(CPU)
 
 
 # The loop
@@ -366,11 +482,21 @@ def test_a_run_folder_holds_what_it_should(drawn: ImageSet, tmp_path: Path) -> N
         assert picture.size == (8 * 16, 17 * 16)  # 8 images; noise and every fourth of 64 steps
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16"},
+        {"optimizer": "muon", "ema": (0.5, 0.9)},
+        {"dropout": 0.2},
+        {"affine": 0.5, "lut_start": "patches"},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
 def test_resumed_equals_unbroken_bit_for_bit(
-    drawn: ImageSet, tmp_path: Path, precision: str
+    drawn: ImageSet, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    settings = tiny_settings(steps=8, precision=precision)
+    settings = tiny_settings(steps=8, **changes)
     run_all(settings, drawn, tmp_path / "whole")
     # Killed in step 5: the checkpoint of step 3 is the last.
     running = train(settings, drawn, bundle.Run(tmp_path / "broken"), schedule=SMALL)
@@ -418,14 +544,87 @@ def test_other_images_are_refused_on_resume(drawn: ImageSet, tmp_path: Path) -> 
 
 def test_ema_follows_its_formula(drawn: ImageSet, tmp_path: Path) -> None:
     settings = tiny_settings(recipe="post", perceptual="none", steps=1)
-    start = TrainingState(settings, torch.device("cpu"))
+    start = TrainingState(settings, CPU)
     before = {name: value.clone() for name, value in start.model.state_dict().items()}
     run_all(settings, drawn, tmp_path)
-    end = TrainingState(settings, torch.device("cpu"))
+    end = TrainingState(settings, CPU)
     end.restore(bundle.Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
     for name, value in end.model.state_dict().items():
         expected = 0.99 * before[name] + 0.01 * value
         torch.testing.assert_close(end.ema.state_dict()[name], expected)
+
+
+def test_several_averages_are_kept_and_the_best_is_the_model(
+    drawn: ImageSet, tmp_path: Path
+) -> None:
+    settings = tiny_settings(steps=8, ema=(0.2, 0.999), ema_warmup=False, lr=3e-3, warmup=0)
+    final = run_all(settings, drawn, tmp_path)[-1]
+    run = bundle.Run(tmp_path)
+    assert sorted(path.name for path in run.averages.iterdir()) == [
+        "ema-0.2.safetensors",
+        "ema-0.999.safetensors",
+    ]
+    held = drawn.images[drawn.split(settings.held_out, settings.seed)[1]]
+    losses = {
+        decay: held_out_loss(load_model(run.average(decay)), held, settings, CPU)
+        for decay in settings.ema
+    }
+    assert final.held_out == min(losses.values()) == losses[0.2] < losses[0.999]
+    assert read_metadata(run.model)[1]["ema"] == 0.2
+    chosen, short = load_model(run.model).state_dict(), load_model(run.average(0.2)).state_dict()
+    assert all(torch.equal(chosen[name], short[name]) for name in chosen)
+
+
+def test_muon_moves_the_blocks_matrices_alone(drawn: ImageSet) -> None:
+    state = TrainingState(tiny_settings(optimizer="muon"), CPU)
+    adamw, muon = state.optimizers
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    moved = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert moved == {f"blocks.0.{name}.weight" for name in ("qkv", "out", "gated")}
+    others = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert moved | others == set(names.values())
+    assert not moved & others
+
+
+def test_a_luts_own_rate_holds_it_still(drawn: ImageSet, tmp_path: Path) -> None:
+    settings = tiny_settings(lut_lr=0.0, weight_decay=0.0, steps=3)
+    before = TrainingState(settings, CPU).model.state_dict()["lut.entries"].clone()
+    run_all(settings, drawn, tmp_path)
+    assert torch.equal(states_of(bundle.Run(tmp_path))["lut.entries"], before)
+
+
+def test_principal_patches_paint_the_images(drawn: ImageSet) -> None:
+    """They are the best basis of their number: no worse than the SVD's, in its order."""
+    config = model_config("static-tanh-64", "tiny", image_size=16)
+    entries = principal_entries(torch.from_numpy(drawn.images), config).flatten(1).double()
+    patches = image_to_tiles(torch.from_numpy(drawn.images).double() / 127.5 - 1, config)
+    patches = patches.flatten(0, 1)
+    weights = torch.linalg.lstsq(entries.T, patches.T).solution
+    residual = (weights.T @ entries - patches).square().sum()
+    lost = torch.linalg.svdvals(patches)[64:].square().sum()
+    assert math.isclose(residual.item(), lost.item(), rel_tol=1e-2, abs_tol=1e-4)
+    assert gram_penalty(entries / entries.norm(dim=1, keepdim=True)).item() < 1e-6
+    assert abs(weights[0].square().mean().sqrt().item() - 1 / 4) < 1e-3, "headroom for tanh"
+
+
+def test_more_entries_than_components_repeat_with_the_other_sign(drawn: ImageSet) -> None:
+    config = model_config("static-tanh-64", "tiny", image_size=16, channels=1, entries=130)
+    entries = principal_entries(torch.from_numpy(drawn.images[:, :1]), config)
+    assert entries.shape == (130, 1, 8, 8)
+    assert torch.equal(entries[64:128], -entries[:64])
+    assert torch.equal(entries[128:], entries[:2])
+
+
+@pytest.mark.parametrize("preset_name", tuple(PRESETS))
+def test_a_lut_may_start_from_patches(preset_name: str, drawn: ImageSet, tmp_path: Path) -> None:
+    settings = tiny_settings(preset_name, lut_start="patches", steps=1, lut_lr=0.0, batch=2)
+    run_all(settings, drawn, tmp_path)
+    if preset_name == "static-softmax-512":
+        entries = states_of(bundle.Run(tmp_path))["lut.entries"]
+        pixels = torch.from_numpy(drawn.images).float() / 127.5 - 1
+        patches = image_to_tiles(pixels, settings.model).flatten(0, 1)
+        nearest = torch.cdist(entries.flatten(1), patches).amin(1)
+        assert nearest.max() < 0.02, "each entry is a patch of some image"
 
 
 @pytest.mark.slow

@@ -41,9 +41,9 @@ def affine(x: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor,
     scale, angle = (SCALE * normal[:, 0]).exp2(), TURN * normal[:, 1]
     shift = SHIFT * normal[:, 2:]
     cos, sin = angle.cos(), angle.sin()
-    # grid_sample asks where each pixel comes from, in [−1, 1] across the image.
-    rows = torch.stack([cos, sin, -2 * shift[:, 0], -sin, cos, -2 * shift[:, 1]], dim=-1)
-    from_where = (rows / scale[:, None]).reshape(-1, 2, 3)
+    # A pixel q shows what was at p, with q = scale · turned(p + shift), in halves of the side.
+    turned = torch.stack([cos, sin, -sin, cos], dim=-1) / scale[:, None]
+    from_where = torch.cat([turned.reshape(-1, 2, 2), -2 * shift[:, :, None]], dim=-1)
     grid = F.affine_grid(from_where, list(x.shape), align_corners=False)
     moved = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     told = torch.cat([scale.log2()[:, None], (cos - 1)[:, None], sin[:, None], shift], dim=-1)

@@ -25,7 +25,7 @@ from lutdeploy.model import LutTransformer
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import batch_noise, trajectory
 from lutdeploy.solvers import step_table
-from training import augmentation
+from training import augmentation, lut_start
 from training.data import ImageSet, batch_indices
 from training.losses import Objective, Perceptual, load_perceptual, sample_timesteps
 from training.processes import Processes
@@ -186,8 +186,9 @@ def train(
     processes = processes or Processes(device)
     place, part = processes.device, processes.part(settings.batch)
     perceptual = load_perceptual(place) if settings.perceptual == "lpips" else None
-    state = TrainingState(settings, place, perceptual)
     chosen, held = data.split(settings.held_out, settings.seed)
+    some = lut_start.spread(chosen)
+    state = TrainingState(settings, place, perceptual, torch.from_numpy(data.images[some]))
     if resume and run.training_state.is_file():
         state.restore(run, len(chosen))
         if settings.steps < state.step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,21 @@ def open_optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.op
     "Muon is scalable for LLM training", eq. 4).
     """
     hidden: list[nn.Parameter] = []
+    lut: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        chosen = settings.optimizer == "muon" and parameter.ndim == 2 and ".blocks." in f".{name}"
-        (hidden if chosen else others).append(parameter)
+        if (
+            settings.optimizer == "muon"
+            and parameter.ndim == 2
+            and name.startswith("model.blocks.")
+        ):
+            hidden.append(parameter)
+        else:
+            (lut if name == "model.lut.entries" else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": lut, "of_lr": settings.lut_lr}]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            others,
+            groups,
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -50,7 +59,7 @@ def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
     """One step of all at a rate, then no gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("of_lr", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

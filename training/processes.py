@@ -68,15 +68,13 @@ class JoinedProcesses(Processes):
             BackendError: Accelerate is not installed.
         """
         try:
-            from accelerate import Accelerator, DistributedDataParallelKwargs
+            from accelerate import Accelerator
         except ImportError as error:
             raise BackendError(
                 "training in several processes needs the distributed extra "
                 f"(pip install 'lutdeploy[distributed]'): {error}"
             ) from error
-        # The buffers are constants: nothing to send round before every step.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self._accelerator: Accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[ddp])
+        self._accelerator: Accelerator = Accelerator(cpu=device == "cpu")
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
         self.device = self._accelerator.device

@@ -10,6 +10,18 @@ from typing import Any
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ConfigError
 
+# What a field may hold, by how it is written below; JSON does not tell 1 from 1.0.
+KINDS: dict[Any, Any] = {
+    "ModelConfig": ModelConfig,
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "tuple[float, ...]": tuple,
+    "tuple[float, float]": tuple,
+}
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -34,6 +46,8 @@ class TrainSettings:
     lr: float
     weight_decay: float
     betas: tuple[float, float]
+    lut_start: str  # "noise", or "patches" of the training images
+    lut_lr: float  # of the LUT, as a multiple of lr
     optimizer: str  # "adamw", or "muon" for the blocks' matrices and AdamW for the rest
     flip: float  # share of the images mirrored
     affine: float  # share of the images scaled, shifted and turned, which the network is told
@@ -50,6 +64,12 @@ class TrainSettings:
     ema_warmup: bool
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, KINDS[field.type]) or (
+                isinstance(value, bool) and field.type != "bool"
+            ):
+                raise ConfigError(f"{field.name} cannot be {value!r}")
         checks = {
             "steps": self.steps >= 1,
             "batch": self.batch >= 1,
@@ -60,6 +80,14 @@ class TrainSettings:
             "perceptual_weight": self.perceptual_weight >= 0,
             "perceptual_from": 0 <= self.perceptual_from <= 1,
             "lr": self.lr > 0 and math.isfinite(self.lr),
+            "weight_decay": self.weight_decay >= 0,
+            "betas": len(self.betas) == 2
+            and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas),
+            "velocity_floor": self.velocity_floor is None or 0 < self.velocity_floor <= 1,
+            "clip_norm": self.clip_norm is None or self.clip_norm > 0,
+            "warmup": self.warmup >= 0,
+            "lut_start": self.lut_start in ("noise", "patches"),
+            "lut_lr": self.lut_lr >= 0,
             "optimizer": self.optimizer in ("adamw", "muon"),
             "flip": 0 <= self.flip <= 1,
             "affine": 0 <= self.affine <= 1,
@@ -68,7 +96,7 @@ class TrainSettings:
             "dct_weight": self.dct_weight >= 0,
             "t_std": self.t_std > 0,
             "ema": bool(self.ema)
-            and all(0 <= decay < 1 for decay in self.ema)
+            and all(isinstance(decay, int | float) and 0 <= decay < 1 for decay in self.ema)
             and len(set(self.ema)) == len(self.ema),
         }
         for name, good in checks.items():
@@ -93,10 +121,9 @@ class TrainSettings:
             ConfigError: unknown or missing fields.
         """
         try:
-            beta1, beta2 = values["betas"]
             model = ModelConfig.from_dict(values["model"])
-            ema = tuple(values["ema"])
-            return cls(**{**values, "model": model, "betas": (beta1, beta2), "ema": ema})
+            listed = {name: tuple(values[name]) for name in ("betas", "ema")}
+            return cls(**{**values, "model": model, **listed})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not the settings of a training run: {error}") from error
 
@@ -132,6 +159,8 @@ def post(model: ModelConfig) -> dict[str, Any]:
         "lr": 3e-4,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.999),
+        "lut_start": "noise",
+        "lut_lr": 1.0,
         "optimizer": "adamw",
         "flip": 0.25,
         "affine": 0.0,
@@ -158,6 +187,8 @@ def modern(model: ModelConfig) -> dict[str, Any]:
         "lr": 1e-3,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.99),
+        "lut_start": "noise",
+        "lut_lr": 1.0,
         "optimizer": "adamw",
         "flip": 0.5,
         "affine": 0.0,
@@ -176,6 +207,7 @@ def modern(model: ModelConfig) -> dict[str, Any]:
 
 
 RECIPES = {"modern": modern, "post": post}
+RECIPE_FIELDS = frozenset(modern(ModelConfig()))  # what a recipe decides
 
 
 def train_settings(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lutdeploy import bundle, checkpoint
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
-from training import optimizers
+from training import lut_start, optimizers
 from training.losses import Objective, Perceptual
 from training.recipes import TrainSettings
 
@@ -21,12 +21,19 @@ class TrainingState:
     """What training changes."""
 
     def __init__(
-        self, settings: TrainSettings, device: torch.device, perceptual: Perceptual | None = None
+        self,
+        settings: TrainSettings,
+        device: torch.device,
+        perceptual: Perceptual | None = None,
+        images: Tensor | None = None,
     ) -> None:
+        """Start from ``images``, uint8 [n, C, S, S], where the settings say so."""
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.step = 0
         model = LutTransformer(settings.model)
+        if settings.lut_start == "patches" and images is not None:
+            lut_start.start_from_patches(model, images, settings.seed)
         self.averages = [
             copy.deepcopy(model).to(device).eval().requires_grad_(False) for _ in settings.ema
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -18,20 +19,26 @@ from lutdeploy.config import PRESETS, SIZES
 from lutdeploy.errors import LutDeployError, UsageError
 
 if TYPE_CHECKING:
+    from training.data import ImageSet
     from training.recipes import TrainSettings
 
 
-def _model_overrides(pairs: tuple[str, ...]) -> dict[str, Any]:
-    overrides: dict[str, Any] = {}
+def _overrides(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What --set gives to the model, and what to the recipe."""
+    from training.recipes import RECIPE_FIELDS
+
+    model: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"--set {pair}: write FIELD=VALUE, such as --set width=96")
         try:
-            overrides[name] = json.loads(text)
+            value = json.loads(text)
         except ValueError:
-            overrides[name] = text
-    return overrides
+            value = text
+        (recipe if name in RECIPE_FIELDS else model)[name] = value
+    return model, recipe
 
 
 def _resumed(run: bundle.Run, given: dict[str, Any]) -> TrainSettings:
@@ -42,16 +49,21 @@ def _resumed(run: bundle.Run, given: dict[str, Any]) -> TrainSettings:
 
     stored = resumable_settings(run)
     values = stored.to_dict()
+    of_model, of_recipe = _overrides(given.get("overrides", ()))
     model = {
         **PRESETS.get(given.get("preset", ""), {}),
         **SIZES.get(given.get("size", ""), {}),
-        **_model_overrides(given.get("overrides", ())),
+        **of_model,
     }
     for name, value in model.items():
         if values["model"].get(name) != value:
             raise UsageError(
                 f"{name} {value}: {run.path} was started with {values['model'].get(name)}"
             )
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    for name, value in of_recipe.items():
+        if plain[name] != value:
+            raise UsageError(f"--set {name}: {run.path} was started with {plain[name]}")
     for name, value in given.items():
         if name in ("steps", "data", "preset", "size", "overrides"):
             continue
@@ -75,7 +87,13 @@ def _resumed(run: bundle.Run, given: dict[str, Any]) -> TrainSettings:
     "--preset", type=click.Choice(tuple(PRESETS)), default="static-tanh-64", show_default=True
 )
 @click.option("--size", type=click.Choice(tuple(SIZES)), default="small", show_default=True)
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Any model field.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Any other number of the model or the recipe; lists as [a,b].",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Such as runs/NAME.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
 @click.option(
@@ -87,7 +105,12 @@ def _resumed(run: bundle.Run, given: dict[str, Any]) -> TrainSettings:
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Default: the recipe's.")
 @click.option("--t-mean", type=float, help="μ of logit t; recipe modern: -0.8.")
 @click.option("--gram-weight", type=click.FloatRange(min=0), help="Default: the recipe's.")
-@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), help="Default: the recipe's.")
+@click.option(
+    "--ema",
+    type=click.FloatRange(0, 1, max_open=True),
+    multiple=True,
+    help="Decay of an average of the weights; may be repeated. Default: the recipe's.",
+)
 @click.option(
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),
@@ -114,6 +137,7 @@ def train(context: click.Context, /, out: Path, resume: bool, **options: Any) ->
     """Train a model on a folder of images, or on drawn ones.
 
     Writes model.safetensors (the EMA), train.jsonl, pictures and all that --resume needs.
+    `torchrun --no-python --nproc-per-node N lutdeploy train …` trains on N devices together.
     """
     given = {
         name: value
@@ -121,6 +145,8 @@ def train(context: click.Context, /, out: Path, resume: bool, **options: Any) ->
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
     run = bundle.Run(out)
+    if not _is_first():  # the first looks after the folder
+        return _train(run, resume, given, options)
     if not resume and (run.settings.exists() or run.model.exists()):
         raise UsageError(
             f"{out} already holds a run: --resume continues it, or choose another --out"
@@ -132,6 +158,11 @@ def train(context: click.Context, /, out: Path, resume: bool, **options: Any) ->
         _train(run, resume, given, options)
 
 
+def _is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[str, Any]) -> None:
     import torch
 
@@ -139,7 +170,8 @@ def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[s
     from training.data import draw_set, load_folder
     from training.loop import Schedule
     from training.loop import train as train_loop
-    from training.recipes import train_settings
+    from training.processes import open_processes
+    from training.recipes import TrainSettings, train_settings
 
     device = options["device"]
     if device == "auto":
@@ -152,9 +184,10 @@ def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[s
     else:
         if not options["data"]:
             raise UsageError("--data is needed: a folder of images, or 'synthetic'")
-        overrides = _model_overrides(options["overrides"])
+        of_model, of_recipe = _overrides(options["overrides"])
+        options["ema"] = options["ema"] or None
         settings = train_settings(
-            model_config(options["preset"], options["size"], **overrides),
+            model_config(options["preset"], options["size"], **of_model),
             options["recipe"],
             compile=_compiles(options["compile"], options["steps"]),
             **{
@@ -174,59 +207,55 @@ def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[s
                 )
             },
         )
+        if of_recipe:
+            settings = TrainSettings.from_dict({**settings.to_dict(), **of_recipe})
+    processes = open_processes(device)
     model = settings.model
     if settings.data == "synthetic":
         data = draw_set(model.image_size, model.channels)
     else:
         data = load_folder(Path(settings.data), model.image_size, model.channels, scratch=run.path)
-    note(
-        f"data: {len(data.images)} images, {len(data.skipped)} unreadable; "
-        f"model: {model.preset()}, width {model.width}, depth {model.depth}; device: {device}"
-        + ("; compiling, which takes a minute" if settings.compile else "")
-    )
-    for line in data.skipped[:20]:
-        note(f"  skipped {line}")
-    if len(data.skipped) > 20:
-        note(f"  … and {len(data.skipped) - 20} more")
-
-    if settings.precision == "bf16" and device == "cpu":
-        from engines.doctor import bf16_speedup
-
-        speedup = bf16_speedup()
-        if speedup < 1:
-            note(
-                f"warning: this CPU multiplies bfloat16 at {speedup:.2g} × the speed of float32; "
-                "--precision fp32 trains faster here"
-            )
     if settings.compile:  # deprecations inside the compiler, which are not the user's to mend
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    if processes.writes:
+        _say(settings, data, device, processes.count)
     stopping: list[int] = []
+    reached = settings.steps  # where nothing is left to do
 
     def stop(number: int, frame: Any) -> None:
-        if stopping:  # a second Ctrl-C does not wait for the step to end
+        # A second Ctrl-C does not wait for the step to end; torchrun passes one on twice.
+        if stopping and processes.count == 1:
             raise KeyboardInterrupt
         stopping.append(number)
 
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
+        steps = train_loop(
+            settings,
+            data,
+            run,
+            processes=processes,
+            resume=resume,
+            schedule=Schedule(options["checkpoint_every"], options["sample_every"]),
+            should_stop=lambda: bool(stopping),
+            peak=_peak(device, settings.precision, processes.count),
+        )
+        if not processes.writes:
+            for _ in steps:
+                pass
+            return
         with progress_bar("loss", "held_out", "rate") as bar:
             task = bar.add_task("train", total=settings.steps, loss="", held_out="", rate="")
-            for progress in train_loop(
-                settings,
-                data,
-                run,
-                device=device,
-                resume=resume,
-                schedule=Schedule(options["checkpoint_every"], options["sample_every"]),
-                should_stop=lambda: bool(stopping),
-            ):
+            for progress in steps:
+                reached = progress.step
                 held = "" if progress.held_out is None else f"held out {progress.held_out:.4f}"
+                peak = "" if progress.of_peak is None else f", {progress.of_peak:.0%} of peak"
                 bar.update(
                     task,
                     completed=progress.step,
                     loss=f"loss {progress.loss:.4f}",
                     held_out=held,
-                    rate=f"{progress.images_per_second:.0f} images/s",
+                    rate=f"{progress.images_per_second:.0f} images/s{peak}",
                 )
     except OSError as error:  # a full disk, say
         raise LutDeployError(
@@ -236,10 +265,43 @@ def _train(run: bundle.Run, resume: bool, given: dict[str, Any], options: dict[s
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if stopping:
+    if reached < settings.steps:  # this process was asked to stop, or one beside it
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(INTERRUPTED)
     click.echo(run.model)
+
+
+def _say(settings: TrainSettings, data: ImageSet, device: str, processes: int) -> None:
+    """What is trained on what, what was skipped, and whether bfloat16 pays."""
+    model = settings.model
+    note(
+        f"data: {len(data.images)} images, {len(data.skipped)} unreadable; "
+        f"model: {model.preset()}, width {model.width}, depth {model.depth}; device: {device}"
+        + (f", {processes} processes" if processes > 1 else "")
+        + ("; compiling, which takes a minute" if settings.compile else "")
+    )
+    for line in data.skipped[:20]:
+        note(f"  skipped {line}")
+    if len(data.skipped) > 20:
+        note(f"  … and {len(data.skipped) - 20} more")
+    if settings.precision == "bf16" and device == "cpu":
+        from engines.doctor import bf16_speedup
+
+        speedup = bf16_speedup()
+        if speedup < 1:
+            note(
+                f"warning: this CPU multiplies bfloat16 at {speedup:.2g} × the speed of float32; "
+                "--precision fp32 trains faster here"
+            )
+
+
+def _peak(device: str, precision: str, processes: int) -> float | None:
+    """FLOP/s of matrix products, all processes together; None where they share a CPU."""
+    from engines.bench_limits import product_peak
+
+    if device == "cpu" and processes > 1:
+        return None
+    return processes * product_peak(device, precision)
 
 
 def _compiles(choice: str, steps: int) -> bool:

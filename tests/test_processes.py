@@ -1,0 +1,74 @@
+"""Several processes that train one model: the same result as one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lutdeploy import bundle
+from lutdeploy.checkpoint import load_model
+from lutdeploy.errors import BackendError, UsageError
+from training import processes
+from training.processes import Processes, open_processes
+
+SETTINGS = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--set", "warmup=3")
+LENGTH = ("--steps", "6", "--batch", "8", "--checkpoint-every", "3", "--ema", "0.5")
+
+
+def train(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`lutdeploy train` in so many processes; one thread each, without GPUs."""
+    code = "from lutdeploy.cli import cli; cli()"
+    command = [sys.executable, "-c", code, "train", "--device", "cpu", *arguments]
+    if count > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+        command = [*start, "--nproc-per-node", str(count), *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_ends(tmp_path: Path) -> None:
+    """Weights and losses at the same global batch, a resumed run included."""
+    pytest.importorskip("accelerate", reason="training in processes needs Accelerate")
+    one, two = (bundle.Run(tmp_path / name) for name in ("one", "two"))
+    alone = train(1, *SETTINGS, *LENGTH, "--out", str(one.path))
+    assert alone.returncode == 0, alone.stderr
+    joined = train(2, *SETTINGS, *LENGTH, "--out", str(two.path))
+    assert joined.returncode == 0, joined.stderr
+    assert "2 processes" in joined.stderr
+    assert joined.stdout.split() == [str(two.model)], "one process speaks for both"
+    for run, count in ((one, 1), (two, 2)):
+        more = train(count, "--resume", "--steps", "8", "--out", str(run.path))
+        assert more.returncode == 0, more.stderr
+    weights = [load_model(run.model).state_dict() for run in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=2e-5)
+    logs = [[json.loads(line) for line in run.log.read_text().splitlines()] for run in (one, two)]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [6, 8]
+    for mine, theirs in zip(*logs, strict=True):
+        for name in ("loss", "held_out_loss"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-5)
+
+
+def test_a_batch_is_shared_evenly_or_not_at_all() -> None:
+    several = Processes("cpu")
+    several.rank, several.count = 1, 3
+    assert several.part(9) == slice(3, 6)
+    with pytest.raises(UsageError, match=r"--batch 8 cannot be divided among 3 .* --batch 9 can"):
+        several.part(8)
+
+
+def test_several_processes_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert processes.several()
+    with pytest.raises(BackendError, match=r"lutdeploy\[distributed\]"):
+        open_processes("cpu")
