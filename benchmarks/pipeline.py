@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from lutdeploy import bundle
+from lutdeploy import bundle, shipped
 from lutdeploy.machine import Machine, this_machine
 
 LUTDEPLOY = (sys.executable, "-m", "lutdeploy.cli")
@@ -185,7 +185,7 @@ def main(
             "help": measure_help(),
             "train": measure_training(data, train_steps, precision, folder / "trained"),
             "export": measure_export(export_size, folder / "exported"),
-            "sample": measure_sampling(bundle.embedded_model(), count, folder / "sampled"),
+            "sample": measure_sampling(shipped.model_path(), count, folder / "sampled"),
         }
     for line in describe(result):
         click.echo(line)

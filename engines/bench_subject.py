@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lutdeploy import bundle
+from lutdeploy import bundle, shipped
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import UsageError
 
@@ -59,7 +59,7 @@ def given(path: Path, on_export: Callable[[str], None]) -> Iterator[Subject]:
                 exports = (*exports, _export(located.model, bundle.Run(scratch / "run")))
         for export in exports:
             require_same_model(bundle.read_manifest(export), located.model)
-        name = path.stem if path == bundle.embedded_model() else str(path)
+        name = path.stem if shipped.is_shipped(path) else str(path)
         yield Subject(name, located.model, config, exports, located.run, scratch)
 
 

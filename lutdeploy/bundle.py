@@ -350,11 +350,6 @@ def locate(path: Path) -> Located:
     return Located(run.model, None, run)
 
 
-def embedded_model() -> Path:
-    """The model that comes with the package."""
-    return Path(__file__).parent / "models" / "static-tanh-64-small.safetensors"
-
-
 def tuned_steps_file(model: Path) -> Path:
     """Where the tuned time grids of a model file are: beside it."""
     name = "steps.json" if model.name == MODEL else f"{model.stem}.steps.json"

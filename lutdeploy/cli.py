@@ -22,6 +22,7 @@ from lutdeploy.commands.evaluate import evaluate
 from lutdeploy.commands.export import export
 from lutdeploy.commands.import_ import import_
 from lutdeploy.commands.inspect import inspect
+from lutdeploy.commands.models import models
 from lutdeploy.commands.parity import parity
 from lutdeploy.commands.sample import sample
 from lutdeploy.commands.train import train
@@ -110,6 +111,7 @@ for command in (
     evaluate,
     bench,
     inspect,
+    models,
     doctor,
 ):
     cli.add_command(command)

@@ -18,6 +18,7 @@ CORE = {
     "config": {"errors"},
     "lut": {"config"},
     "solvers": {"errors"},
+    "shipped": set(),
     "signature": {"config", "errors", "solvers"},
     "images": set(),
     "model": {"config", "lut"},

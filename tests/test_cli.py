@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import lutdeploy
-from lutdeploy import bundle, images
+from lutdeploy import bundle, images, shipped
 from lutdeploy.checkpoint import load_model, save_model
 from lutdeploy.cli import cli
 from lutdeploy.sampling import batch_noise
@@ -305,27 +305,62 @@ def test_training_says_where_bf16_is_slow(
     ) == warned
 
 
-def test_embedded_model_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_package_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("sample", "-n", 2, "--steps", 2)
-    assert "model: static-tanh-64-small (embedded" in result.stderr
+    assert f"model: {shipped.DEFAULT} (of the package" in result.stderr
     assert "backend: torch" in result.stderr
     assert (tmp_path / "samples" / "grid.png").is_file()
     assert not (tmp_path / "runs").exists()
     run("export", "--fp16")
-    assert (tmp_path / "runs" / "static-tanh-64-small" / "onnx" / "step-fp16").is_dir()
+    assert (tmp_path / "runs" / shipped.DEFAULT / "onnx" / "step-fp16").is_dir()
 
 
-def test_embedded_model_is_small_fp16_and_paints() -> None:
-    path = bundle.embedded_model()
-    assert path.stat().st_size < 8e6
+def test_model_stands_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, whatever runs there are."""
+    monkeypatch.chdir(tmp_path)
+    run("train", "--data", "synthetic", "--size", "tiny", "--steps", 1, "--out", "runs/newer")
+    name = shipped.names()[-1]
+    run("sample", "--model", name, "-n", 1, "--steps", 2)
+    manifest = (tmp_path / "samples" / "manifest.jsonl").read_text()
+    assert bundle.sha256(shipped.model_path(name)) in manifest
+    run("export", "--model", name)
+    assert (tmp_path / "runs" / name / "onnx" / "step-fp32").is_dir()
+    assert not (tmp_path / "runs" / "newer" / "onnx").exists()
+    line = run("sample", "runs/newer", "--model", name, code=2).output
+    assert f"--model {name} stands for a RUN; leave out runs/newer" in line
+    assert "Invalid value for '--model'" in run("sample", "--model", "dogs", code=2).output
+
+
+def test_models_are_listed_the_default_first() -> None:
+    listed = json.loads(run("models", "--json").stdout)
+    assert [model["name"] for model in listed] == list(shipped.names())
+    assert listed[0]["name"] == shipped.DEFAULT
+    shown = run("models").stdout
+    for model in listed:
+        assert model["name"] in shown
+        assert f"{model['metrics']['frechet_distance']:.0f}" in shown
+
+
+def test_the_default_has_the_best_metrics() -> None:
+    best = min(shipped.names(), key=lambda n: shipped.facts(n)["metrics"]["frechet_distance"])
+    assert best == shipped.DEFAULT
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_shipped_models_are_fp16_told_of_and_paint(name: str) -> None:
+    path = shipped.model_path(name)
+    assert path.stat().st_size < 15e6
     found = json.loads(run("inspect", path, "--json").stdout)
     assert found["dtypes"] == ["F16"]
-    assert found["preset"] == "static-tanh-64"
-    assert found["config"]["width"] == 256
+    assert found["config"] == shipped.facts(name)["training"]["model"]
     card = path.with_suffix(".md").read_text()
-    for word in ("Data", "Recipe", "Steps", "Held-out"):
+    for word in ("Data", "Recipe", "Steps", "Images seen", "Fréchet"):
         assert word in card
+    for picture in ("samples", "trajectory", "lut", "gram"):
+        assert path.with_suffix(f".{picture}.png").is_file()
     made = lutdeploy.sample(lutdeploy.load(path), 4, steps=16, solver="dpmpp-2m")
     assert np.isfinite(made).all()
     assert 0.2 < made.std() < 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lutdeploy
-from lutdeploy import bundle, images
+from lutdeploy import bundle, images, shipped
 from lutdeploy.checkpoint import load_model, save_model
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.solvers import step_table, tuned_table
@@ -295,18 +295,19 @@ def test_the_embedded_model_brings_its_grids(
     tmp_path: Path, run: bundle.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They go with it into the run that is made for it."""
-    model = tmp_path / "embedded.safetensors"
+    model = tmp_path / f"{shipped.DEFAULT}.safetensors"
     shutil.copy(run.model, model)
     shutil.copy(run.tuned_steps, bundle.tuned_steps_file(model))
-    monkeypatch.setattr(bundle, "embedded_model", lambda: model)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     monkeypatch.chdir(tmp_path)
     succeed("tune-steps", "--steps", "2", "--solver", "euler", *QUICK)
-    known = read_tuned_steps(tmp_path / "runs" / "embedded" / "steps.json")
+    known = read_tuned_steps(tmp_path / "runs" / shipped.DEFAULT / "steps.json")
     assert {3, 4} <= {entry.table.steps for entry in known.entries}
 
 
-def test_shipped_grids_belong_to_the_shipped_model() -> None:
-    model = bundle.embedded_model()
+@pytest.mark.parametrize("name", shipped.names())
+def test_shipped_grids_belong_to_the_shipped_models(name: str) -> None:
+    model = shipped.model_path(name)
     known = read_tuned_steps(bundle.tuned_steps_file(model))
     assert known.model_sha256 == bundle.sha256(model)
     assert {entry.table.steps for entry in known.entries} == {4, 6, 8, 10, 12, 16}

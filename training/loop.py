@@ -22,10 +22,7 @@ from torch import Tensor
 from lutdeploy import bundle, images
 from lutdeploy.errors import ArtefactError, ConfigError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
-from lutdeploy.reference import TorchDenoiser
-from lutdeploy.sampling import batch_noise, trajectory
-from lutdeploy.solvers import step_table
-from training import augmentation, lut_start
+from training import augmentation, lut_start, pictures
 from training.data import ImageSet, batch_indices
 from training.losses import Objective, Perceptual, load_perceptual, sample_timesteps
 from training.processes import Processes
@@ -35,7 +32,6 @@ from training.state import TrainingState, kept
 HELD_OUT_IMAGES = 256
 HELD_OUT_BATCH = 64
 HELD_OUT_SEED = 1
-PICTURE_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -117,22 +113,9 @@ def held_out_loss(
 
 
 def write_pictures(state: TrainingState, run: bundle.Run) -> None:
-    """Trajectory, LUT and Gram pictures of the EMA model at the current step."""
-    model, step = state.ema, state.step
-    device = next(model.parameters()).device
-    denoiser = TorchDenoiser(model, str(device))
-    noise = batch_noise(0, range(PICTURE_IMAGES), model.config.image_shape)
-    states = [s.x for s in trajectory(denoiser, noise, step_table("euler", 64))]
-    at = torch.full((1,), 0.5, device=device)
-    with torch.no_grad():  # a dynamic LUT is drawn as computed half-way to the first sample
-        entries = model.lut_patches(torch.from_numpy(states[32][:1]).to(device), at)
-    lut = entries.detach().float().cpu().numpy()
-    for name, picture in (
-        ("trajectory", images.trajectory_rows(states)),
-        ("lut", images.lut_sheet(lut)),
-        ("gram", images.gram_picture(lut)),
-    ):
-        path = run.pictures / f"{name}-{step:06d}.png"
+    """Pictures of the chosen average at the current step."""
+    for name, picture in pictures.of_model(state.ema).items():
+        path = run.pictures / f"{name}-{state.step:06d}.png"
         bundle.write_atomic(path, images.encode_png(picture))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lutdeploy import __version__, bundle
+from lutdeploy import __version__, bundle, shipped
 from lutdeploy.commands.console import note, progress_bar, show_evaluation
 from lutdeploy.commands.options import (
     BACKEND,
@@ -22,6 +22,7 @@ from lutdeploy.commands.options import (
     SOLVER,
     STEPS,
     THREADS,
+    run_or_model,
 )
 from lutdeploy.commands.sample import require_verdict
 from lutdeploy.commands.targets import find, find_run, open_reported, place, table_for
@@ -42,7 +43,7 @@ OF_A_RUN = ("backend", "provider", "precision", "export", "steps", "solver", "sh
 
 
 @click.command()
-@click.argument("run", metavar="[RUN|DIR]", required=False, type=PATH)
+@run_or_model("[RUN|DIR]")
 @click.option(
     "--data",
     help="Folder of real images, or 'synthetic'. Default: what the run was trained on.",
@@ -106,7 +107,7 @@ def evaluate(
     path = find(run)
     located = bundle.locate(path)
     data = data or _trained_on(located.run, path)
-    if out is None and located.run is None and path != bundle.embedded_model():
+    if out is None and located.run is None and not shipped.is_shipped(path):
         raise UsageError(f"{path} belongs to no run folder; --out names a folder for the results")
     folder = _results(out or find_run(path).path, json_file)
     opened = open_reported(

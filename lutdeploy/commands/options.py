@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
+from lutdeploy import shipped
 from lutdeploy.solvers import GRIDS, SOLVERS
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 POSITIVE = click.IntRange(min=1)
-RUN = click.argument("run", required=False, type=click.Path(path_type=Path))
+
+
+def _chosen_model(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
+    """Keep --model, which is read first, for the RUN that it stands for."""
+    context.meta["lutdeploy.model"] = name
+
+
+def _run_or_model(
+    context: click.Context, parameter: click.Parameter, run: Path | None
+) -> Path | None:
+    name = context.meta["lutdeploy.model"]
+    if name is None:
+        return run
+    if run is not None:
+        raise click.UsageError(f"--model {name} stands for a RUN; leave out {run}")
+    return shipped.model_path(name)
+
+
+def run_or_model(metavar: str = "[RUN]") -> Callable[[F], F]:
+    """The argument RUN, and --model in its place; the function gets the one path as ``run``."""
+
+    def decorate(function: F) -> F:
+        model = click.option(
+            "--model",
+            type=click.Choice(shipped.names()),
+            is_eager=True,
+            expose_value=False,
+            callback=_chosen_model,
+            help="A model of the package in place of a RUN; see `lutdeploy models`.",
+        )
+        run = click.argument(
+            "run",
+            metavar=metavar,
+            required=False,
+            type=click.Path(path_type=Path),
+            callback=_run_or_model,
+        )
+        return run(model(function))
+
+    return decorate
+
+
+RUN = run_or_model()
 SEED = click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 BACKEND = click.option(
     "--backend",

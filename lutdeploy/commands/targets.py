@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lutdeploy import bundle
+from lutdeploy import bundle, shipped
 from lutdeploy.commands.console import note
 from lutdeploy.errors import UsageError
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 def find(run: Path | None) -> Path:
-    """The given run, else the newest, else the embedded model; says which when it chose."""
+    """The given run, else the newest, else the default model; says which when it chose."""
     if run is not None:
         return run
     newest = bundle.newest_run()
     if newest is not None:
         note(f"run: {newest.path} (the newest)")
         return newest.path
-    note(f"model: {bundle.embedded_model().stem} (embedded; there is no run under runs/)")
-    return bundle.embedded_model()
+    note(f"model: {shipped.DEFAULT} (of the package; there is no run under runs/)")
+    return shipped.model_path()
 
 
 def find_run(path: Path | None) -> bundle.Run:
-    """A run to write into; the embedded model gets a run of its own."""
+    """A run to write into; a model of the package gets a run of its own."""
     chosen = find(path)
-    if chosen == bundle.embedded_model():
+    if shipped.is_shipped(chosen):
         run = bundle.Run(bundle.RUNS / chosen.stem)
         bundle.write_atomic(run.model, chosen.read_bytes())
         tuned = bundle.tuned_steps_file(chosen)
         if tuned.is_file() and not run.tuned_steps.is_file():
             bundle.write_atomic(run.tuned_steps, tuned.read_bytes())
-        note(f"run: {run.path} (made for the embedded model)")
+        note(f"run: {run.path} (made for the model of the package)")
         return run
     if chosen.name == bundle.MODEL and chosen.is_file():
         return bundle.Run(chosen.parent)

@@ -1,0 +1,159 @@
+"""Make a run's model one of the package: weights, facts, card and pictures in lutdeploy/models.
+
+    python -m training.ship runs/cats --name static-tanh-64-small
+
+Weights are stored as float16, and everything is measured on them: what `lutdeploy evaluate`
+measures, at the uniform reference steps and at the best of the model's tuned grids. To be run
+again after `lutdeploy tune-steps --model NAME` has found these for the new weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+import jinja2
+import numpy as np
+import torch
+
+from lutdeploy import bundle, checkpoint, images, shipped
+from lutdeploy.errors import LutDeployError
+from lutdeploy.reference import TorchDenoiser
+from lutdeploy.solvers import StepTable, step_table
+from lutdeploy.tuned_steps import read_tuned_steps, tuned_tables
+from training import pictures
+from training.distances import Pixels
+from training.evaluate import Evaluation, Metrics, evaluate
+from training.evaluation_data import RealImages, draw_samples, load_real
+from training.features import Extractor, open_extractor
+from training.loop import resumable_settings
+from training.recipes import TrainSettings
+
+TEMPLATE = Path(__file__).parent / "card.md.j2"
+REFERENCE = step_table("euler", 64)
+SHOWN = 64  # unselected samples in the picture
+
+
+def write_weights(run: bundle.Run, name: str) -> Path:
+    """The run's model as float16, under its name in the package."""
+    _, about = checkpoint.read_metadata(run.model)
+    settings = resumable_settings(run)
+    told = {"images_seen": about["step"] * settings.batch, "recipe": settings.recipe}
+    path = shipped.FOLDER / f"{name}.safetensors"
+    model = checkpoint.load_model(run.model)
+    about = {key: value for key, value in about.items() if key != "data"}  # a path of this machine
+    checkpoint.save_model(model, path, torch.float16, about={**about, **told, "name": name})
+    return path
+
+
+def best_table(path: Path) -> StepTable:
+    """The tuned grid of most steps that the weights have, else the reference."""
+    tuned = bundle.tuned_steps_file(path)
+    if tuned.is_file() and read_tuned_steps(tuned).model_sha256 != bundle.sha256(path):
+        click.echo(f"{tuned.name} was tuned for other weights, and is removed", err=True)
+        tuned.unlink()
+    tables = tuned_tables(path, bundle.sha256(path))
+    return max(tables, key=lambda table: table.steps, default=REFERENCE)
+
+
+def measured(
+    denoiser: TorchDenoiser, table: StepTable, count: int, real: RealImages, extractor: Extractor
+) -> tuple[Pixels, Evaluation]:
+    """Samples uint8 [count, C, S, S] of a table, and their evaluation."""
+    click.echo(f"{count} samples with {table.describe()}", err=True)
+    samples = draw_samples(denoiser, count, table)
+    return samples, evaluate(samples, real, extractor, denoiser)
+
+
+def facts(
+    settings: TrainSettings,
+    parameters: int,
+    about: dict[str, Any],
+    sampled: dict[str, Evaluation],
+    best: str,
+    real: RealImages,
+    extractor: Extractor,
+) -> dict[str, Any]:
+    """What NAME.json holds; ``sampled``: evaluations by the steps that made the samples."""
+    first = sampled[best]
+    training = settings.to_dict()
+    del training["data"]  # a path of this machine
+    return {
+        "parameters": parameters,
+        "training": {
+            **training,
+            "step": about["step"],
+            "images_seen": about["images_seen"],
+            "ema": about["ema"],
+            "training_images": len(real.training),
+            "held_out_images": len(real.held_out),
+        },
+        "sampling": {"steps": best, "seed": 0},
+        "features": {"name": extractor.name, "sha256": extractor.sha256},
+        "metrics": first.rows[0].metrics.to_dict(),
+        "floor": first.rows[1].metrics.to_dict(),
+        "reference_metrics": sampled[REFERENCE.describe()].rows[0].metrics.to_dict(),
+        "x0_errors": dataclasses.asdict(first.errors) if first.errors else None,
+        "memorisation": [dataclasses.asdict(space) for space in first.memorisation],
+        "likeness": dataclasses.asdict(first.likeness) if first.likeness else None,
+        "alarms": list(first.alarms),
+    }
+
+
+def card(name: str, values: dict[str, Any], remark: str) -> str:
+    """NAME.md, for people."""
+    rows: list[tuple[str, Metrics]] = [
+        (values["sampling"]["steps"], Metrics(**values["metrics"])),
+        (REFERENCE.describe(), Metrics(**values["reference_metrics"])),
+        ("real faces (floor)", Metrics(**values["floor"])),
+    ]
+    if values["sampling"]["steps"] == REFERENCE.describe():
+        del rows[1]
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    return template.render(name=name, rows=rows, remark=remark, **values)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="Such as static-tanh-64-small.")
+@click.option("--data", help="Folder of real images. Default: what the run was trained on.")
+@click.option("-n", "count", type=click.IntRange(min=16), default=1024, show_default=True)
+@click.option("--remark", default="", help="A paragraph for the card: where it falls short.")
+def main(run: Path, name: str, data: str | None, count: int, remark: str) -> None:
+    """Write NAME.safetensors, .json, .md and pictures into lutdeploy/models."""
+    try:
+        _ship(bundle.Run(run), name, data, count, remark)
+    except LutDeployError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _ship(run: bundle.Run, name: str, data: str | None, count: int, remark: str) -> None:
+    settings = resumable_settings(run)
+    path = write_weights(run, name)
+    model = checkpoint.load_model(path)
+    _, about = checkpoint.read_metadata(path)
+    config = model.config
+    real = load_real(data or settings.data, None, config.image_size, config.channels, run)
+    extractor = open_extractor()
+    denoiser = TorchDenoiser(model, "cpu")
+    best = best_table(path)
+    sampled = {}
+    for table in dict.fromkeys((REFERENCE, best)):
+        samples, sampled[table.describe()] = measured(denoiser, table, count, real, extractor)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    values = facts(settings, parameters, about, sampled, best.describe(), real, extractor)
+    bundle.write_json(path.with_suffix(".json"), values)
+    bundle.write_atomic(path.with_suffix(".md"), card(name, values, remark).encode())
+    grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))
+    found = {"samples": grid, **pictures.of_model(model)}
+    for kind, picture in found.items():
+        bundle.write_atomic(path.with_suffix(f".{kind}.png"), images.encode_png(picture))
+    click.echo(path)
+
+
+if __name__ == "__main__":
+    main()
