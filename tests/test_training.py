@@ -22,8 +22,8 @@ from lutdeploy import bundle
 from lutdeploy.checkpoint import load_model, read_metadata
 from lutdeploy.config import PRESETS, model_config
 from lutdeploy.errors import BackendError, ConfigError, UsageError
-from lutdeploy.lut import image_to_tiles
-from lutdeploy.model import LutTransformer
+from lutdeploy.lut import image_to_tiles, outer_entries
+from lutdeploy.model import LutTransformer, position_tables, rotate
 from training.augmentation import PARAMETERS, affine, mirror
 from training.data import (
     ImageSet,
@@ -43,8 +43,8 @@ from training.losses import (
     sample_timesteps,
     weighted_frequencies,
 )
-from training.lut_start import principal_entries
 from training.recipes import RECIPES, TrainSettings, train_settings
+from training.start import principal_directions, quiet_channels, separable_directions
 from training.state import TrainingState
 
 CPU = torch.device("cpu")
@@ -341,7 +341,7 @@ def test_timesteps_are_logit_normal_or_uniform() -> None:
         {"optimizer": "sgd"},
         {"dropout": 1.0},
         {"warmup": 2.5},
-        {"lut_start": "here"},
+        {"start": "here"},
         {"betas": (0.9,)},
         {"cosine": 1},
         {"dct_weight": "much"},
@@ -489,7 +489,7 @@ def test_a_run_folder_holds_what_it_should(drawn: ImageSet, tmp_path: Path) -> N
         {"precision": "bf16"},
         {"optimizer": "muon", "ema": (0.5, 0.9)},
         {"dropout": 0.2},
-        {"affine": 0.5, "lut_start": "patches"},
+        {"affine": 0.5, "start": "copy"},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
@@ -593,38 +593,58 @@ def test_a_luts_own_rate_holds_it_still(drawn: ImageSet, tmp_path: Path) -> None
     assert torch.equal(states_of(bundle.Run(tmp_path))["lut.entries"], before)
 
 
-def test_principal_patches_paint_the_images(drawn: ImageSet) -> None:
-    """They are the best basis of their number: no worse than the SVD's, in its order."""
+def test_principal_directions_are_the_best_of_their_number(drawn: ImageSet) -> None:
     config = model_config("static-tanh-64", "tiny", image_size=16)
-    entries = principal_entries(torch.from_numpy(drawn.images), config).flatten(1).double()
     patches = image_to_tiles(torch.from_numpy(drawn.images).double() / 127.5 - 1, config)
     patches = patches.flatten(0, 1)
-    weights = torch.linalg.lstsq(entries.T, patches.T).solution
-    residual = (weights.T @ entries - patches).square().sum()
-    lost = torch.linalg.svdvals(patches)[64:].square().sum()
-    assert math.isclose(residual.item(), lost.item(), rel_tol=1e-2, abs_tol=1e-4)
-    assert gram_penalty(entries / entries.norm(dim=1, keepdim=True)).item() < 1e-6
-    assert abs(weights[0].square().mean().sqrt().item() - 1 / 4) < 1e-3, "headroom for tanh"
+    directions, deviations = principal_directions(patches, 20)
+    residual = (patches @ directions.T @ directions - patches).square().sum()
+    lost = torch.linalg.svdvals(patches)[20:].square().sum()
+    assert math.isclose(residual.item(), lost.item(), rel_tol=1e-6)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(20, dtype=torch.float64))
+    found = (patches @ directions.T).square().mean(0).sqrt()
+    torch.testing.assert_close(found, deviations)
 
 
-def test_more_entries_than_components_repeat_with_the_other_sign(drawn: ImageSet) -> None:
-    config = model_config("static-tanh-64", "tiny", image_size=16, channels=1, entries=130)
-    entries = principal_entries(torch.from_numpy(drawn.images[:, :1]), config)
-    assert entries.shape == (130, 1, 8, 8)
-    assert torch.equal(entries[64:128], -entries[:64])
-    assert torch.equal(entries[128:], entries[:2])
+def test_separable_directions_are_what_a_dynamic_lut_can_compute(drawn: ImageSet) -> None:
+    config = model_config("dynamic-64", "tiny", image_size=16)
+    patches = image_to_tiles(torch.from_numpy(drawn.images).double() / 127.5 - 1, config)
+    directions, factors, deviations = separable_directions(patches.flatten(0, 1), config, 64)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(64, dtype=torch.float64))
+    torch.testing.assert_close(outer_entries(factors[None], config)[0], directions)
+    assert (deviations.diff() <= 0).all()
 
 
 @pytest.mark.parametrize("preset_name", tuple(PRESETS))
-def test_a_lut_may_start_from_patches(preset_name: str, drawn: ImageSet, tmp_path: Path) -> None:
-    settings = tiny_settings(preset_name, lut_start="patches", steps=1, lut_lr=0.0, batch=2)
-    run_all(settings, drawn, tmp_path)
-    if preset_name == "static-softmax-512":
-        entries = states_of(bundle.Run(tmp_path))["lut.entries"]
-        pixels = torch.from_numpy(drawn.images).float() / 127.5 - 1
-        patches = image_to_tiles(pixels, settings.model).flatten(0, 1)
-        nearest = torch.cdist(entries.flatten(1), patches).amin(1)
-        assert nearest.max() < 0.02, "each entry is a patch of some image"
+def test_a_start_as_copy_paints_what_it_sees(preset_name: str, drawn: ImageSet) -> None:
+    """Near t = 1 at once; a start from noise paints nothing of it."""
+    model_of = model_config(preset_name, "tiny", width=128, image_size=16)
+    settings = train_settings(model_of, data="test", steps=1, start="copy")
+    pixels = torch.from_numpy(drawn.images)
+    x = pixels.float() / 127.5 - 1
+    t = torch.full((len(x),), 0.98)
+    errors = {}
+    for start in ("copy", "noise"):
+        changed = dataclasses.replace(settings, start=start)
+        model = TrainingState(changed, CPU, images=pixels).model
+        with torch.no_grad():
+            errors[start] = (model(x, t) - x).square().mean().item()
+    assert errors["copy"] < 0.1 * x.square().mean().item()
+    assert errors["copy"] < 0.2 * errors["noise"]
+
+
+def test_quiet_channels_are_what_the_position_turns_least() -> None:
+    config = model_config("static-tanh-64", "small")
+    cos, sin = position_tables(config)
+    quiet = quiet_channels(config, 64)
+    assert len(set(quiet.tolist())) == 64
+    u = torch.randn(config.image_tokens, config.width, generator=torch.Generator().manual_seed(0))
+    moved = (rotate(u, cos, sin) - u).abs().amax(0)
+    assert moved[quiet].max() < 0.05
+    turned = sin.abs().amax(0)
+    others = torch.ones(config.width, dtype=torch.bool)
+    others[quiet] = False
+    assert turned[quiet].max() <= turned[others].min()
 
 
 @pytest.mark.slow

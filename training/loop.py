@@ -22,11 +22,12 @@ from torch import Tensor
 from lutdeploy import bundle, images
 from lutdeploy.errors import ArtefactError, ConfigError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
-from training import augmentation, lut_start, pictures
+from training import augmentation, pictures
 from training.data import ImageSet, batch_indices
 from training.losses import Objective, Perceptual, load_perceptual, sample_timesteps
 from training.processes import Processes
 from training.recipes import TrainSettings
+from training.start import spread
 from training.state import TrainingState, kept
 
 HELD_OUT_IMAGES = 256
@@ -170,7 +171,7 @@ def train(
     place, part = processes.device, processes.part(settings.batch)
     perceptual = load_perceptual(place) if settings.perceptual == "lpips" else None
     chosen, held = data.split(settings.held_out, settings.seed)
-    some = lut_start.spread(chosen)
+    some = spread(chosen)
     state = TrainingState(settings, place, perceptual, torch.from_numpy(data.images[some]))
     if resume and run.training_state.is_file():
         state.restore(run, len(chosen))

@@ -46,7 +46,7 @@ class TrainSettings:
     lr: float
     weight_decay: float
     betas: tuple[float, float]
-    lut_start: str  # "noise", or "patches" of the training images
+    start: str  # "noise", or "copy": x0 = x_t (training.start)
     lut_lr: float  # of the LUT, as a multiple of lr
     optimizer: str  # "adamw", or "muon" for the blocks' matrices and AdamW for the rest
     flip: float  # share of the images mirrored
@@ -86,7 +86,7 @@ class TrainSettings:
             "velocity_floor": self.velocity_floor is None or 0 < self.velocity_floor <= 1,
             "clip_norm": self.clip_norm is None or self.clip_norm > 0,
             "warmup": self.warmup >= 0,
-            "lut_start": self.lut_start in ("noise", "patches"),
+            "start": self.start in ("noise", "copy"),
             "lut_lr": self.lut_lr >= 0,
             "optimizer": self.optimizer in ("adamw", "muon"),
             "flip": 0 <= self.flip <= 1,
@@ -159,7 +159,7 @@ def post(model: ModelConfig) -> dict[str, Any]:
         "lr": 3e-4,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.999),
-        "lut_start": "noise",
+        "start": "noise",
         "lut_lr": 1.0,
         "optimizer": "adamw",
         "flip": 0.25,
@@ -187,7 +187,7 @@ def modern(model: ModelConfig) -> dict[str, Any]:
         "lr": 1e-3,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.99),
-        "lut_start": "noise",
+        "start": "noise",
         "lut_lr": 1.0,
         "optimizer": "adamw",
         "flip": 0.5,

@@ -12,9 +12,10 @@ from torch import Tensor
 from lutdeploy import bundle, checkpoint
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
-from training import lut_start, optimizers
+from training import optimizers
 from training.losses import Objective, Perceptual
 from training.recipes import TrainSettings
+from training.start import start_as_copy
 
 
 class TrainingState:
@@ -32,8 +33,8 @@ class TrainingState:
         self.settings = settings
         self.step = 0
         model = LutTransformer(settings.model)
-        if settings.lut_start == "patches" and images is not None:
-            lut_start.start_from_patches(model, images, settings.seed)
+        if settings.start == "copy" and images is not None:
+            start_as_copy(model, images)
         self.averages = [
             copy.deepcopy(model).to(device).eval().requires_grad_(False) for _ in settings.ema
         ]
