@@ -137,12 +137,12 @@ def _write(model: LutTransformer, directions: Tensor, channels: Tensor) -> None:
 
 
 def _read(model: LutTransformer, channels: Tensor, reach: Tensor, signs: int) -> None:
-    """Let the head turn the channels into weights."""
+    """Let the head turn the channels into weights, and leave the other entries out."""
     count = len(channels)
     rows = torch.arange(signs * count)
     head = model.head
-    head.weight[rows] = 0
-    head.bias[rows] = 0
+    head.weight.zero_()
+    head.bias.zero_()
     gain = (1 / reach).float()
     head.weight[rows, channels.repeat(signs)] = torch.cat([gain, -gain])[: signs * count]
 

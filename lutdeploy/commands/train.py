@@ -103,7 +103,7 @@ def _resumed(run: bundle.Run, given: dict[str, Any]) -> TrainSettings:
 @click.option("--batch", type=POSITIVE, default=64, show_default=True)
 @SEED
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Default: the recipe's.")
-@click.option("--t-mean", type=float, help="μ of logit t; recipe modern: -0.8.")
+@click.option("--t-mean", type=float, help="μ of logit t. Default: the recipe's.")
 @click.option("--gram-weight", type=click.FloatRange(min=0), help="Default: the recipe's.")
 @click.option(
     "--ema",

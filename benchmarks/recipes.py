@@ -1,0 +1,174 @@
+"""Recipes side by side on the same images: the table of docs/training.md.
+
+    python -m benchmarks.recipes --data faces/ --out runs/recipes [--only NAME ...]
+
+Each variant is recipe `modern` with some numbers changed, for as many images seen. A run that
+was stopped goes on, and one that is done is not trained again. What is judged is the average of
+the lowest held-out loss; with --averages all that the run kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from lutdeploy import bundle
+from lutdeploy.checkpoint import load_model
+from lutdeploy.config import model_config
+from lutdeploy.reference import TorchDenoiser
+from lutdeploy.solvers import step_table
+from training.data import ImageSet, load_folder
+from training.evaluate import Set, measure, with_features, x0_errors
+from training.evaluation_data import draw_samples
+from training.features import open_extractor
+from training.loop import Schedule, train
+from training.recipes import TrainSettings, train_settings
+
+AVERAGES = [0.9, 0.98, 0.995, 0.9995]
+# What the comparison starts from: `modern` as it was before it took what won here.
+BASE: dict[str, Any] = {
+    "optimizer": "adamw",
+    "start": "noise",
+    "t_mean": -0.8,
+    "t_std": 0.8,
+    "velocity_floor": 0.05,
+    "lr": 1e-3,
+    "warmup": 200,
+    "ema": AVERAGES,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "base, seed 1": {"seed": 1},
+    "post, no LPIPS": {
+        "recipe": "post",
+        "t_mean": None,
+        "velocity_floor": None,
+        "lr": 3e-4,
+        "warmup": 0,
+        "ema": [0.99],
+    },
+    "x0 loss": {"velocity_floor": None},
+    "μ −0.4": {"t_mean": -0.4},
+    "μ 0": {"t_mean": 0.0},
+    "μ 0.6": {"t_mean": 0.6},
+    "μ 0, σ 1.2": {"t_mean": 0.0, "t_std": 1.2},
+    "Gram weight 0": {"gram_weight": 0.0},
+    "Gram weight 0.2": {"gram_weight": 0.2},
+    "batch 256, lr 2e-3": {"batch": 256, "warmup": 50, "lr": 2e-3},
+    "dropout 0.1": {"dropout": 0.1},
+    "told augmentation": {"affine": 0.5},
+    "DCT weight 1": {"dct_weight": 1.0},
+    "Muon": {"optimizer": "muon"},
+    "Muon, lr 3e-3": {"optimizer": "muon", "lr": 3e-3},
+    "Muon, copy": {"optimizer": "muon", "start": "copy"},
+    "Muon, copy, μ 0, σ 1": {"optimizer": "muon", "start": "copy", "t_mean": 0.0, "t_std": 1.0},
+    "modern": {
+        "optimizer": "muon",
+        "start": "copy",
+        "t_mean": -0.6,
+        "t_std": 1.2,
+        "lr": 2e-3,
+    },
+}
+
+
+def settings_of(name: str, data: str, size: str, images: int) -> TrainSettings:
+    """The settings of a variant that sees so many images."""
+    changes = {**BASE, **VARIANTS[name]}
+    batch, seed = changes.pop("batch", 64), changes.pop("seed", 0)
+    plain = train_settings(
+        model_config("static-tanh-64", size),
+        changes.pop("recipe", "modern"),
+        data=data,
+        steps=images // batch,
+        batch=batch,
+        seed=seed,
+        precision="bf16",
+        compile=True,
+        perceptual="none",
+    )
+    return TrainSettings.from_dict({**plain.to_dict(), **changes})
+
+
+def run_of(name: str, folder: Path) -> bundle.Run:
+    """Where a variant's run is."""
+    kept = "".join(c if c.isalnum() or c in ".-" else "-" for c in name.replace("−", "-"))
+    return bundle.Run(folder / kept)
+
+
+def judge(path: Path, data: ImageSet, real: Set, count: int, steps: int) -> dict[str, Any]:
+    """x0 errors on the held-out images of seed 0, and distances of samples."""
+    denoiser = TorchDenoiser(load_model(path), "cpu")
+    chosen, held = data.split(0.05, 0)
+    curve = x0_errors(denoiser, data.images[held], data.images[chosen])
+    samples = draw_samples(denoiser, count, step_table("dpmpp-2m", steps))
+    found = measure(with_features(samples, open_extractor()), real, 0)
+    errors = dict(zip(curve.times, curve.held_out, strict=True))
+    return {"errors": errors, "gap": curve.gap, **found.to_dict()}
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """A row: x0 errors × 1000, distances, and what the errors of training images are below."""
+    errors = {float(t): value for t, value in found["errors"].items()}
+    cells = [
+        name,
+        *(f"{1000 * errors[t]:.1f}" for t in (0.1, 0.3, 0.6, 0.9, 0.98)),
+        f"{found['frechet_distance']:.0f}",
+        f"{1000 * found['kernel_distance']:.0f}",
+        *(f"{found[key]:.2f}" for key in ("precision", "recall")),
+        *(f"{value:.0f}" for value in found["sliced_wasserstein"].values()),
+        f"{found['gap'] * 1000:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+@click.command()
+@click.option("--data", required=True)
+@click.option("--out", type=click.Path(path_type=Path), default="runs/recipes", show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(tuple(VARIANTS)))
+@click.option("--size", default="small", show_default=True)
+@click.option("--images", type=click.IntRange(min=256), default=51200, show_default=True)
+@click.option("-n", "count", type=click.IntRange(min=16), default=512, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--averages", is_flag=True, help="Judge every average.")
+def main(
+    data: str,
+    out: Path,
+    only: tuple[str, ...],
+    size: str,
+    images: int,
+    count: int,
+    steps: int,
+    threads: int | None,
+    averages: bool,
+) -> None:
+    """Train what is missing, judge what is not judged yet, print the table."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found = load_folder(Path(data), 64)
+    order = np.random.default_rng(0).permutation(len(found.images))[:count]
+    real = with_features(found.images[order], open_extractor())
+    for name in only or VARIANTS:
+        run = run_of(name, out)
+        settings = settings_of(name, data, size, images)
+        run.path.mkdir(parents=True, exist_ok=True)
+        schedule = Schedule(checkpoint=500, picture=10**9)
+        for progress in train(settings, found, run, schedule=schedule, resume=True):
+            if progress.step % 100 == 0:
+                click.echo(f"{name}: step {progress.step}, loss {progress.loss:.4f}", err=True)
+        for path in sorted(run.averages.glob("*.safetensors")) if averages else [run.model]:
+            judged = run.path / f"judged-{path.stem}-{count}-{steps}.json"
+            if not judged.is_file():
+                bundle.write_json(judged, judge(path, found, real, count, steps))
+            row = json.loads(judged.read_text(encoding="utf-8"))
+            click.echo(line(f"{name}, {path.stem}" if averages else name, row))
+
+
+if __name__ == "__main__":
+    main()
