@@ -134,6 +134,13 @@ def output_folder(path: Path) -> None:
         raise UsageError(f"{path} is not writable; choose another --out")
 
 
+def remove_if_empty(folder: Path, lock_name: str = ".lock") -> None:
+    """Take away a folder that holds nothing but its lock; whoever holds that may do so."""
+    if [path.name for path in folder.iterdir()] == [lock_name]:
+        (folder / lock_name).unlink()
+        folder.rmdir()
+
+
 @contextlib.contextmanager
 def lock(
     folder: Path,

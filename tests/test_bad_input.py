@@ -608,6 +608,29 @@ def test_impossible_model(assignment: str, words: str, pictures: Path, tmp_path:
     assert words in fail(2, *train(pictures, tmp_path / "out", "--set", assignment))
 
 
+def test_a_mistake_leaves_no_empty_run(pictures: Path, tmp_path: Path) -> None:
+    fail(2, *train(pictures, tmp_path / "out", "--set", "dropout=2"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    fail(2, *train(pictures, tmp_path / "mine", "--set", "dropout=2"))
+    assert (tmp_path / "mine").is_dir(), "a folder that was there stays"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("dropout=2", "dropout cannot be 2"),
+        ("optimizer=sgd", "optimizer cannot be 'sgd'"),
+        ("t_std=wide", "t_std cannot be 'wide'"),
+        ("ema=[]", "ema cannot be ()"),
+        ("ema=0.9", "not the settings of a training run"),
+        ("stem_channels=2", "start copy needs stem_channels of 3 at least, not 2"),
+    ],
+)
+def test_impossible_recipe(assignment: str, words: str, pictures: Path, tmp_path: Path) -> None:
+    assert words in fail(2, *train(pictures, tmp_path / "out", "--set", assignment))
+
+
 def test_learning_rate_that_is_no_number(pictures: Path, tmp_path: Path) -> None:
     assert "lr cannot be nan" in fail(2, *train(pictures, tmp_path / "out", "--lr", "nan"))
 
@@ -764,6 +787,8 @@ def test_resuming_nothing(pictures: Path, tmp_path: Path) -> None:
         (("--preset", "dynamic-64"), "lut dynamic: "),
         (("--size", "small"), "width 256: "),
         (("--set", "heads=2"), "heads 2: "),
+        (("--set", "dropout=0.5"), "--set dropout: "),
+        (("--ema", 0.5), "--ema "),
         (("--compile", "on"), "--compile on: "),
     ],
 )

@@ -153,9 +153,15 @@ def train(context: click.Context, /, out: Path, resume: bool, **options: Any) ->
         )
     if resume and not run.settings.exists():
         raise UsageError(f"{out} holds no training run to resume")
+    new = not out.exists()
     bundle.output_folder(out)
     with bundle.lock(out, "`lutdeploy train`"):
-        _train(run, resume, given, options)
+        try:
+            _train(run, resume, given, options)
+        except BaseException:
+            if new:  # a mistake found late leaves no empty run
+                bundle.remove_if_empty(out)
+            raise
 
 
 def _is_first() -> bool:

@@ -1,0 +1,63 @@
+"""A run becomes a model of the package: what is written tells the same story."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lutdeploy import bundle, shipped
+from lutdeploy.checkpoint import read_metadata
+from lutdeploy.config import model_config
+from lutdeploy.tuned_steps import TunedSteps
+from training.data import draw_set
+from training.loop import Schedule, train
+from training.recipes import train_settings
+from training.ship import main
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.draw_set.__defaults__", (3, 60, 0))
+
+
+def trained(path: Path) -> bundle.Run:
+    model = model_config("dynamic-64", "tiny", depth=1)
+    settings = train_settings(model, data="synthetic", steps=2, batch=4, held_out=0.3)
+    run = bundle.Run(path)
+    for _ in train(settings, draw_set(64), run, schedule=Schedule(10, 10, 10, 1)):
+        pass
+    return run
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics", reason="the distances are torchmetrics'")
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setattr(shipped, "FOLDER", folder)
+    run = trained(tmp_path / "run")
+    stale = folder / "drawn.steps.json"
+    TunedSteps("other weights", (), {"rows": []}).write(stale)
+    arguments = [str(run.path), "--name", "drawn", "-n", "16", "--remark", "Blocks, no cats."]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "is removed" in result.output
+    kinds = ("gram.png", "json", "lut.png", "md", "safetensors", "samples.png", "trajectory.png")
+    assert sorted(p.name for p in folder.iterdir()) == [f"drawn.{kind}" for kind in kinds]
+    assert shipped.names() == ("drawn",)
+    config, about = read_metadata(shipped.model_path("drawn"))
+    facts = shipped.facts("drawn")
+    assert facts["training"]["model"] == config.to_dict()
+    assert facts["training"]["images_seen"] == about["images_seen"] == 8
+    assert facts["sampling"]["steps"] == "euler-64", "there are no tuned grids"
+    assert facts["metrics"] == facts["reference_metrics"]
+    assert facts["metrics"]["images"] == facts["floor"]["images"] == 16
+    card = (folder / "drawn.md").read_text()
+    assert f"{facts['metrics']['frechet_distance']:.1f}" in card
+    assert "Images seen: 8" in card
+    assert card.rstrip().endswith("Blocks, no cats.")
+    assert str(tmp_path) not in json.dumps(facts) + card, "no paths of this machine"
+    assert "synthetic" not in about.values()
