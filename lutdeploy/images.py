@@ -80,9 +80,9 @@ def trajectory_rows(states: Sequence[NDArray[np.float32]], every: int = 4) -> Pi
 
 
 def lut_sheet(entries: NDArray[np.float32], factor: int = 4) -> Pixels:
-    """LUT entries [K, C, P, P] as a sheet of tiles, scaled by the largest magnitude."""
-    peak = float(np.abs(entries).max()) or 1.0
-    return enlarge(grid(to_uint8(entries / peak), gap=1), factor)
+    """LUT entries [K, C, P, P] as a sheet of tiles, each scaled by its own largest magnitude."""
+    peaks = np.abs(entries).max(axis=(1, 2, 3), keepdims=True)
+    return enlarge(grid(to_uint8(entries / np.where(peaks, peaks, 1)), gap=1), factor)
 
 
 def gram_picture(entries: NDArray[np.float32], side: int = 512) -> Pixels:

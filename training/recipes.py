@@ -192,7 +192,8 @@ def modern(model: ModelConfig) -> dict[str, Any]:
         "lr": 2e-3,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.99),
-        "start": "copy",
+        # As a copy, convex weights need entries so large that one may glare out of a picture.
+        "start": "copy" if model.weights == "tanh" else "noise",
         "lut_lr": 1.0,
         "optimizer": "muon",
         "flip": 0.5,

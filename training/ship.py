@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lutdeploy import bundle, checkpoint, images, shipped
+from lutdeploy.config import ModelConfig
 from lutdeploy.errors import LutDeployError
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.solvers import StepTable, step_table
@@ -102,7 +103,7 @@ def facts(
     }
 
 
-def card(name: str, values: dict[str, Any], remark: str) -> str:
+def card(name: str, values: dict[str, Any]) -> str:
     """NAME.md, for people."""
     rows: list[tuple[str, Metrics]] = [
         (values["sampling"]["steps"], Metrics(**values["metrics"])),
@@ -111,10 +112,11 @@ def card(name: str, values: dict[str, Any], remark: str) -> str:
     ]
     if values["sampling"]["steps"] == REFERENCE.describe():
         del rows[1]
+    preset = ModelConfig.from_dict(values["training"]["model"]).preset()
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
-    return template.render(name=name, rows=rows, remark=remark, **values)
+    return template.render(name=name, rows=rows, preset=preset, **values)
 
 
 @click.command()
@@ -146,8 +148,9 @@ def _ship(run: bundle.Run, name: str, data: str | None, count: int, remark: str)
         samples, sampled[table.describe()] = measured(denoiser, table, count, real, extractor)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     values = facts(settings, parameters, about, sampled, best.describe(), real, extractor)
+    values["remark"] = remark
     bundle.write_json(path.with_suffix(".json"), values)
-    bundle.write_atomic(path.with_suffix(".md"), card(name, values, remark).encode())
+    bundle.write_atomic(path.with_suffix(".md"), card(name, values).encode())
     grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))
     found = {"samples": grid, **pictures.of_model(model)}
     for kind, picture in found.items():
