@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutdeploy.errors import BackendError
 from lutdeploy.lut import StaticLut
 from lutdeploy.model import Block, LutTransformer
 from training.augmentation import PARAMETERS
+from training.dct import dct_matrix
 from training.recipes import TrainSettings
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # two [B, 3, S, S] to distances [B]
@@ -53,10 +55,7 @@ def frequency_weights(channels: int) -> Tensor:
     Colour conversion (of three channels), orthonormal DCT-II, division by JPEG's steps; scaled
     so that white noise keeps its mean square.
     """
-    index = torch.arange(8, dtype=torch.float64)
-    dct = torch.cos(math.pi / 8 * (index[None] + 0.5) * index[:, None]) / 2
-    dct[0] /= math.sqrt(2)
-    blocks = torch.kron(dct, dct)  # [64, 64]
+    blocks = torch.kron(dct_matrix(8), dct_matrix(8))  # [64, 64]
     if channels == 3:
         colours = torch.tensor(YCBCR, dtype=torch.float64)
         steps = torch.tensor([BRIGHTNESS_STEPS, COLOUR_STEPS, COLOUR_STEPS], dtype=torch.float64)
@@ -69,9 +68,8 @@ def frequency_weights(channels: int) -> Tensor:
 
 def weighted_frequencies(error: Tensor, weights: Tensor) -> Tensor:
     """Mean square [B] of images [B, C, S, S] after :func:`frequency_weights` of each block."""
-    b, c, s, _ = error.shape
-    blocks = error.reshape(b, c, s // 8, 8, s // 8, 8).permute(0, 2, 4, 1, 3, 5)
-    return (blocks.reshape(b, -1, c * 64) @ weights.T).square().mean(dim=(1, 2))
+    blocks = F.pixel_unshuffle(error, 8).flatten(2)  # [B, C·64, blocks]
+    return (weights @ blocks).square().mean(dim=(1, 2))
 
 
 def denoising_loss(
@@ -93,9 +91,10 @@ def denoising_loss(
         dct_weight: of the error in weighted frequencies, added to (x0−x)².
         frequencies: from :func:`frequency_weights`, where ``dct_weight`` is not 0.
     """
-    squared = (x0 - x).square().mean(dim=(1, 2, 3))  # [B]
+    error = x0 - x
+    squared = error.square().mean(dim=(1, 2, 3))  # [B]
     if frequencies is not None:
-        squared = squared + dct_weight * weighted_frequencies(x0 - x, frequencies)
+        squared = squared + dct_weight * weighted_frequencies(error, frequencies)
     if velocity_floor is not None:
         squared = squared / (1 - t).clamp_min(velocity_floor).square()
     return squared.mean()

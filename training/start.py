@@ -9,8 +9,6 @@ blocks add nothing yet. What is left to learn is how x0 differs from x_t.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,6 +17,7 @@ from torch import Tensor
 from lutdeploy.config import ModelConfig
 from lutdeploy.lut import DynamicLut, StaticLut, image_to_tiles
 from lutdeploy.model import Block, LutTransformer
+from training.dct import dct_matrix
 
 IMAGES = 4096  # whose patches count
 HEADROOM = 4.0  # standard deviations of a coefficient that a weight of ±1 reaches
@@ -69,9 +68,7 @@ def separable_directions(
         2·P·C]; the deviations [count].
     """
     c, p = config.channels, config.patch_size
-    index = torch.arange(p, dtype=torch.float64)
-    cosines = torch.cos(math.pi / p * (index[None] + 0.5) * index[:, None]) * math.sqrt(2 / p)
-    cosines[0] /= math.sqrt(2)
+    cosines = dct_matrix(p)
     pixels = patches.unflatten(1, (c, p * p)).transpose(1, 2).reshape(-1, c)
     colours, _ = principal_directions(pixels, c)  # [C, C]
     u, v, colour = torch.cartesian_prod(*map(torch.arange, (p, p, c))).T
