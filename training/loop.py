@@ -171,9 +171,12 @@ def train(
     place, part = processes.device, processes.part(settings.batch)
     perceptual = load_perceptual(place) if settings.perceptual == "lpips" else None
     chosen, held = data.split(settings.held_out, settings.seed)
-    some = spread(chosen)
-    state = TrainingState(settings, place, perceptual, torch.from_numpy(data.images[some]))
-    if resume and run.training_state.is_file():
+    resumes = resume and run.training_state.is_file()
+    seen = None  # what a state that is read does not need
+    if settings.start == "copy" and not resumes:
+        seen = torch.from_numpy(data.images[spread(chosen)])
+    state = TrainingState(settings, place, perceptual, seen)
+    if resumes:
         state.restore(run, len(chosen))
         if settings.steps < state.step:
             raise UsageError(f"--steps {settings.steps}: {run.path} has {state.step} steps already")
@@ -204,7 +207,7 @@ def train(
         loss_tensor = compute(*(values[part] for values in batch))
         loss_tensor.backward()
         if settings.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(state.objective.parameters(), settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_(state.parameters, settings.clip_norm)
         state.advance(settings.learning_rate(step))
         asked = torch.full_like(loss_tensor, float(should_stop()))
         loss, stop = processes.mean(torch.stack([loss_tensor.detach(), asked])).tolist()

@@ -28,7 +28,7 @@ class TrainingState:
         perceptual: Perceptual | None = None,
         images: Tensor | None = None,
     ) -> None:
-        """Start from ``images``, uint8 [n, C, S, S], where the settings say so."""
+        """Start as a copy from ``images``, uint8 [n, C, S, S]; None where it is restored."""
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.step = 0
@@ -41,6 +41,10 @@ class TrainingState:
         self.chosen = 0  # the average that people use
         self.objective = Objective(model, settings, perceptual).to(device)
         self.optimizers = optimizers.open_optimizers(self.objective, settings)
+        # Looked up once: walking the modules takes its time in every step.
+        self.parameters: list[Tensor] = list(self.objective.parameters())
+        self._averaged: list[Tensor] = list(model.parameters())
+        self._averages: list[list[Tensor]] = [list(a.parameters()) for a in self.averages]
 
     @property
     def model(self) -> LutTransformer:
@@ -56,10 +60,10 @@ class TrainingState:
     def advance(self, lr: float) -> None:
         """A step of the optimisers by the gradients that are there, then of the averages."""
         optimizers.step(self.optimizers, lr)
-        parameters: list[Tensor] = list(self.model.parameters())
-        for decay, average in zip(self.settings.ema, self.averages, strict=True):
-            share = 1 - self.settings.ema_decay(decay, self.step)
-            torch._foreach_lerp_(list(average.parameters()), parameters, share)
+        for decay, average in zip(self.settings.ema, self._averages, strict=True):
+            torch._foreach_lerp_(
+                average, self._averaged, 1 - self.settings.ema_decay(decay, self.step)
+            )
         self.step += 1
 
     def choose(self, held_out: list[float]) -> float:
