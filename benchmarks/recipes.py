@@ -25,10 +25,11 @@ from lutdeploy.solvers import step_table
 from training.data import ImageSet, load_folder
 from training.evaluate import Set, measure, with_features, x0_errors
 from training.evaluation_data import draw_samples
-from training.features import open_extractor
+from training.features import Extractor, open_extractor
 from training.loop import Schedule, train
-from training.recipes import TrainSettings, train_settings
+from training.recipes import TrainSettings, modern, train_settings
 
+PRESET = "static-tanh-64"
 AVERAGES = [0.9, 0.98, 0.995, 0.9995]
 # What the comparison starts from: `modern` as it was before it took what won here.
 BASE: dict[str, Any] = {
@@ -68,11 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Muon, copy": {"optimizer": "muon", "start": "copy"},
     "Muon, copy, μ 0, σ 1": {"optimizer": "muon", "start": "copy", "t_mean": 0.0, "t_std": 1.0},
     "modern": {
-        "optimizer": "muon",
-        "start": "copy",
-        "t_mean": -0.6,
-        "t_std": 1.2,
-        "lr": 2e-3,
+        name: value for name, value in modern(model_config(PRESET)).items() if name != "ema"
     },
 }
 
@@ -82,7 +79,7 @@ def settings_of(name: str, data: str, size: str, images: int) -> TrainSettings:
     changes = {**BASE, **VARIANTS[name]}
     batch, seed = changes.pop("batch", 64), changes.pop("seed", 0)
     plain = train_settings(
-        model_config("static-tanh-64", size),
+        model_config(PRESET, size),
         changes.pop("recipe", "modern"),
         data=data,
         steps=images // batch,
@@ -101,13 +98,15 @@ def run_of(name: str, folder: Path) -> bundle.Run:
     return bundle.Run(folder / kept)
 
 
-def judge(path: Path, data: ImageSet, real: Set, count: int, steps: int) -> dict[str, Any]:
+def judge(
+    path: Path, data: ImageSet, real: Set, extractor: Extractor, count: int, steps: int
+) -> dict[str, Any]:
     """x0 errors on the held-out images of seed 0, and distances of samples."""
     denoiser = TorchDenoiser(load_model(path), "cpu")
     chosen, held = data.split(0.05, 0)
     curve = x0_errors(denoiser, data.images[held], data.images[chosen])
     samples = draw_samples(denoiser, count, step_table("dpmpp-2m", steps))
-    found = measure(with_features(samples, open_extractor()), real, 0)
+    found = measure(with_features(samples, extractor), real, 0)
     errors = dict(zip(curve.times, curve.held_out, strict=True))
     return {"errors": errors, "gap": curve.gap, **found.to_dict()}
 
@@ -153,7 +152,8 @@ def main(
         torch.set_num_threads(threads)
     found = load_folder(Path(data), 64)
     order = np.random.default_rng(0).permutation(len(found.images))[:count]
-    real = with_features(found.images[order], open_extractor())
+    extractor = open_extractor()
+    real = with_features(found.images[order], extractor)
     for name in only or VARIANTS:
         run = run_of(name, out)
         settings = settings_of(name, data, size, images)
@@ -165,7 +165,7 @@ def main(
         for path in sorted(run.averages.glob("*.safetensors")) if averages else [run.model]:
             judged = run.path / f"judged-{path.stem}-{count}-{steps}.json"
             if not judged.is_file():
-                bundle.write_json(judged, judge(path, found, real, count, steps))
+                bundle.write_json(judged, judge(path, found, real, extractor, count, steps))
             row = json.loads(judged.read_text(encoding="utf-8"))
             click.echo(line(f"{name}, {path.stem}" if averages else name, row))
 

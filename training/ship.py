@@ -25,7 +25,6 @@ from lutdeploy.reference import TorchDenoiser
 from lutdeploy.solvers import StepTable, step_table
 from lutdeploy.tuned_steps import read_tuned_steps, tuned_tables
 from training import pictures
-from training.distances import Pixels
 from training.evaluate import Evaluation, Metrics, evaluate
 from training.evaluation_data import RealImages, draw_samples, load_real
 from training.features import Extractor, open_extractor
@@ -57,15 +56,6 @@ def best_table(path: Path) -> StepTable:
         tuned.unlink()
     tables = tuned_tables(path, bundle.sha256(path))
     return max(tables, key=lambda table: table.steps, default=REFERENCE)
-
-
-def measured(
-    denoiser: TorchDenoiser, table: StepTable, count: int, real: RealImages, extractor: Extractor
-) -> tuple[Pixels, Evaluation]:
-    """Samples uint8 [count, C, S, S] of a table, and their evaluation."""
-    click.echo(f"{count} samples with {table.describe()}", err=True)
-    samples = draw_samples(denoiser, count, table)
-    return samples, evaluate(samples, real, extractor, denoiser)
 
 
 def facts(
@@ -145,7 +135,10 @@ def _ship(run: bundle.Run, name: str, data: str | None, count: int, remark: str)
     best = best_table(path)
     sampled = {}
     for table in dict.fromkeys((REFERENCE, best)):
-        samples, sampled[table.describe()] = measured(denoiser, table, count, real, extractor)
+        click.echo(f"{count} samples with {table.describe()}", err=True)
+        samples = draw_samples(denoiser, count, table)
+        judged = denoiser if table == best else None  # x0 errors do not depend on the steps
+        sampled[table.describe()] = evaluate(samples, real, extractor, judged)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     values = facts(settings, parameters, about, sampled, best.describe(), real, extractor)
     values["remark"] = remark
