@@ -50,18 +50,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def heeds_ctrl_c() -> Iterator[None]:
-    """As ``PROGRAM`` does, for a command in this process."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @contextlib.contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: object, program: str = PROGRAM) -> Iterator[subprocess.Popen[str]]:
     """A command in a process of its own, which does not outlive the block."""
-    command = [sys.executable, "-c", PROGRAM, *(str(argument) for argument in arguments)]
+    command = [sys.executable, "-c", program, *(str(argument) for argument in arguments)]
     pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
@@ -458,31 +450,39 @@ def test_learning_rate_that_is_too_high(cats: Path, tmp_path: Path) -> None:
 # Export and import
 
 
-@pytest.mark.usefixtures("heeds_ctrl_c")
-@pytest.mark.parametrize("kind", ["ctrl-c", "ctrl-c in a library", "full disk"])
+# Ctrl-C when an export is nearly done, and what becomes of the KeyboardInterrupt.
+PRESSED = """
+import signal
+import lutdeploy.parity
+
+def press(*arguments, **options):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        {}
+
+lutdeploy.parity.compare = press
+"""
+PRESSES = {
+    "ctrl-c": "raise",
+    "ctrl-c in a library": "raise ImportError('as NumPy does while imported') from error",
+}
+
+
+@pytest.mark.parametrize("kind", [*PRESSES, "full disk"])
 def test_export_that_does_not_end(
-    kind: str,
-    model: Path,
-    exported: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, model: Path, exported: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = bundle.Run(tmp_path)
     shutil.copy(model, run.model)
     shutil.copytree(exported(), run.export_folder("step-fp32"))
     before = contents(run.path)
-    if kind != "full disk":
-
-        def press(*arguments: object, **options: object) -> None:
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt as error:
-                if kind == "ctrl-c":
-                    raise
-                raise ImportError("as NumPy does while it is being imported") from error
-
-        monkeypatch.setattr("lutdeploy.parity.compare", press)  # nearly done
-        assert "interrupted" in fail(130, "export", run.path)
+    if kind in PRESSES:
+        program = PRESSED.format(PRESSES[kind]) + PROGRAM
+        with started("export", run.path, program=program) as process:
+            _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 130, (process.returncode, stderr)
+        assert error_line(stderr) == "error: interrupted"
     else:
         with files_limited_to(100_000):
             line = fail(1, "export", run.path)
