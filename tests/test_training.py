@@ -453,9 +453,14 @@ def run_all(
 @pytest.mark.parametrize("preset_name", tuple(PRESETS))
 @pytest.mark.parametrize("recipe", tuple(RECIPES))
 def test_every_preset_learns(
-    preset_name: str, recipe: str, drawn: ImageSet, tmp_path: Path
+    preset_name: str,
+    recipe: str,
+    drawn: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From where it starts, by the objective on the same images, timesteps and noise."""
+    monkeypatch.setattr("training.start.FIT_STEPS", 20)  # more would know all 96 patches by heart
     settings = tiny_settings(
         preset_name, recipe=recipe, steps=60, batch=16, perceptual="none", lr=3e-3, warmup=5
     )
@@ -590,13 +595,6 @@ def test_muon_moves_the_blocks_matrices_alone(drawn: ImageSet) -> None:
     assert not moved & others
 
 
-def test_a_luts_own_rate_holds_it_still(drawn: ImageSet, tmp_path: Path) -> None:
-    settings = tiny_settings(lut_lr=0.0, weight_decay=0.0, steps=3, start="noise")
-    before = TrainingState(settings, CPU).model.state_dict()["lut.entries"].clone()
-    run_all(settings, drawn, tmp_path)
-    assert torch.equal(states_of(bundle.Run(tmp_path))["lut.entries"], before)
-
-
 def test_principal_directions_are_the_best_of_their_number(drawn: ImageSet) -> None:
     config = model_config("static-tanh-64", "tiny", image_size=16)
     patches = image_to_tiles(torch.from_numpy(drawn.images).double() / 127.5 - 1, config)
@@ -619,6 +617,13 @@ def test_separable_directions_are_what_a_dynamic_lut_can_compute(drawn: ImageSet
     assert (deviations.diff() <= 0).all()
 
 
+def test_what_no_start_can_make_a_copy_is_refused() -> None:
+    dynamic = model_config("dynamic-64", "tiny", weights="softmax")
+    assert train_settings(dynamic, data="test", steps=1).start == "noise"
+    with pytest.raises(ConfigError, match="softmax weights of a dynamic one; there is start noise"):
+        train_settings(dynamic, data="test", steps=1, start="copy")
+
+
 @pytest.mark.parametrize("preset_name", tuple(PRESETS))
 def test_a_start_as_copy_paints_what_it_sees(preset_name: str, drawn: ImageSet) -> None:
     """Near t = 1 at once; a start from noise paints nothing of it."""
@@ -633,6 +638,8 @@ def test_a_start_as_copy_paints_what_it_sees(preset_name: str, drawn: ImageSet) 
         model = TrainingState(changed, CPU, images=pixels).model
         with torch.no_grad():
             errors[start] = (model(x, t) - x).square().mean().item()
+        if preset_name == "static-softmax-512":  # larger ones glare where a weight is off
+            assert model.lut_patches(x, t).abs().max() < 3
     assert errors["copy"] < 0.1 * x.square().mean().item()
     assert errors["copy"] < 0.2 * errors["noise"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ def open_optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.op
     "Muon is scalable for LLM training", eq. 4).
     """
     hidden: list[nn.Parameter] = []
-    lut: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if (
@@ -32,11 +30,10 @@ def open_optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.op
         ):
             hidden.append(parameter)
         else:
-            (lut if name == "model.lut.entries" else others).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": others}, {"params": lut, "of_lr": settings.lut_lr}]
+            others.append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            groups,
+            others,
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -59,7 +56,7 @@ def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
     """One step of all at a rate, then no gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("of_lr", 1.0)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -47,7 +47,6 @@ class TrainSettings:
     weight_decay: float
     betas: tuple[float, float]
     start: str  # "noise", or "copy": x0 = x_t (training.start)
-    lut_lr: float  # of the LUT, as a multiple of lr
     optimizer: str  # "adamw", or "muon" for the blocks' matrices and AdamW for the rest
     flip: float  # share of the images mirrored
     affine: float  # share of the images scaled, shifted and turned, which the network is told
@@ -87,7 +86,6 @@ class TrainSettings:
             "clip_norm": self.clip_norm is None or self.clip_norm > 0,
             "warmup": self.warmup >= 0,
             "start": self.start in ("noise", "copy"),
-            "lut_lr": self.lut_lr >= 0,
             "optimizer": self.optimizer in ("adamw", "muon"),
             "flip": 0 <= self.flip <= 1,
             "affine": 0 <= self.affine <= 1,
@@ -106,6 +104,11 @@ class TrainSettings:
             raise ConfigError(
                 f"start copy needs stem_channels of {self.model.channels} at least, not "
                 f"{self.model.stem_channels}; there is start noise"
+            )
+        if self.start == "copy" and (self.model.lut, self.model.weights) == ("dynamic", "softmax"):
+            raise ConfigError(
+                "start copy is for tanh weights or a static LUT, not for softmax weights of a "
+                "dynamic one; there is start noise"
             )
         if self.perceptual == "lpips" and self.model.channels != 3:
             raise ConfigError(f"perceptual lpips needs 3 channels, not {self.model.channels}")
@@ -165,7 +168,6 @@ def post(model: ModelConfig) -> dict[str, Any]:
         "weight_decay": 1e-2,
         "betas": (0.9, 0.999),
         "start": "noise",
-        "lut_lr": 1.0,
         "optimizer": "adamw",
         "flip": 0.25,
         "affine": 0.0,
@@ -192,9 +194,7 @@ def modern(model: ModelConfig) -> dict[str, Any]:
         "lr": 2e-3,
         "weight_decay": 1e-2,
         "betas": (0.9, 0.99),
-        # As a copy, convex weights need entries so large that one may glare out of a picture.
-        "start": "copy" if model.weights == "tanh" else "noise",
-        "lut_lr": 1.0,
+        "start": "noise" if (model.lut, model.weights) == ("dynamic", "softmax") else "copy",
         "optimizer": "muon",
         "flip": 0.5,
         "affine": 0.0,

@@ -5,12 +5,19 @@ near t = 1 the clean image is all but there, and it still paints a blur of it. H
 there from the first step. The patches' main directions are written into channels that the
 rotary position leaves alone; the head reads them, the LUT holds the same directions, and the
 blocks add nothing yet. What is left to learn is how x0 differs from x_t.
+
+Softmax weights mix entries and add none, so an exact copy would need entries of hundreds of
+times a patch's size, which glare wherever a weight is a little off. There the entries start as
+patches of the images, and a short fit of head and LUT alone finds the best x0 of a patch by itself.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +29,9 @@ from training.dct import dct_matrix
 IMAGES = 4096  # whose patches count
 HEADROOM = 4.0  # standard deviations of a coefficient that a weight of ±1 reaches
 SMALLEST = 2.0  # of what a weight of ±1 reaches; noise at t = 0 has deviation 1
+FIT_STEPS, FIT_PATCHES, FIT_LR = 400, 2048, 2e-2  # of convex weights: Adam, cosine decay
+FIT_TEMPERATURE = 4.0  # of squared distances to the entries, as the first logits have them
+FIT_FLOOR = 0.05  # the error's weight is 1/max(1−t, floor)², that of the velocity
 
 
 def spread(indices: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -86,18 +96,17 @@ def start_as_copy(model: LutTransformer, images: Tensor) -> None:
     """Set the weights so that x0 is x_t, as far as the LUT and the channels reach.
 
     Args:
-        model: on the CPU.
+        model: on the CPU; not one with a dynamic LUT and softmax weights.
         images: uint8 [n, C, S, S], whose patches tell the directions.
     """
     config = model.config
     patches = image_to_tiles(images.float().div_(127.5).sub_(1), config).flatten(0, 1).double()
-    signs = 2 if config.weights == "softmax" else 1  # convex weights need both signs
-    count = min(config.entries // signs, config.entry_values, config.width // 2)
+    convex = config.weights == "softmax"
+    count = min(config.entry_values, config.width // 2, *(() if convex else (config.entries,)))
     if config.lut == "static":
         directions, deviations = principal_directions(patches, count)
     else:
         directions, factors, deviations = separable_directions(patches, config, count)
-    reach = (HEADROOM * deviations).clamp_min(SMALLEST)  # of a weight of ±1
     channels = quiet_channels(config, count)
     _write(model, directions, channels)
     for block in model.blocks:
@@ -106,12 +115,15 @@ def start_as_copy(model: LutTransformer, images: Tensor) -> None:
             part.zero_()
         for part in (block.gated.weight, block.gated.bias):
             part[: config.width] = 0  # W0, which the gate is multiplied with
-    _read(model, channels, reach, signs)
+    model.head.weight.zero_()
+    model.head.bias.zero_()
+    if convex:
+        _fit(model, patches.float(), directions.float(), channels)
+        return
+    reach = (HEADROOM * deviations).clamp_min(SMALLEST)  # of a weight of ±1
+    model.head.weight[torch.arange(count), channels] = (1 / reach).float()
     if isinstance(model.lut, StaticLut):
-        # Small softmax weights are 1/K and half the difference of two logits apart.
-        scale = reach * (config.entries / 2 if signs == 2 else 1)
-        entries = torch.cat([scale[:, None] * directions, -scale[:, None] * directions])
-        model.lut.entries.flatten(1)[: signs * count] = entries[: signs * count].float()
+        model.lut.entries.flatten(1)[:count] = (reach[:, None] * directions).float()
     else:
         assert isinstance(model.lut, DynamicLut)
         _compute(model.lut, factors * reach.sqrt()[:, None])
@@ -133,15 +145,29 @@ def _write(model: LutTransformer, directions: Tensor, channels: Tensor) -> None:
     stem.patch.weight[channels, :c] = kernels
 
 
-def _read(model: LutTransformer, channels: Tensor, reach: Tensor, signs: int) -> None:
-    """Let the head turn the channels into weights, and leave the other entries out."""
-    count = len(channels)
-    rows = torch.arange(signs * count)
-    head = model.head
-    head.weight.zero_()
-    head.bias.zero_()
-    gain = (1 / reach).float()
-    head.weight[rows, channels.repeat(signs)] = torch.cat([gain, -gain])[: signs * count]
+def _fit(model: LutTransformer, patches: Tensor, directions: Tensor, channels: Tensor) -> None:
+    """Fit head and LUT to paint clean patches from noisy ones, each by itself, at t ~ U(0, 1)."""
+    assert isinstance(model.lut, StaticLut)
+    k = model.config.entries
+    entries = patches[torch.randint(len(patches), (k,))]
+    weight = entries @ directions.T / FIT_TEMPERATURE
+    bias = entries.square().sum(1) / (-2 * FIT_TEMPERATURE)
+    fitted = [part.requires_grad_() for part in (entries, weight, bias)]
+    adam = torch.optim.Adam(fitted, lr=FIT_LR, betas=(0.9, 0.95))
+    for step in range(FIT_STEPS):
+        adam.param_groups[0]["lr"] = FIT_LR * 0.5 * (1 + math.cos(math.pi * step / FIT_STEPS))
+        x = patches[torch.randint(len(patches), (FIT_PATCHES,))]
+        t = torch.rand(FIT_PATCHES, 1)
+        seen = (t * x + (1 - t) * torch.randn_like(x)) @ directions.T
+        with torch.enable_grad():
+            painted = F.linear(seen, weight, bias).softmax(-1) @ entries
+            loss = ((painted - x) / (1 - t).clamp_min(FIT_FLOOR)).square().mean()
+            loss.backward()
+        adam.step()
+        adam.zero_grad()
+    model.lut.entries.copy_(entries.view_as(model.lut.entries))
+    model.head.weight[:, channels] = weight
+    model.head.bias.copy_(bias)
 
 
 def _compute(lut: DynamicLut, factors: Tensor) -> None:
