@@ -51,10 +51,12 @@ def encode_gif(frames: Sequence[Pixels], seconds: float = 4.0) -> bytes:
 def grid(pixels: Pixels, columns: int | None = None, gap: int = 0) -> Pixels:
     """Tile uint8 [n, H, W, C] row by row into one picture, about square unless told.
 
-    Unfilled places and gaps are black.
+    Half as wide again as a square, if that leaves no place unfilled; those and gaps are black.
     """
     n, height, width, channels = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    square = math.ceil(math.sqrt(n))
+    full = (wide for wide in range(square, square * 3 // 2 + 1) if n % wide == 0)
+    columns = columns or next(full, square)
     rows = math.ceil(n / columns)
     sheet = np.zeros((rows * columns, height + gap, width + gap, channels), np.uint8)
     sheet[:n, :height, :width] = pixels

@@ -244,6 +244,14 @@ def test_grid_places_every_picture(n: int, columns: int, gap: int) -> None:
         assert (tile == k + 1).all()
 
 
+@pytest.mark.parametrize(
+    ("n", "shape"),
+    [(1, (1, 1)), (5, (2, 3)), (8, (2, 4)), (10, (2, 5)), (30, (5, 6)), (64, (8, 8))],
+)
+def test_grid_is_full_where_it_can_be(n: int, shape: tuple[int, int]) -> None:
+    assert images.grid(np.zeros((n, 1, 1, 3), np.uint8)).shape[:2] == shape
+
+
 def test_png_round_trip() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     assert np.array_equal(images.decode_png(images.encode_png(pixels)), pixels)
