@@ -26,7 +26,7 @@ from tests.conftest import golden_model
 from training.data import draw_set, load_folder
 from training.distances import Features
 from training.evaluate import ErrorCurve, compare_sets, evaluate, x0_errors
-from training.evaluation_data import RealImages, draw_samples, load_real, read_samples
+from training.evaluation_data import RealImages, Trained, draw_samples, load_real, read_samples
 from training.features import open_extractor
 from training.report import chart, metric_table, page
 
@@ -99,7 +99,7 @@ def test_a_run_end_to_end(trained: Path, data: Path, tmp_path: Path) -> None:
         ("held-out", 18),
     ]
     assert found["settings"]["training_images"] == 43 and found["settings"]["held_out_images"] == 21
-    assert found["settings"]["split"].endswith("seed 5, as in the run's training")
+    assert found["settings"]["split"].endswith("seed 5, as in the model's training")
     assert found["settings"]["model_sha256"] == bundle.sha256(bundle.Run(run).model)
     assert any(note.startswith("18 images are fewer than the 384") for note in found["notes"])
     assert found["errors"]["images"] == 21 and len(found["errors"]["held_out"]) == 12
@@ -235,7 +235,10 @@ def test_results_that_belong_nowhere(
     assert "is a file; --out names" in fail(2, "evaluate", drawn, "--data", data, "--out", model)
 
 
-@pytest.mark.parametrize("option", [("--steps", 4), ("--solver", "euler"), ("--backend", "torch")])
+@pytest.mark.parametrize(
+    "option",
+    [("--steps", 4), ("--solver", "euler"), ("--backend", "torch"), ("--time-grid", "tuned")],
+)
 def test_options_of_a_run_beside_a_folder(
     option: tuple[object, ...], drawn: Path, data: Path
 ) -> None:
@@ -261,8 +264,7 @@ def test_without_the_extra(drawn: Path, data: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_split_is_the_one_of_the_training(trained: Path, data: Path) -> None:
-    run = bundle.Run(trained)
-    real = load_real(str(data), None, 64, 3, run)
+    real = load_real(str(data), None, 64, 3, Trained.of_run(bundle.Run(trained)))
     chosen, held = load_folder(data, 64).split(0.33, 5)
     everything = load_folder(data, 64).images
     np.testing.assert_array_equal(real.training, everything[chosen])
@@ -275,13 +277,30 @@ def test_a_split_that_nothing_vouches_for_warns(trained: Path, data: Path, tmp_p
     values = bundle.read_json(run.settings)
     more = write_pictures(tmp_path / "more", faces(70))
     bundle.write_json(run.settings, {**values, "data": str(more)})
-    assert "the run saw 43" in load_real(str(more), None, 64, 3, run).warnings[0]
+    real = load_real(str(more), None, 64, 3, Trained.of_run(run))
+    assert "the model saw 43" in real.warnings[0]
     bundle.write_json(run.settings, {**values, "held_out": 0.0})
-    real = load_real(str(data), None, 64, 3, run)
+    real = load_real(str(data), None, 64, 3, Trained.of_run(run))
     assert "held nothing out" in real.warnings[0] and len(real.held_out) == 3
     bundle.write_json(run.settings, {**values, "data": "synthetic"})
-    real = load_real(str(data), None, 64, 3, run)
+    real = load_real(str(data), None, 64, 3, Trained.of_run(run))
     assert real.warnings == () and "the model was trained on synthetic" in real.split
+
+
+def test_a_model_of_the_package_knows_its_split(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how many images it was trained on: a name of their folder it does not have."""
+    training = {"held_out": 0.33, "seed": 5, "training_images": 43}
+    monkeypatch.setattr("lutdeploy.shipped.facts", lambda name: {"training": training})
+    trained = Trained.of_shipped("cats")
+    real = load_real(str(data), None, 64, 3, trained)
+    chosen, held = load_folder(data, 64).split(0.33, 5)
+    assert (len(real.training), len(real.held_out)) == (len(chosen), len(held)) == (43, 21)
+    assert real.warnings == () and "as in the model's training" in real.split
+    training["training_images"] = 44
+    real = load_real(str(data), None, 64, 3, Trained.of_shipped("cats"))
+    assert "the model saw 44" in real.warnings[0] and "split here" in real.split
 
 
 # From Python

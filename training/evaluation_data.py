@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from lutdeploy import bundle, images
+from lutdeploy import bundle, images, shipped
 from lutdeploy.errors import UsageError
 from lutdeploy.sample_folder import EXTRAS, MANIFEST
 from lutdeploy.sampling import Denoiser, finished_batches, noise_batches
@@ -20,7 +20,6 @@ from lutdeploy.solvers import StepTable
 from training.data import ImageSet, draw_set, find_images, load_folder
 from training.distances import Pixels
 from training.loop import resumable_settings
-from training.recipes import TrainSettings
 
 SPLIT = 0.05  # held out where nothing says what was
 NAMED = 5  # unreadable files that a message names
@@ -71,13 +70,39 @@ def _same(source: str, other: str) -> bool:
     )
 
 
-def trained_with(run: bundle.Run | None) -> TrainSettings | None:
-    """The settings that a run was trained with; None when it was not trained here.
+@dataclass(frozen=True)
+class Trained:
+    """What a model's training says of its images.
 
-    Raises:
-        ArtefactError: they are damaged.
+    Attributes:
+        data: their folder or "synthetic"; None where only the images can tell.
+        held_out, seed: how they were split.
+        images: how many were trained on; None where nothing says.
     """
-    return resumable_settings(run) if run is not None and run.settings.is_file() else None
+
+    data: str | None
+    held_out: float
+    seed: int
+    images: int | None
+
+    @classmethod
+    def of_run(cls, run: bundle.Run) -> Trained | None:
+        """From a run's settings and state; None when it was not trained here.
+
+        Raises:
+            ArtefactError: the settings are damaged.
+        """
+        if not run.settings.is_file():
+            return None
+        settings = resumable_settings(run)
+        seen = _images_trained_on(run)
+        return cls(settings.data, settings.held_out, settings.seed, seen)
+
+    @classmethod
+    def of_shipped(cls, name: str) -> Trained:
+        """From what a model of the package is shipped with."""
+        training = shipped.facts(name)["training"]
+        return cls(None, training["held_out"], training["seed"], training["training_images"])
 
 
 def _images_trained_on(run: bundle.Run) -> int | None:
@@ -94,51 +119,55 @@ def load_real(
     held_out: Path | None,
     size: int,
     channels: int,
-    run: bundle.Run | None = None,
+    trained: Trained | None = None,
     told: Told = lambda *_: None,
 ) -> RealImages:
     """Training and held-out images.
 
-    Held out is what ``held_out`` holds; else what the run's own training held out of the
+    Held out is what ``held_out`` holds; else what the model's own training held out of the
     same ``data``; else 5 %, with a warning that the model may have seen them.
 
     Args:
         data: a folder or "synthetic".
         held_out: a folder of images that the model never saw.
         size, channels: of the pictures.
-        run: whose settings may tell the split.
+        trained: what the model's training says.
 
     Raises:
-        UsageError, ArtefactError: as :func:`load_images` and :func:`trained_with`.
+        UsageError: as :func:`load_images`.
     """
     found = load_images(data, size, channels, told)
     warnings = _skipped(found)
-    settings = trained_with(run)
-    ours = settings is not None and _same(settings.data, data)
+    fraction, seed, split = SPLIT, 0, f"held out: {SPLIT:.0%} of {data}, seed 0, split here"
+    ours, fits = False, True
+    if trained is not None:
+        count = len(found.split(trained.held_out, trained.seed)[0])
+        fits = trained.images in (None, count)
+        ours = fits if trained.data is None else _same(trained.data, data)
     if held_out is not None:
         other = load_images(str(held_out), size, channels, told)
         training = found.images
-        if settings is not None and ours:
-            training = found.images[found.split(settings.held_out, settings.seed)[0]]
+        if trained is not None and ours:
+            training = found.images[found.split(trained.held_out, trained.seed)[0]]
         return RealImages(
             training, other.images, f"held out: {held_out}", warnings + _skipped(other)
         )
-    fraction, seed, split = SPLIT, 0, f"held out: {SPLIT:.0%} of {data}, seed 0, split here"
     unknown = "the held-out images may have been trained on; --held-out names others"
-    if settings is None or run is None:
+    if trained is None:
         warnings += (f"no training settings tell the split: {unknown}",)
-    elif not ours:
-        split += f"; the model was trained on {settings.data}"
-    elif settings.held_out == 0:
+    elif trained.data is not None and not ours:
+        split += f"; the model was trained on {trained.data}"
+    elif trained.held_out == 0:
         warnings += (f"the training held nothing out: {unknown}",)
     else:
-        seen, count = _images_trained_on(run), len(found.split(settings.held_out, settings.seed)[0])
-        if seen is not None and seen != count:
+        if not fits:
             warnings += (
-                f"{data} now gives {count} images for training, the run saw {seen}: {unknown}",
+                f"{data} gives {count} images for training, the model saw {trained.images}: "
+                f"{unknown}",
             )
-        fraction, seed = settings.held_out, settings.seed
-        split = f"held out: {fraction:.1%} of {data}, seed {seed}, as in the run's training"
+        if fits or trained.data is not None:
+            fraction, seed = trained.held_out, trained.seed
+            split = f"held out: {fraction:.1%} of {data}, seed {seed}, as in the model's training"
     chosen, held = found.split(fraction, seed)
     return RealImages(found.images[chosen], found.images[held], split, warnings)
 

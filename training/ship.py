@@ -26,7 +26,7 @@ from lutdeploy.solvers import StepTable, step_table
 from lutdeploy.tuned_steps import read_tuned_steps, tuned_tables
 from training import pictures
 from training.evaluate import Evaluation, Metrics, evaluate
-from training.evaluation_data import RealImages, draw_samples, load_real
+from training.evaluation_data import RealImages, Trained, draw_samples, load_real
 from training.features import Extractor, open_extractor
 from training.loop import resumable_settings
 from training.recipes import TrainSettings
@@ -129,7 +129,8 @@ def _ship(run: bundle.Run, name: str, data: str | None, count: int, remark: str)
     model = checkpoint.load_model(path)
     _, about = checkpoint.read_metadata(path)
     config = model.config
-    real = load_real(data or settings.data, None, config.image_size, config.channels, run)
+    size, channels = config.image_size, config.channels
+    real = load_real(data or settings.data, None, size, channels, Trained.of_run(run))
     extractor = open_extractor()
     denoiser = TorchDenoiser(model, "cpu")
     best = best_table(path)

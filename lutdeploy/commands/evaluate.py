@@ -22,6 +22,7 @@ from lutdeploy.commands.options import (
     SOLVER,
     STEPS,
     THREADS,
+    TIME_GRID,
     run_or_model,
 )
 from lutdeploy.commands.sample import require_verdict
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
     from engines import Engine
     from lutdeploy.solvers import StepTable
     from training.distances import Pixels
-    from training.evaluation_data import RealImages, Told
+    from training.evaluation_data import RealImages, Told, Trained
     from training.features import Extractor
 
 PATH = click.Path(path_type=Path)
 FORMAT = 1  # of the JSON
-OF_A_RUN = ("backend", "provider", "precision", "export", "steps", "solver", "shift")
+OF_A_RUN = ("backend", "provider", "precision", "export", "steps", "solver", "shift", "time_grid")
 
 
 @click.command()
@@ -59,6 +60,7 @@ OF_A_RUN = ("backend", "provider", "precision", "export", "steps", "solver", "sh
 @STEPS
 @SOLVER
 @SHIFT
+@TIME_GRID
 @SEED
 @BACKEND
 @DEVICE
@@ -87,6 +89,7 @@ def evaluate(
     Real images measured against real ones stand beside them as the floor.
     """
     from training.distances import require_torchmetrics
+    from training.evaluation_data import Trained
     from training.features import open_extractor
     from training.report import require_jinja2
 
@@ -97,7 +100,8 @@ def evaluate(
     if run is not None and _holds_pictures(run):
         for name in OF_A_RUN:
             if options[name] not in (None, "auto"):
-                raise UsageError(f"--{name} is for a RUN; {run} holds pictures that are made")
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} is for a RUN; {run} holds pictures that are made")
         if data is None:
             raise UsageError("--data is needed: a folder of real images, or 'synthetic'")
         folder = _results(out or run, json_file)
@@ -106,7 +110,14 @@ def evaluate(
     backend, device = place(options["backend"], device, options["provider"])
     path = find(run)
     located = bundle.locate(path)
-    data = data or _trained_on(located.run, path)
+    trained = None
+    if shipped.is_shipped(path):
+        trained = Trained.of_shipped(path.stem)
+    elif located.run is not None:
+        trained = Trained.of_run(located.run)
+    data = data or (trained.data if trained else None)
+    if data is None:
+        raise UsageError(f"--data is needed: {path} does not say what it was trained on")
     if out is None and located.run is None and not shipped.is_shipped(path):
         raise UsageError(f"{path} belongs to no run folder; --out names a folder for the results")
     folder = _results(out or find_run(path).path, json_file)
@@ -119,8 +130,10 @@ def evaluate(
     with opened as engine:
         if not unverified:
             require_verdict(path, engine.identity)
-        table = table_for(engine, path, *(options[name] for name in ("solver", "steps", "shift")))
-        subject = _draw(engine, located.run, table, data, held_out, count, seed, batch)
+        asked = (options[name] for name in ("solver", "steps", "shift", "time_grid"))
+        table = table_for(engine, path, *asked)
+        title = str(located.run.path) if located.run else path.stem
+        subject = _draw(engine, title, trained, table, data, held_out, count, seed, batch)
         _finish(subject, extractor, seed, folder, json_file)
 
 
@@ -141,15 +154,6 @@ def _holds_pictures(path: Path) -> bool:
     run = bundle.Run(path)
     known = (run.model, run.settings, path / bundle.MANIFEST)
     return path.is_dir() and not any(file.is_file() for file in known)
-
-
-def _trained_on(run: bundle.Run | None, path: Path) -> str:
-    from training.evaluation_data import trained_with
-
-    settings = trained_with(run)
-    if settings is None:
-        raise UsageError(f"--data is needed: {path} does not say what it was trained on")
-    return settings.data
 
 
 def _results(folder: Path, json_file: Path | None) -> Path:
@@ -175,11 +179,11 @@ def _told(bar: Progress, name: str) -> Told:
 
 
 def _real(
-    data: str, held_out: Path | None, side: int, channels: int, run: bundle.Run | None, told: Told
+    data: str, held_out: Path | None, side: int, channels: int, trained: Trained | None, told: Told
 ) -> RealImages:
     from training.evaluation_data import load_real
 
-    real = load_real(data, held_out, side, channels, run, told)
+    real = load_real(data, held_out, side, channels, trained, told)
     note(f"data: {len(real.training)} training images, {len(real.held_out)} {real.split}")
     return real
 
@@ -201,7 +205,8 @@ def _read(pictures: Path, data: str, held_out: Path | None, count: int) -> Subje
 
 def _draw(
     engine: Engine,
-    run: bundle.Run | None,
+    title: str,
+    trained: Trained | None,
     table: StepTable,
     data: str,
     held_out: Path | None,
@@ -209,7 +214,7 @@ def _draw(
     seed: int,
     batch: int,
 ) -> Subject:
-    """Pictures sampled from a run."""
+    """Pictures sampled from a model."""
     from lutdeploy import sample_folder
     from training.distances import require_size
     from training.evaluate import require_images
@@ -219,12 +224,11 @@ def _draw(
     config = engine.config
     with progress_bar() as bar:
         told = _told(bar, "data")
-        real = _real(data, held_out, config.image_size, config.channels, run, told)
+        real = _real(data, held_out, config.image_size, config.channels, trained, told)
         require_images(real)
         pixels = draw_samples(engine, count, table, seed, batch, _told(bar, "sample"))
     made = sample_folder.settings(engine.identity, table, seed, "png")
     del made["format"]  # of pictures in files
-    title = str(run.path) if run else engine.identity["model_sha256"][:12]
     return Subject(title, pixels, real, engine, made, ())
 
 
