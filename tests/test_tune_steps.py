@@ -14,6 +14,7 @@ import pytest
 import lutdeploy
 from lutdeploy import bundle, images, shipped
 from lutdeploy.checkpoint import load_model, save_model
+from lutdeploy.commands.targets import find_run
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.solvers import step_table, tuned_table
 from lutdeploy.step_comparison import METRICS, Row, measure, plot
@@ -301,8 +302,15 @@ def test_the_embedded_model_brings_its_grids(
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     monkeypatch.chdir(tmp_path)
     succeed("tune-steps", "--steps", "2", "--solver", "euler", *QUICK)
-    known = read_tuned_steps(tmp_path / "runs" / shipped.DEFAULT / "steps.json")
-    assert {3, 4} <= {entry.table.steps for entry in known.entries}
+    made = bundle.Run(tmp_path / "runs" / shipped.DEFAULT)
+    known = read_tuned_steps(made.tuned_steps)
+    assert {2, 3, 4} <= {entry.table.steps for entry in known.entries}
+    find_run(model)
+    assert read_tuned_steps(made.tuned_steps) == known, "found grids stay"
+    made.model.write_bytes(b"of the release before")
+    find_run(model)
+    known = read_tuned_steps(made.tuned_steps)
+    assert {entry.table.steps for entry in known.entries} == {3, 4}, "grids of other weights go"
 
 
 def test_shipped_grids_belong_to_the_shipped_models() -> None:

@@ -31,10 +31,11 @@ def find_run(path: Path | None) -> bundle.Run:
     chosen = find(path)
     if shipped.is_shipped(chosen):
         run = bundle.Run(bundle.RUNS / chosen.stem)
-        bundle.write_atomic(run.model, chosen.read_bytes())
-        tuned = bundle.tuned_steps_file(chosen)
-        if tuned.is_file() and not run.tuned_steps.is_file():
-            bundle.write_atomic(run.tuned_steps, tuned.read_bytes())
+        weights, tuned = chosen.read_bytes(), bundle.tuned_steps_file(chosen)
+        known = run.tuned_steps.is_file() and run.model.is_file()
+        if tuned.is_file() and not (known and run.model.read_bytes() == weights):
+            bundle.write_atomic(run.tuned_steps, tuned.read_bytes())  # grids are of these weights
+        bundle.write_atomic(run.model, weights)
         note(f"run: {run.path} (made for the model of the package)")
         return run
     if chosen.name == bundle.MODEL and chosen.is_file():
