@@ -329,6 +329,8 @@ def test_model_stands_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run("export", "--model", name)
     assert (tmp_path / "runs" / name / "onnx" / "step-fp32").is_dir()
     assert not (tmp_path / "runs" / "newer" / "onnx").exists()
+    run("parity", "--model", name, "-n", 1, "--steps", 2)
+    assert (tmp_path / "runs" / name / "parity.json").is_file(), "of the export that --model made"
     line = run("sample", "runs/newer", "--model", name, code=2).output
     assert f"--model {name} stands for a RUN; leave out runs/newer" in line
     assert "Invalid value for '--model'" in run("sample", "--model", "dogs", code=2).output

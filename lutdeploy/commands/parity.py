@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lutdeploy import __version__, bundle
+from lutdeploy import __version__, bundle, shipped
 from lutdeploy.commands.console import show_report
 from lutdeploy.commands.options import (
     DEVICE,
@@ -24,7 +24,7 @@ from lutdeploy.commands.options import (
     THREADS,
     TIME_GRID,
 )
-from lutdeploy.commands.targets import find, open_reported, place, table_for
+from lutdeploy.commands.targets import find, find_run, open_reported, place, table_for
 from lutdeploy.errors import LutDeployError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def parity(
     from lutdeploy.checkpoint import load_model
 
     path = find(run)
+    if shipped.is_shipped(path) and (bundle.RUNS / path.stem).is_dir():
+        path = find_run(path).path  # where `export --model` put its exports
     located = bundle.locate(path)
     if located.model is None:
         raise UsageError(f"{path} has no {bundle.MODEL} beside it to compare with")
