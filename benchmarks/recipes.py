@@ -1,11 +1,10 @@
-"""Recipes side by side on the same images: the table of docs/training.md.
+"""Recipes side by side on the same images: the tables of docs/training.md.
 
     python -m benchmarks.recipes --data faces/ --out runs/recipes [--only NAME ...]
 
 Each variant is recipe `modern` of `static-tanh-64`, or what is named, with some numbers changed,
-for as many images seen. A run that
-was stopped goes on, and one that is done is not trained again. What is judged is the average of
-the lowest held-out loss; with --averages all that the run kept.
+for as many images seen. A run that was stopped goes on, and one that is done is not trained again.
+What is judged is the average of the lowest held-out loss; with --averages all that the run kept.
 """
 
 from __future__ import annotations
