@@ -336,6 +336,20 @@ def test_model_stands_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "Invalid value for '--model'" in run("sample", "--model", "dogs", code=2).output
 
 
+def test_a_model_of_the_package_replaces_no_trained_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a training has its name."""
+    monkeypatch.chdir(tmp_path)
+    trained = bundle.Run(Path("runs") / shipped.DEFAULT)
+    run("train", "--data", "synthetic", "--size", "tiny", "--steps", 1, "--out", trained.path)
+    before = trained.model.read_bytes()
+    for command in (("export",), ("parity",), ("tune-steps", "--steps", 2)):
+        line = run(*command, "--model", shipped.DEFAULT, code=2).output
+        assert f"{trained.path} was trained here" in line
+    assert trained.model.read_bytes() == before
+
+
 def test_models_are_listed_the_default_first() -> None:
     listed = json.loads(run("models", "--json").stdout)
     assert [model["name"] for model in listed] == list(shipped.names())

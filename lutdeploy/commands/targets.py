@@ -27,10 +27,19 @@ def find(run: Path | None) -> Path:
 
 
 def find_run(path: Path | None) -> bundle.Run:
-    """A run to write into; a model of the package gets a run of its own."""
+    """A run to write into; a model of the package gets a run of its own.
+
+    Raises:
+        UsageError: no run there, or one that was trained where the package's model would go.
+    """
     chosen = find(path)
     if shipped.is_shipped(chosen):
         run = bundle.Run(bundle.RUNS / chosen.stem)
+        if run.settings.is_file():
+            raise UsageError(
+                f"{run.path} was trained here, and the model of the package would replace its "
+                "model; give that folder another name"
+            )
         weights, tuned = chosen.read_bytes(), bundle.tuned_steps_file(chosen)
         known = run.tuned_steps.is_file() and run.model.is_file()
         if tuned.is_file() and not (known and run.model.read_bytes() == weights):
