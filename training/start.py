@@ -6,19 +6,14 @@ there from the first step. The patches' main directions are written into channel
 rotary position leaves alone; the head reads them, the LUT holds the same directions, and the
 blocks add nothing yet. What is left to learn is how x0 differs from x_t.
 
-Softmax weights mix entries and add none, so an exact copy would need entries of hundreds of
-times a patch's size, which glare wherever a weight is a little off. There the entries start as
-enlarged patches of the images, and a short fit of head and LUT alone finds the best x0 of a patch
-by itself.
+Softmax weights mix entries and add none. There each direction is held by entries of both signs,
+all as long as the directions' reach together, and the weights of a pair lean from one to the other.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,10 +25,7 @@ from training.dct import dct_matrix
 IMAGES = 4096  # whose patches count
 HEADROOM = 4.0  # standard deviations of a coefficient that a weight of ±1 reaches
 SMALLEST = 2.0  # of what a weight of ±1 reaches; noise at t = 0 has deviation 1
-FIT_STEPS, FIT_PATCHES, FIT_LR = 400, 2048, 2e-2  # of convex weights: Adam, cosine decay
-FIT_SCALE = 6.0  # of the patches as entries: far apart, weights change gently with a logit
-FIT_TEMPERATURE = 128.0  # of squared distances to the entries, as the first logits have them
-FIT_FLOOR = 0.05  # the error's weight is 1/max(1−t, floor)², that of the velocity
+CONVEX_ENTRIES = 8  # of softmax weights to a direction
 
 
 def spread(indices: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -104,7 +96,8 @@ def start_as_copy(model: LutTransformer, images: Tensor) -> None:
     config = model.config
     patches = image_to_tiles(images.float().div_(127.5).sub_(1), config).flatten(0, 1).double()
     convex = config.weights == "softmax"
-    count = min(config.entry_values, config.width // 2, *(() if convex else (config.entries,)))
+    held = max(1, config.entries // CONVEX_ENTRIES) if convex else config.entries
+    count = min(config.entry_values, config.width // 2, held)
     if config.lut == "static":
         directions, deviations = principal_directions(patches, count)
     else:
@@ -119,10 +112,10 @@ def start_as_copy(model: LutTransformer, images: Tensor) -> None:
             part[: config.width] = 0  # W0, which the gate is multiplied with
     model.head.weight.zero_()
     model.head.bias.zero_()
-    if convex:
-        _fit(model, patches.float(), directions.float(), channels)
-        return
     reach = (HEADROOM * deviations).clamp_min(SMALLEST)  # of a weight of ±1
+    if convex:
+        _lean(model, directions, reach, channels)
+        return
     model.head.weight[torch.arange(count), channels] = (1 / reach).float()
     if isinstance(model.lut, StaticLut):
         model.lut.entries.flatten(1)[:count] = (reach[:, None] * directions).float()
@@ -147,29 +140,24 @@ def _write(model: LutTransformer, directions: Tensor, channels: Tensor) -> None:
     stem.patch.weight[channels, :c] = kernels
 
 
-def _fit(model: LutTransformer, patches: Tensor, directions: Tensor, channels: Tensor) -> None:
-    """Fit head and LUT to paint clean patches from noisy ones, each by itself, at t ~ U(0, 1)."""
+def _lean(model: LutTransformer, directions: Tensor, reach: Tensor, channels: Tensor) -> None:
+    """Let softmax weights lean to one entry of a pair or the other, and x0 be x_t nearly.
+
+    A direction's entries are ±R times itself, R the sum of all reach; their weights share its part
+    of that sum, p = reach/R, and their logits are ±z, z = coefficient/reach. What is painted along
+    it is reach·sinh(z)/Σ p·cosh(z), which is the coefficient but for terms of z² and higher.
+    """
     assert isinstance(model.lut, StaticLut)
-    k = model.config.entries
-    entries = FIT_SCALE * patches[torch.randint(len(patches), (k,))]
-    weight = entries @ directions.T / FIT_TEMPERATURE
-    bias = entries.square().sum(1) / (-2 * FIT_TEMPERATURE)
-    fitted = [part.requires_grad_() for part in (entries, weight, bias)]
-    adam = torch.optim.Adam(fitted, lr=FIT_LR, betas=(0.9, 0.95))
-    for step in range(FIT_STEPS):
-        adam.param_groups[0]["lr"] = FIT_LR * 0.5 * (1 + math.cos(math.pi * step / FIT_STEPS))
-        x = patches[torch.randint(len(patches), (FIT_PATCHES,))]
-        t = torch.rand(FIT_PATCHES, 1)
-        seen = (t * x + (1 - t) * torch.randn_like(x)) @ directions.T
-        with torch.enable_grad():
-            painted = F.linear(seen, weight, bias).softmax(-1) @ entries
-            loss = ((painted - x) / (1 - t).clamp_min(FIT_FLOOR)).square().mean()
-            loss.backward()
-        adam.step()
-        adam.zero_grad()
-    model.lut.entries.copy_(entries.view_as(model.lut.entries))
-    model.head.weight[:, channels] = weight
-    model.head.bias.copy_(bias)
+    entry = torch.arange(model.config.entries)
+    which, sign = entry // 2 % len(reach), 1 - 2 * (entry % 2)
+    radius, sharers = reach.sum(), torch.bincount(which, minlength=len(reach))
+    prior = (reach / sharers)[which] / radius  # [K]
+    model.head.weight[entry, channels[which]] = (sign / reach[which]).float()
+    model.head.bias.copy_(prior.log())
+    # Onto the noise that they start with, by which those of one direction can part.
+    entries = model.lut.entries.flatten(1)
+    entries += (radius * sign[:, None] * directions[which]).float()
+    entries -= (prior / prior.sum()).float() @ entries  # nothing seen, nothing painted
 
 
 def _compute(lut: DynamicLut, factors: Tensor) -> None:
