@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engines
-from lutdeploy import bundle
+from lutdeploy import engines
+from lutdeploy.artefacts import files
 from lutdeploy.cli import cli
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     try:
         cli()
     finally:
-        bundle.write_json(report, {"engine_seconds": clock.seconds})
+        files.write_json(report, {"engine_seconds": clock.seconds})
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import click
 import numpy as np
 import torch
 
-from training.data import load_folder
-from training.distances import Features, Pixels
-from training.evaluate import Metrics, compare_sets
-from training.evaluation_data import read_samples
-from training.features import open_extractor
-from training.train_features import blur
+from lutdeploy.training.data import load_folder
+from lutdeploy.training.evaluation.data import read_samples
+from lutdeploy.training.evaluation.distances import Features, Pixels
+from lutdeploy.training.evaluation.evaluate import Metrics, compare_sets
+from lutdeploy.training.evaluation.features import open_extractor
+from lutdeploy.training.evaluation.train_features import blur
 
 
 def worn(pixels: Pixels, kind: str, strength: float) -> Pixels:

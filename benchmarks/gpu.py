@@ -21,7 +21,8 @@ from typing import Any
 
 import click
 
-from lutdeploy import bundle
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import Run
 from lutdeploy.config import PRESETS, SIZES, ModelConfig, model_config
 from lutdeploy.errors import LutDeployError
 from lutdeploy.machine import versions
@@ -46,20 +47,20 @@ def run_command(arguments: tuple[object, ...]) -> dict[str, Any]:
     }
 
 
-def make_run(folder: Path, config: ModelConfig) -> bundle.Run:
+def make_run(folder: Path, config: ModelConfig) -> Run:
     """A run with random weights: speed and parity do not ask for trained ones."""
     import torch
 
-    from lutdeploy.checkpoint import save_model
+    from lutdeploy.artefacts.checkpoint import save_model
     from lutdeploy.model import LutTransformer
 
     torch.manual_seed(0)
-    run = bundle.Run(folder)
+    run = Run(folder)
     save_model(LutTransformer(config), run.model)
     return run
 
 
-def daily_commands(run: bundle.Run, batches: tuple[int, ...], images: int) -> list[dict[str, Any]]:
+def daily_commands(run: Run, batches: tuple[int, ...], images: int) -> list[dict[str, Any]]:
     """Export, build for each batch size, parity, sample; stops at the first that fails."""
     sizes = [word for batch in batches for word in ("--batch", batch)]
     done = []
@@ -78,12 +79,12 @@ def daily_commands(run: bundle.Run, batches: tuple[int, ...], images: int) -> li
     return done
 
 
-def contenders(run: bundle.Run, batch: int) -> dict[str, Callable[[], Any]]:
+def contenders(run: Run, batch: int) -> dict[str, Callable[[], Any]]:
     """What can be timed: names, and what opens each."""
-    from engines import open_engine
-    from engines.cuda_device import CudaDevice
-    from engines.torch_device import TorchDeviceDenoiser
-    from lutdeploy.checkpoint import load_model
+    from lutdeploy.artefacts.checkpoint import load_model
+    from lutdeploy.engines import open_engine
+    from lutdeploy.engines.cuda.device import CudaDevice
+    from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 
     def torch_step(compile: bool, graph: bool) -> Callable[[], Any]:
         return lambda: TorchDeviceDenoiser(
@@ -102,14 +103,14 @@ def contenders(run: bundle.Run, batch: int) -> dict[str, Callable[[], Any]]:
 def time_trajectories(engine: Any, batch: int, seconds: float) -> list[float]:
     """Seconds of single batches through all steps, noise from the host to pixels on the host."""
     from lutdeploy.sampling import batch_noise, finished_batches
-    from lutdeploy.solvers import step_table
+    from lutdeploy.schedule import solver_schedule
 
-    table = step_table("euler", STEPS)
+    schedule = solver_schedule("euler", STEPS)
     noise = batch_noise(0, range(batch), engine.config.image_shape)
 
     def once() -> float:
         start = time.perf_counter()
-        list(finished_batches(engine, [(range(batch), noise)], table, pixels=True))
+        list(finished_batches(engine, [(range(batch), noise)], schedule, pixels=True))
         return time.perf_counter() - start
 
     once(), once()  # builds, captures, warms up
@@ -136,7 +137,7 @@ def peak_flops(size: int = MATRIX) -> float:
 
 
 def speed_rows(
-    run: bundle.Run, config: ModelConfig, batches: tuple[int, ...], seconds: float, peak: float
+    run: Run, config: ModelConfig, batches: tuple[int, ...], seconds: float, peak: float
 ) -> Iterator[dict[str, Any]]:
     """A row for each contender and batch size; one that cannot run says why."""
     for batch in batches:
@@ -202,7 +203,7 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
 @click.option("--seconds", default=2.0, show_default=True, help="Of each timing.")
 def main(out: Path, size: str, batches: tuple[int, ...], images: int, seconds: float) -> None:
     """Build, judge, sample and time on this machine's GPU."""
-    from engines.cuda_device import CudaDevice
+    from lutdeploy.engines.cuda.device import CudaDevice
 
     try:
         device = CudaDevice()
@@ -228,9 +229,9 @@ def main(out: Path, size: str, batches: tuple[int, ...], images: int, seconds: f
         failed += [done["command"] for done in commands if done["exit_code"]]
         speed = list(speed_rows(run, config, batches, seconds, report["peak_flops"]))
         report["presets"][preset] = {"commands": commands, "speed": speed}
-        bundle.write_json(out / "report.json", report)
+        files.write_json(out / "report.json", report)
         text = "\n".join(describe(report)) + "\n"
-        bundle.write_atomic(out / "report.md", text.encode())
+        files.write_atomic(out / "report.md", text.encode())
     click.echo(out / "report.md")
     if failed:
         raise click.ClickException(f"failed: {json.dumps(failed)}")

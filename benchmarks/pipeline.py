@@ -22,7 +22,8 @@ from typing import Any
 
 import click
 
-from lutdeploy import bundle, shipped
+from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.run import Run
 from lutdeploy.machine import Machine, this_machine
 
 LUTDEPLOY = (sys.executable, "-m", "lutdeploy.cli")
@@ -68,7 +69,7 @@ def measure_training(data: str, steps: int, precision: str, out: Path) -> dict[s
     small = ("--preset", "static-tanh-64", "--size", "small", "--batch", 64, "--steps", steps)
     fast = ("--precision", precision, "--compile", "on", "--device", "cpu")
     whole = run(*LUTDEPLOY, "train", "--data", data, *small, *fast, "--out", out)
-    lines = [json.loads(line) for line in bundle.Run(out).log.read_text().splitlines()]
+    lines = [json.loads(line) for line in Run(out).log.read_text().splitlines()]
     rates = [line["images_per_second"] / 64 for line in lines if line["step"] > WARM]
     if not rates:
         raise click.ClickException(f"--train-steps {steps} leaves nothing behind {WARM} of warm-up")
@@ -87,12 +88,12 @@ def measure_export(size: str, folder: Path) -> dict[str, Any]:
     """`lutdeploy export` of random weights, each kind of graph that is asked for daily."""
     import torch
 
-    from lutdeploy.checkpoint import save_model
+    from lutdeploy.artefacts.checkpoint import save_model
     from lutdeploy.config import model_config
     from lutdeploy.model import LutTransformer
 
     torch.manual_seed(0)
-    save_model(LutTransformer(model_config("static-tanh-64", size)), bundle.Run(folder).model)
+    save_model(LutTransformer(model_config("static-tanh-64", size)), Run(folder).model)
     found = {}
     for options in (
         (),
@@ -108,8 +109,8 @@ def measure_export(size: str, folder: Path) -> dict[str, Any]:
 
 def measure_sampling(model: Path, count: int, folder: Path) -> dict[str, Any]:
     """The engine's share of the wall time of `lutdeploy sample`, per backend."""
-    target = bundle.Run(folder / "run")
-    bundle.write_atomic(target.model, model.read_bytes())
+    target = Run(folder / "run")
+    files.write_atomic(target.model, model.read_bytes())
     run(*LUTDEPLOY, "export", target.path)
     found = {}
     for backend in ("torch", "onnxruntime"):
@@ -190,7 +191,7 @@ def main(
     for line in describe(result):
         click.echo(line)
     if json_file is not None:
-        bundle.write_json(json_file, result)
+        files.write_json(json_file, result)
 
 
 if __name__ == "__main__":

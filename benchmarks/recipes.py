@@ -1,4 +1,4 @@
-"""Recipes side by side on the same images: the tables of docs/training.md.
+"""Recipes side by side on the same images: the schedules of docs/training.md.
 
     python -m benchmarks.recipes --data faces/ --out runs/recipes [--only NAME ...]
 
@@ -17,17 +17,18 @@ import click
 import numpy as np
 import torch
 
-from lutdeploy import bundle
-from lutdeploy.checkpoint import load_model
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import load_model
+from lutdeploy.artefacts.run import Run
 from lutdeploy.config import model_config
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.solvers import step_table
-from training.data import ImageSet, load_folder
-from training.evaluate import Set, measure, with_features, x0_errors
-from training.evaluation_data import draw_samples
-from training.features import Extractor, open_extractor
-from training.loop import Schedule, train
-from training.recipes import TrainSettings, train_settings
+from lutdeploy.schedule import solver_schedule
+from lutdeploy.training.data import ImageSet, load_folder
+from lutdeploy.training.evaluation.data import draw_samples
+from lutdeploy.training.evaluation.evaluate import Set, measure, with_features, x0_errors
+from lutdeploy.training.evaluation.features import Extractor, open_extractor
+from lutdeploy.training.loop import Cadence, train
+from lutdeploy.training.recipes import TrainSettings, train_settings
 
 AVERAGES = [0.9, 0.98, 0.995, 0.9995]
 # What the first comparison started from: `modern` as it was before it took what won there.
@@ -102,10 +103,10 @@ def settings_of(name: str, data: str, size: str, images: int) -> TrainSettings:
     return TrainSettings.from_dict({**plain.to_dict(), **changes})
 
 
-def run_of(name: str, folder: Path) -> bundle.Run:
+def run_of(name: str, folder: Path) -> Run:
     """Where a variant's run is."""
     kept = "".join(c if c.isalnum() or c in ".-" else "-" for c in name.replace("−", "-"))
-    return bundle.Run(folder / kept)
+    return Run(folder / kept)
 
 
 def judge(
@@ -115,7 +116,7 @@ def judge(
     denoiser = TorchDenoiser(load_model(path), "cpu")
     chosen, held = data.split(0.05, 0)
     curve = x0_errors(denoiser, data.images[held], data.images[chosen])
-    samples = draw_samples(denoiser, count, step_table("dpmpp-2m", steps))
+    samples = draw_samples(denoiser, count, solver_schedule("dpmpp-2m", steps))
     found = measure(with_features(samples, extractor), real, 0)
     errors = dict(zip(curve.times, curve.held_out, strict=True))
     return {"errors": errors, "gap": curve.gap, **found.to_dict()}
@@ -157,7 +158,7 @@ def main(
     threads: int | None,
     averages: bool,
 ) -> None:
-    """Train what is missing, judge what is not judged yet, print the table."""
+    """Train what is missing, judge what is not judged yet, print the schedule."""
     if threads is not None:
         torch.set_num_threads(threads)
     found = load_folder(Path(data), 64)
@@ -168,14 +169,14 @@ def main(
         run = run_of(name, out)
         settings = settings_of(name, data, size, images)
         run.path.mkdir(parents=True, exist_ok=True)
-        schedule = Schedule(checkpoint=500, picture=10**9)
-        for progress in train(settings, found, run, schedule=schedule, resume=True):
+        cadence = Cadence(checkpoint=500, picture=10**9)
+        for progress in train(settings, found, run, cadence=cadence, resume=True):
             if progress.step % 100 == 0:
                 click.echo(f"{name}: step {progress.step}, loss {progress.loss:.4f}", err=True)
         for path in sorted(run.averages.glob("*.safetensors")) if averages else [run.model]:
             judged = run.path / f"judged-{path.stem}-{count}-{steps}.json"
             if not judged.is_file():
-                bundle.write_json(judged, judge(path, found, real, extractor, count, steps))
+                files.write_json(judged, judge(path, found, real, extractor, count, steps))
             row = json.loads(judged.read_text(encoding="utf-8"))
             click.echo(line(f"{name}, {path.stem}" if averages else name, row))
 

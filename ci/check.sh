@@ -5,5 +5,6 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 mypy
+lint-imports --no-cache
 # A process for each core: most of the time goes into tracing, which uses one.
 python -m pytest --numprocesses logical --dist worksteal "$@"

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from lutdeploy import bundle, plan
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import Manifest, read_manifest
+from lutdeploy.artefacts.run import MODEL, Located, Run, locate
+from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import ArtefactError, BackendError, LutDeployError, UsageError
 from lutdeploy.sampling import Denoiser
 
@@ -49,7 +52,7 @@ def open_engine(
         path: what to open; of a run folder the newest export, unless ``export`` names one.
         backend: "torch" runs the model file, "onnxruntime" and "openvino" an export,
             "tensorrt" the engines that were built from an export, "auto" the fastest that
-            passed parity on this machine (:mod:`engines.auto`); where nothing was measured, an
+            passed parity on this machine (``engines.auto``); where nothing was measured, an
             export in ONNX Runtime if there is one, else the model file.
         device: "cpu", "cuda" or "cuda:N"; for onnxruntime also "tensorrt" or an execution
             provider's name. By default "cuda" for tensorrt, "cpu" for the others.
@@ -73,7 +76,7 @@ def open_engine(
         )
     if precision is not None and backend != "openvino":
         raise UsageError(f"precision {precision} is for backend openvino; elsewhere the export's")
-    located = bundle.locate(Path(path))
+    located = locate(Path(path))
     if backend == "auto":
         options = {"threads": threads, "batch": batch, "unverified": unverified}
         return _open_fastest(located, path, device, export, say, options)
@@ -83,7 +86,7 @@ def open_engine(
     if backend in ("onnxruntime", "openvino", "tensorrt"):
         if folder is None:
             raise UsageError(f"{path} has no export; run `lutdeploy export {path}` first")
-        manifest = bundle.read_manifest(folder)
+        manifest = read_manifest(folder)
         require_same_model(manifest, located.model)
         if backend == "tensorrt":
             return _open_tensorrt(located.run, manifest, device or "cuda", batch, unverified)
@@ -93,16 +96,16 @@ def open_engine(
     if export is not None:
         raise UsageError(f"export {export}: backend torch runs the model and no export")
     if located.model is None:
-        raise UsageError(f"{path} has no {bundle.MODEL} beside it, which backend torch runs")
+        raise UsageError(f"{path} has no {MODEL} beside it, which backend torch runs")
     if located.export is not None:
-        require_same_model(bundle.read_manifest(located.export), located.model)
-    from engines.torch_engine import TorchEngine
+        require_same_model(read_manifest(located.export), located.model)
+    from lutdeploy.engines.torch import TorchEngine
 
     return TorchEngine(located.model, device or "cpu", threads)
 
 
 def _open_fastest(
-    located: bundle.Located,
+    located: Located,
     path: str | Path,
     device: str | None,
     export: str | None,
@@ -110,7 +113,7 @@ def _open_fastest(
     options: dict[str, Any],
 ) -> Engine:
     """The first of the measured choices that opens, else what needs no measurement."""
-    from engines.auto import measured_choices
+    from lutdeploy.engines.auto import measured_choices
 
     run, named = located.run, located.export.name if located.export else export
     batch = options["batch"] or AUTO_BATCH
@@ -137,17 +140,17 @@ def _open_fastest(
 
 
 def _open_onnxruntime(
-    run: bundle.Run | None, manifest: bundle.Manifest, device: str, threads: int | None
+    run: Run | None, manifest: Manifest, device: str, threads: int | None
 ) -> Engine:
-    from engines.onnxruntime_engine import PROVIDERS, OnnxRuntimeDenoiser, execution_provider
+    from lutdeploy.engines.onnxruntime import PROVIDERS, OnnxRuntimeDenoiser, execution_provider
 
     provider = execution_provider(device)
     if manifest.precision == "int8" and provider != PROVIDERS["cpu"]:
         raise UsageError(f"{manifest.name} is an int8 export, which is for CPUs, not {provider}")
     if provider not in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
         return OnnxRuntimeDenoiser(manifest, device, threads)
-    from engines.cuda_device import CudaDevice
-    from engines.onnxruntime_device import OnnxRuntimeDeviceDenoiser
+    from lutdeploy.engines.cuda.device import CudaDevice
+    from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
 
     try:
         cuda = CudaDevice()
@@ -160,11 +163,9 @@ def _open_onnxruntime(
     return OnnxRuntimeDeviceDenoiser(manifest, device, cuda, cache)
 
 
-def _open_openvino(
-    manifest: bundle.Manifest, device: str, precision: str, threads: int | None
-) -> Engine:
+def _open_openvino(manifest: Manifest, device: str, precision: str, threads: int | None) -> Engine:
     try:
-        from engines.openvino_engine import OpenVinoDenoiser
+        from lutdeploy.engines.openvino import OpenVinoDenoiser
     except ImportError as error:
         raise BackendError(
             f"OpenVINO is not installed here ({error}); pip install 'lutdeploy[openvino]'"
@@ -173,8 +174,8 @@ def _open_openvino(
 
 
 def _open_tensorrt(
-    run: bundle.Run | None,
-    manifest: bundle.Manifest,
+    run: Run | None,
+    manifest: Manifest,
     device: str,
     batch: int | None,
     unverified: bool,
@@ -184,8 +185,8 @@ def _open_tensorrt(
             f"{manifest.folder} lies in no run folder, where `lutdeploy build` keeps its engines"
         )
     require_tensorrt()
-    from engines.cuda_device import CudaDevice
-    from engines.tensorrt_engine import TensorRTDenoiser, this_machine, usable_plans
+    from lutdeploy.engines.cuda.device import CudaDevice
+    from lutdeploy.engines.tensorrt.engine import TensorRTDenoiser, this_machine, usable_plans
 
     gpu = CudaDevice(device)
     records = usable_plans(run, manifest, this_machine(gpu), batch)
@@ -211,22 +212,22 @@ def tensorrt_machine(device: str = "cuda") -> plan.Machine | None:
     """What TensorRT engines are tied to here; None where TensorRT or the GPU is missing."""
     try:
         require_tensorrt()
-        from engines.cuda_device import CudaDevice
-        from engines.tensorrt_engine import this_machine
+        from lutdeploy.engines.cuda.device import CudaDevice
+        from lutdeploy.engines.tensorrt.engine import this_machine
 
         return this_machine(CudaDevice(device))
     except BackendError:
         return None
 
 
-def newest_built_export(run: bundle.Run) -> str | None:
+def newest_built_export(run: Run) -> str | None:
     """The export that the newest TensorRT engine of a run was built from; None: none is there."""
     records = [state.record for state in plan.survey(run, None) if state.record is not None]
     newest = max(records, key=lambda record: record.created, default=None)
     return newest.export if newest else None
 
 
-def choose_export(located: bundle.Located, name: str | None = None) -> Path | None:
+def choose_export(located: Located, name: str | None = None) -> Path | None:
     """The export that a path and an optional name mean; None when there is none.
 
     Raises:
@@ -244,14 +245,14 @@ def choose_export(located: bundle.Located, name: str | None = None) -> Path | No
     raise UsageError(f"{located.run.path} has no export {name!r}; it has {there}")
 
 
-def require_same_model(manifest: bundle.Manifest, model: Path | None) -> None:
+def require_same_model(manifest: Manifest, model: Path | None) -> None:
     """Refuse an export of another model than ``model``.
 
     Raises:
         ArtefactError: says what to do.
     """
-    if model is not None and bundle.sha256(model) != manifest.source_sha256:
+    if model is not None and files.sha256(model) != manifest.source_sha256:
         raise ArtefactError(
-            f"{manifest.folder} was exported from another {bundle.MODEL} than the one beside it "
+            f"{manifest.folder} was exported from another {MODEL} than the one beside it "
             "(trained on since?); export again, or use --backend torch"
         )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lutdeploy import bundle
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import ArtefactError
 from lutdeploy.machine import this_machine
 
@@ -34,9 +35,7 @@ class Choice:
     why: str
 
 
-def measured_choices(
-    run: bundle.Run, batch: int, device: str | None, export: str | None
-) -> list[Choice]:
+def measured_choices(run: Run, batch: int, device: str | None, export: str | None) -> list[Choice]:
     """What could be opened, the fastest first; empty when nothing was measured here.
 
     Args:
@@ -50,9 +49,9 @@ def measured_choices(
     if not run.bench.is_file():
         return []
     machine = this_machine().fingerprint()
-    result = bundle.read_json(run.bench)
+    result = files.read_json(run.bench)
     try:
-        if result["model"]["sha256"] != bundle.sha256(run.model):
+        if result["model"]["sha256"] != files.sha256(run.model):
             return []
         if result["fingerprint"] != machine:
             return []

@@ -9,8 +9,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-from engines import require_tensorrt, tensorrt_machine
-from lutdeploy import bundle, plan
+from lutdeploy.artefacts.run import MODEL, RUNS, Run
+from lutdeploy.engines import require_tensorrt, tensorrt_machine
+from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import BackendError, LutDeployError
 
 PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "safetensors", "pillow", "click", "rich")
@@ -54,7 +55,7 @@ def _providers() -> list[Finding]:
     import numpy as np
     import onnxruntime as ort
 
-    from engines.onnxruntime_engine import open_session
+    from lutdeploy.engines.onnxruntime import open_session
 
     findings = []
     x = np.eye(2, dtype=np.float32) * 2
@@ -99,8 +100,8 @@ def _tensorrt() -> list[Finding]:
         except BackendError as error:
             detail = str(error)
         findings = [Finding("tensorrt", False, detail, required=False)]
-    for path in sorted(bundle.RUNS.glob(f"*/{bundle.MODEL}")):
-        for state in plan.survey(bundle.Run(path.parent), machine):
+    for path in sorted(RUNS.glob(f"*/{MODEL}")):
+        for state in plan.survey(Run(path.parent), machine):
             verdict = state.record.verdict if state.record else "damaged"
             reasons = "; ".join(state.reasons) or f"fits, {verdict}"
             if machine is None and not state.reasons:

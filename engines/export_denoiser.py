@@ -8,12 +8,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from lutdeploy.bundle import Manifest
+from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import UsageError
 from lutdeploy.sampling import Images, held_row, predict_by_row
+from lutdeploy.schedule import Schedule, Step
 from lutdeploy.signature import Signature, graph_signature
-from lutdeploy.solvers import Step, StepTable
 
 
 class ExportDenoiser(abc.ABC):
@@ -64,8 +64,8 @@ class ExportDenoiser(abc.ABC):
         return self.manifest.config
 
     @property
-    def table(self) -> StepTable | None:
-        return self.manifest.table
+    def schedule(self) -> Schedule | None:
+        return self.manifest.schedule
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class ExportDenoiser(abc.ABC):
 
     def signature(self, k: int) -> Signature:
         """Inputs and outputs of graph k."""
-        return graph_signature(self.config, self.manifest.graph, self.table, k)
+        return graph_signature(self.config, self.manifest.graph, self.schedule, k)
 
     def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
         """See :class:`lutdeploy.sampling.Denoiser`.
@@ -88,7 +88,7 @@ class ExportDenoiser(abc.ABC):
         Raises:
             UsageError: the export holds no graph for these timesteps.
         """
-        if self.table is not None:
+        if self.schedule is not None:
             return predict_by_row(self, x, t)
         zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)
         feed = {"x": x, "t": np.asarray(t, np.float32), "a": zeros, "b": ones, "c": zeros}
@@ -97,13 +97,13 @@ class ExportDenoiser(abc.ABC):
     def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
         """See :class:`lutdeploy.sampling.Denoiser`."""
         previous = x if x0_prev is None else x0_prev
-        if self.table is None:
+        if self.schedule is None:
             values = {"t": row.t, "a": row.a, "b": row.b, "c": row.c}
             feed = {name: np.full(len(x), v, np.float32) for name, v in values.items()}
             x_next, x0 = self._infer(0, {"x": x, "x0_prev": previous, **feed})
             return x_next, x0
         feed = {"x": x, "x0_prev": previous} if row.c else {"x": x}
-        x_next, x0 = self._infer(held_row(self.table, row), feed)
+        x_next, x0 = self._infer(held_row(self.schedule, row), feed)
         return x_next, x0
 
     def run(self, noise: Images) -> Images:

@@ -9,7 +9,7 @@ from lutdeploy.config import ModelConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from engines import Engine
+    from lutdeploy.engines import Engine
     from lutdeploy.sampling import sample
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ def load(path: str | Path, backend: str = "torch", device: str | None = None) ->
     Raises:
         LutDeployError: one of its children says what is wrong.
     """
-    from engines import open_engine
+    from lutdeploy.engines import open_engine
 
     return open_engine(path, backend, device)
 

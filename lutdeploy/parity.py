@@ -34,7 +34,7 @@ from lutdeploy.model import LutTransformer
 from lutdeploy.quantization import product_names, with_int8_products
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Denoiser, Images, StreamingDenoiser, batch_noise, trajectory
-from lutdeploy.solvers import Step, StepTable, step_table
+from lutdeploy.schedule import Schedule, Step, solver_schedule
 
 FLOAT32_LIMIT = 1e-4  # absolute, on images of unit scale
 HALF_FACTOR = 3.0
@@ -100,7 +100,7 @@ class Report:
     """All checks of one denoiser, the drift of its trajectory, and the final difference."""
 
     precision: str
-    table: StepTable
+    schedule: Schedule
     images: int
     checks: tuple[Check, ...]
     drift: tuple[float, ...]  # rms after each step; of a loop graph the end alone
@@ -127,7 +127,7 @@ class Report:
         return {
             "passed": self.passed,
             "precision": self.precision,
-            "solver": self.table.describe(),
+            "solver": self.schedule.describe(),
             "images": self.images,
             "final": {name: plain(value) for name, value in asdict(self.final).items()},
             "drift_rms": [plain(value) for value in self.drift],
@@ -158,11 +158,11 @@ def _limits(reference: NDArray[Any], half: NDArray[Any] | None) -> tuple[float, 
 
 
 def _step_rows(candidate: Denoiser) -> list[Step]:
-    """Rows for level 1: those of its own table, or every tenth of t with all coefficients."""
-    if candidate.table is None:
-        last = step_table("euler", 64).rows[-1].t
+    """Rows for level 1: those of its own schedule, or every tenth of t with all coefficients."""
+    if candidate.schedule is None:
+        last = solver_schedule("euler", 64).rows[-1].t
         return [Step(t, 0.5, 0.75, -0.25) for t in (*TIMESTEPS, last)]
-    rows = candidate.table.rows
+    rows = candidate.schedule.rows
     picked = sorted({round(k * (len(rows) - 1) / 10) for k in range(11)})
     return [rows[k] for k in picked]
 
@@ -188,25 +188,25 @@ def check_steps(
             yield Check("step", f"{name} at t = {row.t:.4g}", "max abs", value, limit)
 
 
-def _states(denoiser: Denoiser, noise: Images, table: StepTable) -> list[Images]:
+def _states(denoiser: Denoiser, noise: Images, schedule: Schedule) -> list[Images]:
     """x after each step; filled with NaN from where the sampler gave up."""
     states: list[Images] = []
     try:
-        for state in trajectory(denoiser, noise, table):
+        for state in trajectory(denoiser, noise, schedule):
             if state.step:
                 states.append(state.x)
     except NonFiniteError:
-        missing = (1 if denoiser.whole_trajectory else table.steps) - len(states)
+        missing = (1 if denoiser.whole_trajectory else schedule.steps) - len(states)
         states += [np.full_like(noise, np.nan)] * missing
     return states
 
 
 def _streamed(
-    denoiser: StreamingDenoiser, noise: Images, table: StepTable, pixels: bool
+    denoiser: StreamingDenoiser, noise: Images, schedule: Schedule, pixels: bool
 ) -> NDArray[Any]:
     """The end of the trajectory as the denoiser walks it by itself; NaN where it gave up."""
     try:
-        parts = [e for _, e in denoiser.stream([(range(len(noise)), noise)], table, pixels)]
+        parts = [e for _, e in denoiser.stream([(range(len(noise)), noise)], schedule, pixels)]
     except NonFiniteError:
         return np.full_like(noise, np.nan)
     return np.concatenate(parts)
@@ -225,7 +225,7 @@ def compare(
     model: LutTransformer,
     candidate: Denoiser,
     precision: str,
-    table: StepTable | None = None,
+    schedule: Schedule | None = None,
     noise: Images | None = None,
     levels: Sequence[str] = ("step", "trajectory", "picture"),
     reference: Denoiser | None = None,
@@ -236,14 +236,14 @@ def compare(
         model: what both compute; what a narrow precision costs it in PyTorch sets the limits.
         candidate: what is judged.
         precision: "fp32", "fp16", "bf16", "int8" or "int8-bf16", which decides the limits.
-        table: the trajectory; by default the candidate's own, else 64 Euler steps.
+        schedule: the trajectory; by default the candidate's own, else 64 Euler steps.
         noise: [n, C, S, S]; by default that of images 0 to 3 of seed 0.
         levels: which levels to run; a loop graph has no "step".
         reference: what is right; by default the PyTorch model in float32.
     """
     reference = reference or TorchDenoiser(model)
     half = narrow_reference(model, precision)
-    table = table or candidate.table or step_table("euler", 64)
+    schedule = schedule or candidate.schedule or solver_schedule("euler", 64)
     if noise is None:
         noise = batch_noise(0, range(4), model.config.image_shape)
     checks: list[Check] = []
@@ -252,10 +252,10 @@ def compare(
     drift: list[float] = []
     final = Difference(0.0, 0.0, math.inf, 1.0)
     if "trajectory" in levels or "picture" in levels:
-        found = _states(candidate, noise, table)
-        expected = _states(reference, noise, table)[-len(found) :]
-        lossy = _states(half, noise, table)[-len(found) :] if half else [None] * len(found)
-        first = table.steps - len(found) + 1
+        found = _states(candidate, noise, schedule)
+        expected = _states(reference, noise, schedule)[-len(found) :]
+        lossy = _states(half, noise, schedule)[-len(found) :] if half else [None] * len(found)
+        first = schedule.steps - len(found) + 1
         worst: Check | None = None
         for k, (ours, theirs, other) in enumerate(zip(found, expected, lossy, strict=True), first):
             _, limit = _limits(theirs, other)
@@ -265,7 +265,7 @@ def compare(
             if worst is None or (worst.passed and _nearness(check) > _nearness(worst)):
                 worst = check
         streaming = candidate if isinstance(candidate, StreamingDenoiser) else None
-        ends = _streamed(streaming, noise, table, False) if streaming else found[-1]
+        ends = _streamed(streaming, noise, schedule, False) if streaming else found[-1]
         final = difference(ends, expected[-1])
         limit, _ = _limits(expected[-1], lossy[-1])
         if "trajectory" in levels and worst is not None:
@@ -274,10 +274,10 @@ def compare(
         if "picture" in levels:
             checks.append(Check("picture", "images", "PSNR dB", final.psnr, MIN_PSNR[precision]))
             if streaming and math.isfinite(final.max_abs):
-                pixels = _streamed(streaming, noise, table, True).astype(np.int16)
+                pixels = _streamed(streaming, noise, schedule, True).astype(np.int16)
                 apart = float(np.abs(pixels - to_uint8(ends)).max())
                 checks.append(Check("picture", "pixels made on the device", "max abs", apart, 1.0))
-    return Report(precision, table, len(noise), tuple(checks), tuple(drift), final)
+    return Report(precision, schedule, len(noise), tuple(checks), tuple(drift), final)
 
 
 def _nearness(check: Check) -> float:

@@ -21,13 +21,13 @@ from lutdeploy.fused import fold_norm
 from lutdeploy.model import Block, LutTransformer
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Images, trajectory
-from lutdeploy.solvers import StepTable, step_table
+from lutdeploy.schedule import Schedule, solver_schedule
 
 LEVELS = 127  # of each sign; −128 is left out, so that both signs have the same scale
 PRODUCTS = ("qkv", "out", "gated")
 NORMS = {"qkv": "norm1", "gated": "norm2"}
-CALIBRATION = step_table("dpmpp-2m", 32)  # a trajectory across all timesteps
-SENSITIVITY = step_table("dpmpp-2m", 8)
+CALIBRATION = solver_schedule("dpmpp-2m", 32)  # a trajectory across all timesteps
+SENSITIVITY = solver_schedule("dpmpp-2m", 8)
 
 
 def quantized(values: Tensor, peak: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def with_int8_products(model: LutTransformer, names: Collection[str]) -> LutTran
 class Sensitivity:
     """What each product costs when it alone is INT8: rms error of x0, by product and step."""
 
-    table: StepTable
-    errors: dict[str, tuple[float, ...]]  # one for each step of the table
+    schedule: Schedule
+    errors: dict[str, tuple[float, ...]]  # one for each step of the schedule
 
     def ranked(self) -> list[str]:
         """The products, the most sensitive (by its mean square over the steps) first."""
@@ -92,7 +92,7 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "timesteps": [row.t for row in self.table.rows],
+            "timesteps": [row.t for row in self.schedule.rows],
             "rms": {name: [float(f"{e:.3g}") for e in row] for name, row in self.errors.items()},
         }
 
@@ -104,19 +104,19 @@ def measure_sensitivity(model: LutTransformer, noise: Images) -> Sensitivity:
         model: float32, on the CPU.
         noise: float32 [n, C, S, S], where the trajectory starts.
     """
-    table = SENSITIVITY
-    states = list(trajectory(TorchDenoiser(model), noise, table))
+    schedule = SENSITIVITY
+    states = list(trajectory(TorchDenoiser(model), noise, schedule))
     errors: dict[str, tuple[float, ...]] = {}
     for name in product_names(model):
         narrow = TorchDenoiser(with_int8_products(model, [name]))
         row = []
-        for step, before, after in zip(table.rows, states[:-1], states[1:], strict=True):
+        for step, before, after in zip(schedule.rows, states[:-1], states[1:], strict=True):
             t = np.full(len(noise), step.t, np.float32)
             assert after.x0 is not None
             error = narrow.predict_x0(before.x, t) - after.x0
             row.append(float(np.sqrt(np.square(error, dtype=np.float64).mean())))
         errors[name] = tuple(row)
-    return Sensitivity(table, errors)
+    return Sensitivity(schedule, errors)
 
 
 def float_ladder(ranked: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from lutdeploy.config import ModelConfig
 from lutdeploy.errors import UsageError
 from lutdeploy.model import LutTransformer
 from lutdeploy.sampling import Images
-from lutdeploy.solvers import Step, StepTable
+from lutdeploy.schedule import Schedule, Step
 
 
 class TorchDenoiser:
@@ -23,7 +23,7 @@ class TorchDenoiser:
             precision. None is float32 throughout.
     """
 
-    table: StepTable | None = None
+    schedule: Schedule | None = None
     whole_trajectory = False
 
     def __init__(
@@ -51,7 +51,7 @@ class TorchDenoiser:
         return following.cpu().numpy(), x0.cpu().numpy()
 
     def run(self, noise: Images) -> Images:
-        """Not here: the reference walks any table step by step."""
+        """Not here: the reference walks any schedule step by step."""
         raise UsageError("the PyTorch model holds no trajectory; sample with a step table")
 
     def _tensor(self, array: NDArray[np.float32]) -> torch.Tensor:

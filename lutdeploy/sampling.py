@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
-from lutdeploy.solvers import Step, StepTable, step_table
+from lutdeploy.schedule import Schedule, Step, solver_schedule
 
 Images = NDArray[np.float32]  # [B, C, S, S]
 Batch = tuple[Sequence[int], Images]  # the images' indices, and their noise
@@ -25,8 +25,8 @@ class Denoiser(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def table(self) -> StepTable | None:
-        """The only step table that it can follow; None when it follows any."""
+    def schedule(self) -> Schedule | None:
+        """The only schedule that it can follow; None when it follows any."""
 
     @property
     def whole_trajectory(self) -> bool:
@@ -36,13 +36,13 @@ class Denoiser(Protocol):
         """The clean images at (x_t, t): float32 [B, C, S, S] and [B] to [B, C, S, S]."""
 
     def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
-        """One row of a table: (x', x0) with x' = a·x + b·x0 + c·x0_prev.
+        """One row of a schedule: (x', x0) with x' = a·x + b·x0 + c·x0_prev.
 
         ``x0_prev`` is what :func:`history` makes of the x0 before, None on the first step.
         """
 
     def run(self, noise: Images) -> Images:
-        """The whole trajectory of ``table``: noise in, images out."""
+        """The whole trajectory of ``schedule``: noise in, images out."""
 
 
 @runtime_checkable
@@ -50,13 +50,13 @@ class StreamingDenoiser(Denoiser, Protocol):
     """A denoiser that walks whole trajectories by itself, batches beside one another."""
 
     def stream(
-        self, batches: Iterable[Batch], table: StepTable, pixels: bool
+        self, batches: Iterable[Batch], schedule: Schedule, pixels: bool
     ) -> Iterator[Finished]:
         """The trajectories of all batches, in order; a large batch may come in parts.
 
         Args:
             batches: taken while an earlier one computes.
-            table: the steps.
+            schedule: the steps.
             pixels: uint8 [n, S, S, C] as :func:`lutdeploy.images.to_uint8` makes them,
                 instead of float32 [n, C, S, S].
 
@@ -108,32 +108,32 @@ def noise_batches(
     return ((group, batch_noise(seed, group, shape)) for group in in_batches(indices, batch))
 
 
-def held_row(table: StepTable, row: Step) -> int:
-    """Which row of a denoiser's own table is asked for.
+def held_row(schedule: Schedule, row: Step) -> int:
+    """Which row of a denoiser's own schedule is asked for.
 
     Raises:
         UsageError: none of them.
     """
-    if row not in table.rows:
-        raise UsageError(f"this export holds no step {row}; it holds {table.describe()}")
-    return table.rows.index(row)
+    if row not in schedule.rows:
+        raise UsageError(f"this export holds no step {row}; it holds {schedule.describe()}")
+    return schedule.rows.index(row)
 
 
 def predict_by_row(denoiser: Denoiser, x: Images, t: NDArray[np.float32]) -> Images:
-    """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its table alone.
+    """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its schedule alone.
 
     Raises:
         UsageError: it does not hold these timesteps, or whole trajectories alone.
     """
     if denoiser.whole_trajectory:
         raise UsageError("a loop export holds whole trajectories, no single prediction")
-    table, t = denoiser.table, np.asarray(t, np.float32)
-    assert table is not None
+    schedule, t = denoiser.schedule, np.asarray(t, np.float32)
+    assert schedule is not None
     x0 = np.empty_like(x)
     for value in np.unique(t):
-        held = [row for row in table.rows if np.float32(row.t) == value]
+        held = [row for row in schedule.rows if np.float32(row.t) == value]
         if not held:
-            some = ", ".join(f"{row.t:g}" for row in table.rows[:4])
+            some = ", ".join(f"{row.t:g}" for row in schedule.rows[:4])
             raise UsageError(f"this export holds no timestep {value:g}; it holds {some}, …")
         rows = np.flatnonzero(t == value)
         x0[rows] = denoiser.step(np.ascontiguousarray(x[rows]), held[0], None)[1]
@@ -163,63 +163,63 @@ class State:
     x0_prev: Images | None = None
 
 
-def check_table(denoiser: Denoiser, table: StepTable) -> None:
-    """Refuse a table that the denoiser's graphs do not hold.
+def check_schedule(denoiser: Denoiser, schedule: Schedule) -> None:
+    """Refuse a schedule that the denoiser's graphs do not hold.
 
     Raises:
-        UsageError: says which table it holds.
+        UsageError: says which schedule it holds.
     """
-    held = denoiser.table
-    if held is not None and held != table:
+    held = denoiser.schedule
+    if held is not None and held != schedule:
         raise UsageError(
-            f"this export holds the steps of {held.describe()}, not {table.describe()}: ask for "
+            f"this export holds the steps of {held.describe()}, not {schedule.describe()}: ask for "
             "those, or export again with other --solver, --steps or --shift"
         )
 
 
 def trajectory(
-    denoiser: Denoiser, noise: Images, table: StepTable, indices: Sequence[int] | None = None
+    denoiser: Denoiser, noise: Images, schedule: Schedule, indices: Sequence[int] | None = None
 ) -> Iterator[State]:
     """Sample, yielding every state, the noise first.
 
     A denoiser with the whole trajectory in one graph yields the noise and the end.
 
     Args:
-        denoiser: steps through ``table``.
+        denoiser: steps through ``schedule``.
         noise: float32 [B, C, S, S].
-        table: the steps.
+        schedule: the steps.
         indices: the images' numbers for messages; 0 to B−1 by default.
 
     Raises:
-        UsageError: the denoiser holds other steps than ``table``.
+        UsageError: the denoiser holds other steps than ``schedule``.
         NonFiniteError: NaN or Inf in a state; names the step and the image.
     """
     names = range(len(noise)) if indices is None else indices
-    check_table(denoiser, table)
+    check_schedule(denoiser, schedule)
     yield State(0, noise, None)
     if denoiser.whole_trajectory:
         x = denoiser.run(noise)
-        require_finite(x, table.steps, names)
-        yield State(table.steps, x, None)
+        require_finite(x, schedule.steps, names)
+        yield State(schedule.steps, x, None)
         return
-    yield from resume(denoiser, State(0, noise, None), table, names)
+    yield from resume(denoiser, State(0, noise, None), schedule, names)
 
 
 def resume(
-    denoiser: Denoiser, state: State, table: StepTable, indices: Sequence[int]
+    denoiser: Denoiser, state: State, schedule: Schedule, indices: Sequence[int]
 ) -> Iterator[State]:
     """The states that follow ``state``, step by step.
 
     Args:
         denoiser: takes single steps.
-        state: from a trajectory whose first ``state.step`` rows were those of ``table``.
-        table: the steps.
+        state: from a trajectory whose first ``state.step`` rows were those of ``schedule``.
+        schedule: the steps.
         indices: the images' numbers for messages.
 
     Raises:
         NonFiniteError: as :func:`trajectory`.
     """
-    for row in table.rows[state.step :]:
+    for row in schedule.rows[state.step :]:
         x, x0 = denoiser.step(state.x, row, history(row, state.x0, state.x0_prev))
         state = State(state.step + 1, x, x0, state.x0)
         require_finite(x, state.step, indices)
@@ -241,25 +241,25 @@ def require_finite(x: Images, step: int, indices: Sequence[int]) -> None:
 
 
 def finished_batches(
-    denoiser: Denoiser, batches: Iterable[Batch], table: StepTable, pixels: bool = False
+    denoiser: Denoiser, batches: Iterable[Batch], schedule: Schedule, pixels: bool = False
 ) -> Iterator[Finished]:
     """The end of every batch's trajectory, in order, by the denoiser's own way if it has one.
 
     Args:
         denoiser: what walks.
         batches: indices and noise float32 [n, C, S, S] of each.
-        table: the steps.
+        schedule: the steps.
         pixels: uint8 pictures are welcome; only a :class:`StreamingDenoiser` makes them.
 
     Raises:
         UsageError, NonFiniteError: as :func:`trajectory`.
     """
     if isinstance(denoiser, StreamingDenoiser):
-        check_table(denoiser, table)
-        yield from denoiser.stream(batches, table, pixels)
+        check_schedule(denoiser, schedule)
+        yield from denoiser.stream(batches, schedule, pixels)
         return
     for indices, noise in batches:
-        for state in trajectory(denoiser, noise, table, indices):
+        for state in trajectory(denoiser, noise, schedule, indices):
             last = state.x
         yield indices, last
 
@@ -273,7 +273,7 @@ def sample(
     batch: int = 64,
     noise: Images | None = None,
     shift: float | None = None,
-    table: StepTable | None = None,
+    schedule: Schedule | None = None,
 ) -> Images:
     """Sample n images. Image i depends on (seed, i) alone, never on ``batch``.
 
@@ -281,11 +281,11 @@ def sample(
         denoiser: from :func:`lutdeploy.load`.
         n: number of images, at least 1.
         seed: of the noise, in [0, 2^64).
-        steps, solver, shift: the step table; by default the export's own where it holds
+        steps, solver, shift: the schedule; by default the export's own where it holds
             one, else 64 steps of "euler" at shift 1.
         batch: images per pass, at least 1.
         noise: float32 [n, C, S, S] to start from instead of the seed's.
-        table: all of the steps at once, such as a tuned table, instead of the three.
+        schedule: all of the steps at once, such as a tuned schedule, instead of the three.
 
     Returns:
         float32 [n, C, S, S], about [−1, 1], not clipped.
@@ -299,48 +299,48 @@ def sample(
         raise UsageError(f"n and batch must be at least 1, not n={n}, batch={batch}")
     if noise is not None and noise.shape != (n, *shape):
         raise UsageError(f"noise must have shape {(n, *shape)}, not {noise.shape}")
-    if table is None:
-        table = choose_table(denoiser.table, solver, steps, shift)
+    if schedule is None:
+        schedule = choose_schedule(denoiser.schedule, solver, steps, shift)
     elif (steps, solver, shift) != (None, None, None):
         raise UsageError("table says solver, steps and shift; give either")
-    check_table(denoiser, table)
+    check_schedule(denoiser, schedule)
     batches = (
         noise_batches(seed, range(n), batch, shape)
         if noise is None
         else given_batches(noise, batch)
     )
     images = np.empty((n, *shape), np.float32)
-    for indices, ends in finished_batches(denoiser, batches, table):
+    for indices, ends in finished_batches(denoiser, batches, schedule):
         images[indices[0] : indices[-1] + 1] = ends
     return images
 
 
-def choose_table(
-    held: StepTable | None,
+def choose_schedule(
+    held: Schedule | None,
     solver: str | None,
     steps: int | None,
     shift: float | None,
     grid: str | None = None,
-    tuned: Callable[[], Sequence[StepTable]] = tuple,
-) -> StepTable:
-    """The table asked for; what is not said (None) is as in ``held``, else the reference's.
+    tuned: Callable[[], Sequence[Schedule]] = tuple,
+) -> Schedule:
+    """The schedule asked for; what is not said (None) is as in ``held``, else the reference's.
 
     Args:
-        held: the only table that a denoiser can follow, if so.
+        held: the only schedule that a denoiser can follow, if so.
         solver: its name. None with a tuned grid: the best of those there are.
         steps: network evaluations.
         shift: of a uniform grid.
         grid: "uniform" or "tuned".
-        tuned: gives the model's tuned tables, better ones first; called when one is wanted.
+        tuned: gives the model's tuned schedules, better ones first; called when one is wanted.
 
     Raises:
-        UsageError: no such tuned table, which lists those there are; a shift of a tuned grid.
-        ConfigError: as :func:`lutdeploy.solvers.step_table`.
+        UsageError: no such tuned schedule, which lists those there are; a shift of a tuned grid.
+        ConfigError: as :func:`lutdeploy.schedule.solver_schedule`.
     """
     if held is not None and held.grid == "tuned" and grid is None and shift is None:
         grid = "tuned"
     if grid != "tuned":
-        return step_table(
+        return solver_schedule(
             solver if solver is not None else (held.solver if held else "euler"),
             steps if steps is not None else (held.steps if held else 64),
             shift if shift is not None else (held.shift if held else 1.0),
@@ -352,9 +352,9 @@ def choose_table(
             return held
     there = tuned()
     wanted = steps if steps is not None else (held.steps if held else 64)
-    for table in there:
-        if table.steps == wanted and solver in (None, table.solver):
-            return table
+    for schedule in there:
+        if schedule.steps == wanted and solver in (None, schedule.solver):
+            return schedule
     counts = [str(n) for n in dict.fromkeys(t.steps for t in there if solver in (None, t.solver))]
     owner = f" for {solver}" if solver else ""
     raise UsageError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, UsageError
-from lutdeploy.solvers import Step, StepTable
+from lutdeploy.schedule import Schedule, Step
 
 if TYPE_CHECKING:  # the command line reads this module and should not wait for numpy
     import numpy as np
@@ -92,7 +92,7 @@ class Signature:
 
 
 def step_signature(config: ModelConfig) -> Signature:
-    """The ``step`` graph: one row of any table, a row of coefficients per image."""
+    """The ``step`` graph: one row of any schedule, a row of coefficients per image."""
     image = config.image_shape
     return Signature(
         inputs=(
@@ -121,18 +121,18 @@ def loop_signature(config: ModelConfig) -> Signature:
 
 
 def graph_signature(
-    config: ModelConfig, graph: str, table: StepTable | None, k: int = 0
+    config: ModelConfig, graph: str, schedule: Schedule | None, k: int = 0
 ) -> Signature:
     """The signature of an export's k-th graph.
 
     Args:
         config: of the model inside.
         graph: "step", "per-step" or "loop".
-        table: the export's own steps; None for "step".
+        schedule: the export's own steps; None for "step".
         k: which of its graphs.
     """
     if graph == "loop":
         return loop_signature(config)
-    if table is None:
+    if schedule is None:
         return step_signature(config)
-    return fixed_step_signature(config, table.rows[k])
+    return fixed_step_signature(config, schedule.rows[k])

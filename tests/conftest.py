@@ -17,12 +17,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lutdeploy import bundle
-from lutdeploy.checkpoint import from_author_state, load_model, save_model
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import from_author_state, load_model, save_model
+from lutdeploy.artefacts.manifest import MANIFEST
+from lutdeploy.artefacts.run import MODEL, Run
 from lutdeploy.config import PRESETS, ModelConfig, model_config
-from lutdeploy.export import ExportPlan, export_model
+from lutdeploy.engines.export.graphs import ExportPlan, export_model
 from lutdeploy.model import LutTransformer
-from lutdeploy.solvers import step_table
+from lutdeploy.schedule import solver_schedule
 from tests.command import succeed
 from tests.doubles import install
 from tests.doubles.tensorrt_double import VERSIONS, Controls
@@ -94,12 +96,12 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_runs(shared_folder: Path) -> Callable[[str], bundle.Run]:
+def golden_runs(shared_folder: Path) -> Callable[[str], Run]:
     """A run folder for each preset, with the golden model."""
 
     @cache
-    def make(preset: str) -> bundle.Run:
-        run = bundle.Run(shared_folder / preset)
+    def make(preset: str) -> Run:
+        run = Run(shared_folder / preset)
         with filelock.FileLock(shared_folder / "models.lock"):
             if not run.model.is_file():
                 save_model(golden_model(preset), run.model)
@@ -110,13 +112,13 @@ def golden_runs(shared_folder: Path) -> Callable[[str], bundle.Run]:
 
 def quantizer(model: LutTransformer, kept: tuple[str, ...] = ()) -> Callable[[Path], Any]:
     """What export_model asks for in order to make an int8 export."""
-    from engines.quantizer import quantize_graph
+    from lutdeploy.engines.export.int8 import quantize_graph
 
     return partial(quantize_graph, model=model, kept=kept)
 
 
 @pytest.fixture(scope="session")
-def exported(golden_runs: Callable[[str], bundle.Run], shared_folder: Path) -> Callable[..., Path]:
+def exported(golden_runs: Callable[[str], Run], shared_folder: Path) -> Callable[..., Path]:
     """Export folders by (preset, graph, precision, solver, steps), each made once.
 
     They are shared: a test that changes one works on a copy.
@@ -131,12 +133,12 @@ def exported(golden_runs: Callable[[str], bundle.Run], shared_folder: Path) -> C
         steps: int = 5,
     ) -> Path:
         run = golden_runs(preset)
-        table = None if graph == "step" else step_table(solver, steps)
-        plan = ExportPlan(graph, precision, table)
+        schedule = None if graph == "step" else solver_schedule(solver, steps)
+        plan = ExportPlan(graph, precision, schedule)
         folder = run.export_folder(plan.name)
         with filelock.FileLock(shared_folder / f"{preset}-{plan.name}.lock"):
             if not folder.is_dir():
-                model, source = load_model(run.model), bundle.sha256(run.model)
+                model, source = load_model(run.model), files.sha256(run.model)
                 quantize = quantizer(model) if precision == "int8" else None
                 export_model(model, plan, run, source, quantize=quantize)
         return folder
@@ -165,18 +167,18 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     def put(version: str = request.param, **device: Any) -> Any:
         module = install(monkeypatch, version, controls, **device)
         # Two images are enough to tell right from wrong.
-        monkeypatch.setattr("engines.tensorrt_builder.IMAGES", 2)
+        monkeypatch.setattr("lutdeploy.engines.tensorrt.builder.IMAGES", 2)
         return module
 
     return TensorRT(put(), controls, put)
 
 
 @pytest.fixture
-def exported_run(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., bundle.Run]:
+def exported_run(exported: Callable[..., Path], tmp_path: Path) -> Callable[..., Run]:
     """A run of the test's own with the named exports, ready for `lutdeploy build`."""
 
-    def make(*graphs: str, preset: str = "static-tanh-64", precision: str = "fp16") -> bundle.Run:
-        run = bundle.Run(tmp_path / "run")
+    def make(*graphs: str, preset: str = "static-tanh-64", precision: str = "fp16") -> Run:
+        run = Run(tmp_path / "run")
         for graph in graphs or ("step",):
             _copy_export(exported(preset, graph, precision), run)
         if precision == "fp16":
@@ -186,35 +188,35 @@ def exported_run(exported: Callable[..., Path], tmp_path: Path) -> Callable[...,
     return make
 
 
-def _copy_export(source: Path, run: bundle.Run) -> None:
+def _copy_export(source: Path, run: Run) -> None:
     shutil.copytree(source, run.export_folder(source.name))
-    shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+    shutil.copy(source.parent.parent / MODEL, run.model)
 
 
-def _add_reference(source: Path, run: bundle.Run) -> None:
+def _add_reference(source: Path, run: Run) -> None:
     """The float32 step export that a build compares with, older than the others."""
     _copy_export(source, run)
-    manifest = run.export_folder(source.name) / bundle.MANIFEST
-    bundle.write_json(manifest, {**bundle.read_json(manifest), "created": "2000-01-01"})
+    manifest = run.export_folder(source.name) / MANIFEST
+    files.write_json(manifest, {**files.read_json(manifest), "created": "2000-01-01"})
 
 
 @pytest.fixture
 def built_run(
     tensorrt: TensorRT, exported: Callable[..., Path], shared_folder: Path, tmp_path: Path
-) -> Callable[..., bundle.Run]:
+) -> Callable[..., Run]:
     """A run of the test's own with an export and its checked engines, batch 1:2:4."""
 
-    def make(graph: str = "step") -> bundle.Run:
+    def make(graph: str = "step") -> Run:
         source = exported("static-tanh-64", graph, "fp16")
         ready = shared_folder / f"built-{tensorrt.module.__version__}-{graph}"
         with filelock.FileLock(shared_folder / f"{ready.name}.lock"):
-            if not bundle.Run(ready).plan_records():
+            if not Run(ready).plan_records():
                 shutil.rmtree(ready, ignore_errors=True)
-                _add_reference(exported("static-tanh-64"), bundle.Run(ready))
-                _copy_export(source, bundle.Run(ready))
+                _add_reference(exported("static-tanh-64"), Run(ready))
+                _copy_export(source, Run(ready))
                 succeed("build", ready, "--batch", "1:2:4")
         shutil.copytree(ready, tmp_path / "run")
         tensorrt.controls.executions = tensorrt.controls.deserialized = tensorrt.controls.builds = 0
-        return bundle.Run(tmp_path / "run")
+        return Run(tmp_path / "run")
 
     return make

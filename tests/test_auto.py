@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 import lutdeploy
-from engines.auto import has_passed, measured_choices, nearest, rank
-from lutdeploy import bundle
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.run import MODEL, Run
+from lutdeploy.engines.auto import has_passed, measured_choices, nearest, rank
 from lutdeploy.machine import this_machine
 from tests.command import fail, succeed
 
@@ -82,33 +84,33 @@ def test_a_verdict_counts_for_what_it_judged_alone(key: str) -> None:
 
 
 @pytest.fixture
-def run(exported: Exported, tmp_path: Path) -> bundle.Run:
+def run(exported: Exported, tmp_path: Path) -> Run:
     """A run with a float32 export that has passed in both runtimes, and their speeds."""
     source = exported()
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     shutil.copytree(source, run.export_folder(source.name))
-    shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+    shutil.copy(source.parent.parent / MODEL, run.model)
     rows = [row("openvino-fp32", seconds=1), row("onnxruntime-fp32", seconds=2)]
     write_bench(run, *rows)
-    found = bundle.read_json(run.bench)
+    found = files.read_json(run.bench)
     machine = {"machine": found["fingerprint"]}
-    bundle.write_json(run.parity, {r["path"]: verdict(r) | machine for r in found["rows"]})
+    files.write_json(run.parity, {r["path"]: verdict(r) | machine for r in found["rows"]})
     return run
 
 
-def write_bench(run: bundle.Run, *rows: dict[str, Any], **changes: Any) -> None:
-    sha = bundle.read_manifest(run.export_folder("step-fp32")).weights_sha256
-    model = bundle.sha256(run.model)
+def write_bench(run: Run, *rows: dict[str, Any], **changes: Any) -> None:
+    sha = read_manifest(run.export_folder("step-fp32")).weights_sha256
+    model = files.sha256(run.model)
     of = {None: model, "step-fp32": sha}
     result = {
         "model": {"sha256": model},
         "fingerprint": this_machine().fingerprint(),
         "rows": [{**r, "engine_sha256": of[r["export"]]} for r in rows],
     }
-    bundle.write_json(run.bench, {**result, **changes})
+    files.write_json(run.bench, {**result, **changes})
 
 
-def sampled_by(run: bundle.Run, out: Path, *options: object) -> tuple[str, str]:
+def sampled_by(run: Run, out: Path, *options: object) -> tuple[str, str]:
     """The backend that `lutdeploy sample` took, and what it said about it."""
     result = succeed("sample", run.path, *SAMPLE, "--out", out, *options)
     line = json.loads((out / "manifest.jsonl").read_text())
@@ -116,7 +118,7 @@ def sampled_by(run: bundle.Run, out: Path, *options: object) -> tuple[str, str]:
     return line["backend"], "\n".join(said)
 
 
-def test_sample_takes_it_and_says_why(run: bundle.Run, tmp_path: Path) -> None:
+def test_sample_takes_it_and_says_why(run: Run, tmp_path: Path) -> None:
     run.parity.unlink()
     succeed("parity", run.path, "--backend", "openvino", "-n", 1, "--steps", 2)
     succeed("parity", run.path, "--backend", "onnxruntime", "-n", 1, "--steps", 2)
@@ -129,7 +131,7 @@ def test_sample_takes_it_and_says_why(run: bundle.Run, tmp_path: Path) -> None:
     assert measured_choices(run, 1, None, "step-fp16") == []
 
 
-def test_what_was_measured_elsewhere_does_not_count(run: bundle.Run, tmp_path: Path) -> None:
+def test_what_was_measured_elsewhere_does_not_count(run: Run, tmp_path: Path) -> None:
     fast = row("openvino-fp32")
     for number, changes in enumerate(
         ({"fingerprint": {"cpu": "another"}}, {"model": {"sha256": "another"}})
@@ -141,34 +143,34 @@ def test_what_was_measured_elsewhere_does_not_count(run: bundle.Run, tmp_path: P
     verdicts = run.verdicts()
     for judged in verdicts.values():
         judged["machine"] = {"cpu": "another"}
-    bundle.write_json(run.parity, verdicts)
+    files.write_json(run.parity, verdicts)
     write_bench(run, fast)
     assert sampled_by(run, tmp_path / "verdicts")[0] == "onnxruntime"
 
 
 def test_what_changed_or_does_not_open_is_passed_over(
-    run: bundle.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_bench(run, row("openvino-fp32", seconds=1), row("torch-eager", seconds=2))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)
-        patch.delitem(sys.modules, "engines.openvino_engine")
+        patch.delitem(sys.modules, "lutdeploy.engines.openvino")
         backend, said = sampled_by(run, tmp_path / "absent")
     assert backend == "torch"
     assert "auto: not openvino-fp32: OpenVINO is not installed" in said
-    result = bundle.read_json(run.bench)
+    result = files.read_json(run.bench)
     verdicts = run.verdicts()
     for entry in (*result["rows"], *verdicts.values()):
         if entry["backend"] == "openvino":
             entry["engine_sha256"] = "of another export"
-    bundle.write_json(run.bench, result)
-    bundle.write_json(run.parity, verdicts)
+    files.write_json(run.bench, result)
+    files.write_json(run.parity, verdicts)
     backend, said = sampled_by(run, tmp_path / "changed")
     assert backend == "torch"
     assert "auto: not openvino-fp32, which has changed" in said
 
 
-def test_a_damaged_measurement_is_one_line(run: bundle.Run, tmp_path: Path) -> None:
+def test_a_damaged_measurement_is_one_line(run: Run, tmp_path: Path) -> None:
     for text in ('{"model"', "[]", '{"model": {}}', '{"model": 3}'):
         run.bench.write_text(text)
         said = fail(1, "sample", run.path, *SAMPLE, "--out", tmp_path / "out")

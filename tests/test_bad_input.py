@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lutdeploy import bundle
-from lutdeploy.checkpoint import METADATA_KEY, read_metadata, save_author_file
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import METADATA_KEY, read_metadata, save_author_file
+from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
+from lutdeploy.artefacts.run import Run
 from tests.command import fail, succeed
 from tests.conftest import golden_model
 
-Runs = Callable[[str], bundle.Run]
+Runs = Callable[[str], Run]
 Exports = Callable[..., Path]
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -32,7 +34,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
 @pytest.fixture
 def model_run(tmp_path: Path, golden_runs: Runs) -> Path:
     """A run of the test's own, without exports."""
-    made = bundle.Run(tmp_path / "cats")
+    made = Run(tmp_path / "cats")
     made.path.mkdir()
     shutil.copy(golden_runs("static-tanh-64").model, made.model)
     return made.path
@@ -41,7 +43,7 @@ def model_run(tmp_path: Path, golden_runs: Runs) -> Path:
 @pytest.fixture
 def export_run(model_run: Path, exported: Exports) -> Path:
     """A run of the test's own, with a step export."""
-    shutil.copytree(exported(), bundle.Run(model_run).export_folder("step-fp32"))
+    shutil.copytree(exported(), Run(model_run).export_folder("step-fp32"))
     return model_run
 
 
@@ -189,7 +191,7 @@ def test_decoder_that_says_nothing(
     def decode(*arguments: object) -> None:
         raise EOFError
 
-    monkeypatch.setattr("training.data.decode", decode)
+    monkeypatch.setattr("lutdeploy.training.data.decode", decode)
     assert "one.png: EOFError" in fail(2, *train(pictures, tmp_path / "out"))
 
 
@@ -229,14 +231,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("command", ["sample", "inspect", "export"])
 def test_damaged_model(command: str, damage: str, model_run: Path) -> None:
     spoil, words = DAMAGES[damage]
-    spoil(bundle.Run(model_run).model)
+    spoil(Run(model_run).model)
     line = fail(1, command, model_run)
     assert words in line
     assert "model.safetensors" in line
 
 
 def test_weights_that_do_not_fit_the_config(model_run: Path, tmp_path: Path) -> None:
-    model = bundle.Run(model_run).model
+    model = Run(model_run).model
     whole = model.read_bytes()
     for change, words in (
         (lambda t: t.update({"head.weight": torch.zeros(64, 32)}), "head.weight has shape [64, 32"),
@@ -373,7 +375,7 @@ def refused(run: Path, *words: str) -> None:
 
 
 def edit_manifest(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = bundle.Run(run).export_folder("step-fp32") / bundle.MANIFEST
+    path = Run(run).export_folder("step-fp32") / MANIFEST
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
@@ -390,14 +392,14 @@ def test_manifest_that_names_a_file_outside_its_folder(name: str, export_run: Pa
 
 
 def test_link_in_an_export(export_run: Path) -> None:
-    weights = bundle.Run(export_run).export_folder("step-fp32") / "weights.bin"
+    weights = Run(export_run).export_folder("step-fp32") / "weights.bin"
     weights.rename(export_run / "elsewhere.bin")
     weights.symlink_to(export_run / "elsewhere.bin")
     refused(export_run, "weights.bin is a link: refused")
 
 
 def test_truncated_manifest(export_run: Path) -> None:
-    halve(bundle.Run(export_run).export_folder("step-fp32") / bundle.MANIFEST)
+    halve(Run(export_run).export_folder("step-fp32") / MANIFEST)
     refused(export_run, "manifest.json is unreadable or truncated")
 
 
@@ -424,7 +426,7 @@ def test_manifest_that_contradicts_itself(
 
 
 def test_manifest_that_is_no_object(export_run: Path) -> None:
-    (bundle.Run(export_run).export_folder("step-fp32") / bundle.MANIFEST).write_text("[1, 2]")
+    (Run(export_run).export_folder("step-fp32") / MANIFEST).write_text("[1, 2]")
     refused(export_run, "manifest.json is incomplete or damaged")
 
 
@@ -446,7 +448,7 @@ def flip_a_byte(path: Path) -> None:
 def test_tampered_export(
     file: str, tamper: Callable[[Path], object], words: str, export_run: Path
 ) -> None:
-    tamper(bundle.Run(export_run).export_folder("step-fp32") / file)
+    tamper(Run(export_run).export_folder("step-fp32") / file)
     refused(export_run, file, words)
 
 
@@ -464,11 +466,11 @@ def test_graph_of_another_model(
     exported: Exports,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    graph = bundle.Run(export_run).export_folder("step-fp32") / "step.onnx"
+    graph = Run(export_run).export_folder("step-fp32") / "step.onnx"
     foreign = exported(**other)
-    shutil.copy(foreign / bundle.read_manifest(foreign).graphs[0], graph)
+    shutil.copy(foreign / read_manifest(foreign).graphs[0], graph)
     refused(export_run, "step.onnx has ", "its manifest says")
-    told = {"bytes": graph.stat().st_size, "sha256": bundle.sha256(graph)}
+    told = {"bytes": graph.stat().st_size, "sha256": files.sha256(graph)}
     edit_manifest(export_run, lambda v: v["files"].update({"step.onnx": told}))
     capfd.readouterr()
     for arguments in (command for command in readers(export_run) if command[0] != "inspect"):
@@ -501,7 +503,7 @@ def test_torch_out_of_memory(
 
 
 def test_stale_export(export_run: Path, tmp_path: Path) -> None:
-    model = bundle.Run(export_run).model
+    model = Run(export_run).model
     change_weights(model, lambda tensors: tensors["head.bias"].add_(1))
     for arguments in (command for command in readers(export_run) if command[0] != "inspect"):
         line = fail(1, *arguments)
@@ -519,7 +521,7 @@ def test_damaged_verdicts(text: str, export_run: Path) -> None:
 
 def test_steps_that_an_export_does_not_hold(model_run: Path, exported: Exports) -> None:
     export = exported(graph="per-step")
-    shutil.copytree(export, bundle.Run(model_run).export_folder(export.name))
+    shutil.copytree(export, Run(model_run).export_folder(export.name))
     for arguments in (
         ("sample", model_run, "--steps", 7, "--out", model_run / "out"),
         ("sample", model_run, "--solver", "euler", "--out", model_run / "out"),
@@ -815,16 +817,16 @@ def test_resuming_with_the_same_command(pictures: Path, tmp_path: Path) -> None:
     arguments = train(pictures, tmp_path / "out", "--set", "width=32", "--set", "weights=softmax")
     succeed(*arguments)
     succeed(*arguments, "--resume", "--steps", 2)
-    assert read_metadata(bundle.Run(tmp_path / "out").model)[1]["step"] == 2
-    settings = bundle.Run(tmp_path / "out").settings.read_bytes()
+    assert read_metadata(Run(tmp_path / "out").model)[1]["step"] == 2
+    settings = Run(tmp_path / "out").settings.read_bytes()
     line = fail(2, *arguments, "--resume", "--steps", 1)
     assert line.endswith(f"--steps 1: {tmp_path / 'out'} has 2 steps already")
-    assert bundle.Run(tmp_path / "out").settings.read_bytes() == settings
+    assert Run(tmp_path / "out").settings.read_bytes() == settings
 
 
 @pytest.mark.parametrize("file", ["training_state", "settings"])
 def test_resuming_a_damaged_run(file: str, trained: tuple[Path, Path], tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path / "copy")
+    run = Run(tmp_path / "copy")
     shutil.copytree(trained[0], run.path)
     damaged: Path = getattr(run, file)
     halve(damaged)

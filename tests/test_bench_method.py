@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engines import bench_limits
-from engines.bench_method import (
+from lutdeploy.config import model_config
+from lutdeploy.engines.benchmark import limits as bench_limits
+from lutdeploy.engines.benchmark.method import (
     Window,
     best_row,
     block_seconds,
@@ -18,7 +19,6 @@ from engines.bench_method import (
     speed,
     sweep_sizes,
 )
-from lutdeploy.config import model_config
 from lutdeploy.fused import FusedNetwork, TimeBias
 from lutdeploy.model import LutTransformer
 

@@ -20,22 +20,35 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines import bench_process, bench_report, bench_subject, bench_worker
-from engines.bench_contenders import ORIGINAL, Contender, choose, list_contenders
-from engines.bench_findings import Settings
-from engines.bench_limits import MEMORY
-from engines.benchmark import Benchmark, processor_seconds, sample_command
-from engines.original import OriginalDenoiser
-from lutdeploy import bundle
-from lutdeploy.checkpoint import load_model
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import load_model
+from lutdeploy.artefacts.manifest import MANIFEST
+from lutdeploy.artefacts.run import MODEL, Run
+from lutdeploy.engines.benchmark import (
+    process as bench_process,
+)
+from lutdeploy.engines.benchmark import (
+    report as bench_report,
+)
+from lutdeploy.engines.benchmark import (
+    subject as bench_subject,
+)
+from lutdeploy.engines.benchmark import (
+    worker as bench_worker,
+)
+from lutdeploy.engines.benchmark.benchmark import Benchmark, processor_seconds, sample_command
+from lutdeploy.engines.benchmark.contenders import ORIGINAL, Contender, choose, list_contenders
+from lutdeploy.engines.benchmark.findings import Settings
+from lutdeploy.engines.benchmark.limits import MEMORY
+from lutdeploy.engines.benchmark.original import OriginalDenoiser
 from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.machine import Machine
 from lutdeploy.sampling import Images
-from lutdeploy.solvers import Step, StepTable, step_table
+from lutdeploy.schedule import Schedule, Step, solver_schedule
 from tests.command import fail, invoke, succeed
 
 MACHINE = Machine("a processor", 2, 2**30, "Linux", (), {"python": "3.12.0", "torch": "2.13.0"})
-SETTINGS = Settings(step_table("euler", 4), batches=(1,), end_to_end=0, matrix=64, pause=0.0)
+SETTINGS = Settings(solver_schedule("euler", 4), batches=(1,), end_to_end=0, matrix=64, pause=0.0)
 
 
 class Double:
@@ -47,7 +60,7 @@ class Double:
         dies: the batch size at which its process is gone.
     """
 
-    table: StepTable | None = None
+    schedule: Schedule | None = None
     whole_trajectory = False
     engine_sha256 = "0" * 64
     computes_on = "cpu"
@@ -76,14 +89,14 @@ class Double:
         raise NotImplementedError
 
     def window(
-        self, batch: int, table: StepTable, pause: float, seconds: float, least: int
+        self, batch: int, schedule: Schedule, pause: float, seconds: float, least: int
     ) -> tuple[list[float], int]:
         if batch == self.dies:
             raise BackendError("its process was ended by SIGKILL")
         self.rounds[batch] = self.rounds.get(batch, -1) + 1
         return [self.seconds(batch, self.rounds[batch])] * least, 1000 * batch
 
-    def trajectory(self, batch: int, table: StepTable) -> float:
+    def trajectory(self, batch: int, schedule: Schedule) -> float:
         return 2.0
 
     def close(self) -> None:
@@ -109,9 +122,7 @@ class DoubleLimits:
 
 
 @pytest.fixture
-def subject(
-    golden_runs: Callable[[str], bundle.Run], tmp_path: Path
-) -> Iterator[bench_subject.Subject]:
+def subject(golden_runs: Callable[[str], Run], tmp_path: Path) -> Iterator[bench_subject.Subject]:
     run = golden_runs("static-tanh-64")
     config = load_model(run.model).config
     yield bench_subject.Subject("golden", run.model, config, (), None, tmp_path)
@@ -292,7 +303,7 @@ def test_contenders_come_from_the_exports(exported: Callable[..., Path]) -> None
         exported("static-tanh-64", graph, precision)
         for graph, precision in (("step", "fp16"), ("step", "fp32"), ("per-step", "fp32"))
     )
-    model = single.parent.parent / bundle.MODEL
+    model = single.parent.parent / MODEL
     names = [c.name for c in list_contenders(model, (steps, half, single), None, gpu=False)]
     assert names == [
         *("original", "torch-eager", "torch-compiled", "onnxruntime-fp16"),
@@ -342,16 +353,18 @@ def worker(
 
 def test_a_process_computes_and_measures(worker: Callable[..., bench_process.Worker]) -> None:
     process = worker()
-    table = step_table("euler", 4)
+    schedule = solver_schedule("euler", 4)
     noise = np.random.default_rng(0).standard_normal((2, 3, 64, 64), np.float32)
-    model = load_model(process.contender.path.parent.parent / bundle.MODEL)
-    expected = OriginalDenoiser(model).step(noise, table.rows[1], None)
-    np.testing.assert_allclose(process.step(noise, table.rows[1], None)[1], expected[1], atol=1e-4)
+    model = load_model(process.contender.path.parent.parent / MODEL)
+    expected = OriginalDenoiser(model).step(noise, schedule.rows[1], None)
+    np.testing.assert_allclose(
+        process.step(noise, schedule.rows[1], None)[1], expected[1], atol=1e-4
+    )
     assert process.predict_x0(noise, np.zeros(2, np.float32)).shape == noise.shape
-    times, peak_bytes = process.window(2, table, 0.0, 0.0, 3)
+    times, peak_bytes = process.window(2, schedule, 0.0, 0.0, 3)
     assert len(times) == 3 and min(times) > 0
     assert 2**24 < peak_bytes < 2**33
-    assert process.trajectory(2, table) > 0
+    assert process.trajectory(2, schedule) > 0
     parts = ("python_seconds", "open_seconds", "first_step_seconds")
     assert 0 < sum(process.startup[part] for part in parts) <= process.startup["seconds"] + 1e-6
     assert len(process.engine_sha256) == 64
@@ -366,18 +379,18 @@ def test_a_wrong_request_is_an_answer_and_no_end(
         process.step(np.zeros((2, 3, 8, 8), np.float64), Step(0.5, 0.5, 0.5, 0.0), None)
     with pytest.raises(BackendError, match="holds steps, no whole trajectory"):
         process.run(np.zeros((1, 3, 64, 64), np.float32))
-    assert process.trajectory(1, step_table("euler", 2)) > 0
+    assert process.trajectory(1, solver_schedule("euler", 2)) > 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_a_killed_process_says_what_ended_it(worker: Callable[..., bench_process.Worker]) -> None:
     process = worker()
     os.kill(process.process.pid, signal.SIGINT)  # Ctrl-C goes to everyone: it does not listen
-    assert process.trajectory(1, step_table("euler", 2)) > 0
+    assert process.trajectory(1, solver_schedule("euler", 2)) > 0
     os.kill(process.process.pid, signal.SIGKILL)
     with pytest.raises(BackendError, match="ended by SIGKILL: out of memory"):
         for _ in range(2):  # the first request may still find the pipe open
-            process.trajectory(1, step_table("euler", 2))
+            process.trajectory(1, solver_schedule("euler", 2))
 
 
 def test_what_cannot_open_says_why(
@@ -456,18 +469,18 @@ def test_quick_measures_random_weights_from_start_to_end(tmp_path: Path) -> None
 
 
 def test_a_run_keeps_its_result_and_an_export_of_other_weights_is_refused(
-    exported_run: Callable[..., bundle.Run],
+    exported_run: Callable[..., Run],
 ) -> None:
     run = exported_run("step", preset="static-softmax-512", precision="fp32")
     model = load_model(run.model)
     model.head.weight.data *= 1.01
-    from lutdeploy.checkpoint import save_model
+    from lutdeploy.artefacts.checkpoint import save_model
 
     save_model(model, run.model)
     assert "exported from another" in fail(1, "bench", run.path)
-    manifest = run.export_folder("step-fp32") / bundle.MANIFEST
-    told = {**bundle.read_json(manifest), "source_sha256": bundle.sha256(run.model)}
-    bundle.write_json(manifest, told)
+    manifest = run.export_folder("step-fp32") / MANIFEST
+    told = {**files.read_json(manifest), "source_sha256": files.sha256(run.model)}
+    files.write_json(manifest, told)
     options = ("--only", "onnxruntime-fp32", "--quick", "--threads", 1, "--batch", 1)
     succeed("bench", run.path, *options, "--end-to-end", 0, "--steps", 1)
     result = json.loads(run.bench.read_text())
@@ -498,28 +511,28 @@ def test_an_export_without_its_model_has_nothing_to_be_compared_with(
 def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("lutdeploy.commands.bench._has_matplotlib", lambda: False)
+    monkeypatch.setattr("lutdeploy.cli.bench._has_matplotlib", lambda: False)
     message = fail(2, "bench", "--plot", tmp_path / "a.png")
     assert message == "error: --plot needs matplotlib: pip install 'lutdeploy[bench]'"
-    from lutdeploy.commands.bench import _write
+    from lutdeploy.cli.bench import _write
 
     written = _write(_result(), tmp_path / "bench.json", None, None)
     assert written == [tmp_path / "bench.json"]
 
 
-def test_two_at_once_are_refused(exported_run: Callable[..., bundle.Run]) -> None:
+def test_two_at_once_are_refused(exported_run: Callable[..., Run]) -> None:
     run = exported_run(precision="fp32")
-    with bundle.lock(run.path, "`lutdeploy bench`", name=".bench.lock"):
+    with files.lock(run.path, "`lutdeploy bench`", name=".bench.lock"):
         assert "in use by another `lutdeploy bench`" in fail(2, "bench", run.path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_ctrl_c_writes_what_was_measured(exported_run: Callable[..., bundle.Run]) -> None:
+def test_ctrl_c_writes_what_was_measured(exported_run: Callable[..., Run]) -> None:
     run = exported_run(precision="fp32")
     # Ctrl-C when the first window of the second batch size is about to begin.
     program = (
         "import signal, os; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from engines.benchmark import Benchmark\n"
+        "from lutdeploy.engines.benchmark.benchmark import Benchmark\n"
         "window = Benchmark._window\n"
         "def interrupted(self, name, batch, number):\n"
         "    os.kill(os.getpid(), signal.SIGINT) if batch == 2 else None\n"
@@ -545,11 +558,15 @@ def test_ctrl_c_writes_what_was_measured(exported_run: Callable[..., bundle.Run]
 
 
 def test_markdown_on_stdout_is_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, exported_run: Callable[..., bundle.Run]
+    monkeypatch: pytest.MonkeyPatch, exported_run: Callable[..., Run]
 ) -> None:
     run = exported_run(precision="fp32")
-    monkeypatch.setattr("engines.benchmark.Benchmark.run", lambda self: iter(()))
-    monkeypatch.setattr("engines.bench_findings.Findings.result", lambda *_: _result())
+    monkeypatch.setattr(
+        "lutdeploy.engines.benchmark.benchmark.Benchmark.run", lambda self: iter(())
+    )
+    monkeypatch.setattr(
+        "lutdeploy.engines.benchmark.findings.Findings.result", lambda *_: _result()
+    )
     shown = succeed("bench", run.path, "--markdown", "-")
     assert shown.stdout == bench_report.markdown(_result())
     assert invoke("bench", run.path, "--markdown", "-").stdout.startswith("**Best batch size")

@@ -14,8 +14,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import lutdeploy
-from lutdeploy import bundle, images, shipped
-from lutdeploy.checkpoint import load_model, save_model
+from lutdeploy import images
+from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.checkpoint import load_model, save_model
+from lutdeploy.artefacts.run import Run
 from lutdeploy.cli import cli
 from lutdeploy.sampling import batch_noise
 from tests.conftest import golden_model, read_golden
@@ -73,9 +75,9 @@ def inside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_pipeline_leaves_verified_exports(trained: Path) -> None:
-    names = {export.name for export in bundle.Run(trained).exports()}
+    names = {export.name for export in Run(trained).exports()}
     assert names == {"step-fp32", "step-fp16"}
-    config = load_model(bundle.Run(trained).model).config
+    config = load_model(Run(trained).model).config
     assert (config.image_size, config.depth) == (16, 1)
 
 
@@ -85,7 +87,7 @@ def test_parity_is_recorded_and_shown(trained: Path) -> None:
         result = run("parity", trained, "-n", 2, "--steps", 8, *flag, *export)
         assert "parity: passed" in result.stdout
         assert "trajectory" in result.stderr
-    verdicts = json.loads(bundle.Run(trained).parity.read_text())
+    verdicts = json.loads(Run(trained).parity.read_text())
     assert {name.split()[0] for name in verdicts} == {"step-fp32", "step-fp16"}
     assert all(verdict["passed"] for verdict in verdicts.values())
 
@@ -216,7 +218,7 @@ def test_per_step_and_loop_exports_bring_their_own_steps(trained: Path, tmp_path
 def test_failed_parity_stops_sampling_unless_told(trained: Path, tmp_path: Path) -> None:
     command = ("sample", trained, "--export", "step-fp32", "-n", 1, "--steps", 1)
     run("parity", trained, "--export", "step-fp32", "-n", 1, "--steps", 2)
-    path = bundle.Run(trained).parity
+    path = Run(trained).parity
     kept = path.read_text()
     verdicts = json.loads(kept)
     name = next(name for name in verdicts if name.startswith("step-fp32"))
@@ -241,12 +243,12 @@ def test_inspect_says_what_things_are(trained: Path) -> None:
     assert values["opset"] == 20
     assert values["model_sha256"] == found["model"]["model_sha256"]
     model = json.loads(run("inspect", trained / "model.safetensors", "--json").stdout)
-    weights = load_model(bundle.Run(trained).model).state_dict()
+    weights = load_model(Run(trained).model).state_dict()
     assert model["parameters"] == sum(value.numel() for value in weights.values())
 
 
 def test_inspect_names_a_stale_export(tmp_path: Path) -> None:
-    path = bundle.Run(tmp_path / "r")
+    path = Run(tmp_path / "r")
     save_model(golden_model("static-tanh-64"), path.model)
     run("export", path.path)
     save_model(golden_model("static-softmax-512"), path.model)
@@ -263,7 +265,7 @@ def test_import_says_what_it_inferred_and_goes_back(tmp_path: Path, preset: str)
     result = run("import", tmp_path / "theirs.pth", "--out", tmp_path / "r", "--heads", 4)
     for word in (preset, "width 64", "depth 2", f"K {golden.config.entries}", "4 heads"):
         assert word in result.stderr
-    assert load_model(bundle.Run(tmp_path / "r").model).config == golden.config
+    assert load_model(Run(tmp_path / "r").model).config == golden.config
     run("export", tmp_path / "r", "--author-format", tmp_path / "ours.pth")
     back = torch.load(tmp_path / "ours.pth", weights_only=True)
     assert set(back) == set(golden.state)
@@ -271,7 +273,7 @@ def test_import_says_what_it_inferred_and_goes_back(tmp_path: Path, preset: str)
 
 
 def test_training_on_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.data.draw_set.__defaults__", (3, 6, 0))
+    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", (3, 6, 0))
     run(
         "train",
         "--data",
@@ -289,15 +291,15 @@ def test_training_on_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "--compile",
         "off",
     )
-    assert load_model(bundle.Run(tmp_path / "r").model).config.lut == "dynamic"
+    assert load_model(Run(tmp_path / "r").model).config.lut == "dynamic"
 
 
 @pytest.mark.parametrize(("speedup", "warned"), [(0.01, True), (2.0, False)])
 def test_training_says_where_bf16_is_slow(
     speedup: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.data.draw_set.__defaults__", (3, 4, 0))
-    monkeypatch.setattr("engines.doctor.bf16_speedup", lambda: speedup)
+    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", (3, 4, 0))
+    monkeypatch.setattr("lutdeploy.engines.doctor.bf16_speedup", lambda: speedup)
     small = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--steps", 1)
     options = ("--batch", 2, "--device", "cpu", "--precision", "bf16", "--out", tmp_path / "r")
     assert (
@@ -325,7 +327,7 @@ def test_model_stands_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     name = shipped.names()[-1]
     run("sample", "--model", name, "-n", 1, "--steps", 2)
     manifest = (tmp_path / "samples" / "manifest.jsonl").read_text()
-    assert bundle.sha256(shipped.model_path(name)) in manifest
+    assert files.sha256(shipped.model_path(name)) in manifest
     run("export", "--model", name)
     assert (tmp_path / "runs" / name / "onnx" / "step-fp32").is_dir()
     assert not (tmp_path / "runs" / "newer" / "onnx").exists()
@@ -341,7 +343,7 @@ def test_a_model_of_the_package_replaces_no_trained_one(
 ) -> None:
     """Not even where a training has its name."""
     monkeypatch.chdir(tmp_path)
-    trained = bundle.Run(Path("runs") / shipped.DEFAULT)
+    trained = Run(Path("runs") / shipped.DEFAULT)
     run("train", "--data", "synthetic", "--size", "tiny", "--steps", 1, "--out", trained.path)
     before = trained.model.read_bytes()
     for command in (("export",), ("parity",), ("tune-steps", "--steps", 2)):
@@ -400,7 +402,7 @@ def test_doctor_tells_what_computes() -> None:
 
 
 def test_doctor_fails_when_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.doctor.PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("lutdeploy.engines.doctor.PACKAGES", ("torch", "no-such-package"))
     result = run("doctor", code=1)
     assert "missing or broken: no-such-package" in result.stderr
     assert "pip install no-such-package" in result.stdout

@@ -13,10 +13,11 @@ from pathlib import Path
 import onnx
 import pytest
 
-from lutdeploy import bundle, sample_folder
+from lutdeploy.artefacts import sample_folder
+from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.config import ModelConfig
 from lutdeploy.sampling import Images, batch_noise, trajectory
-from lutdeploy.solvers import Step, StepTable, step_table
+from lutdeploy.schedule import Schedule, Step, solver_schedule
 
 Exported = Callable[..., Path]
 TIME = ("time/", "time.")  # the time branch: once per step, left out of the formula
@@ -45,13 +46,13 @@ def test_a_graph_multiplies_what_the_formula_says(
     exported: Exported, preset: str, graph: str
 ) -> None:
     folder = exported(preset, graph)
-    manifest = bundle.read_manifest(folder)
+    manifest = read_manifest(folder)
     model = onnx.load(folder / manifest.graphs[0])
     for value in (*model.graph.input, *model.graph.output):  # one image
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    steps = manifest.table.steps if manifest.table else 1
+    steps = manifest.schedule.steps if manifest.schedule else 1
     assert multiply_adds(inferred.graph) == steps * manifest.config.multiply_adds()
 
 
@@ -79,7 +80,7 @@ def test_the_weights_take_the_bytes_of_their_precision(
     exported: Exported, precision: str, body: int, products: int
 ) -> None:
     folder = exported(precision=precision)
-    manifest = bundle.read_manifest(folder)
+    manifest = read_manifest(folder)
     graph = onnx.load(folder / manifest.graphs[0], load_external_data=False).graph
     stored = sum(
         int(entry.value)
@@ -95,7 +96,7 @@ class Still:
     """A denoiser that computes nothing, so that what is measured is the pipeline."""
 
     config = ModelConfig(image_size=16, width=64, depth=1)
-    table: StepTable | None = None
+    schedule: Schedule | None = None
     whole_trajectory = False
 
     def predict_x0(self, x: Images, t: object) -> Images:
@@ -109,12 +110,12 @@ class Still:
 
 
 def peak_bytes(folder: Path, n: int) -> int:
-    table = step_table("euler", 1)
+    schedule = solver_schedule("euler", 1)
     settings = {"seed": 0, "format": "png"}
     tracemalloc.start()
     try:
         with sample_folder.open_folder(folder, settings) as opened:
-            assert sum(sample_folder.fill(opened, Still(), table, n, 16)) == n
+            assert sum(sample_folder.fill(opened, Still(), schedule, n, 16)) == n
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -130,7 +131,7 @@ def test_the_memory_of_sampling_does_not_grow_with_the_pictures(tmp_path: Path) 
 
 def test_a_step_allocates_its_results_and_no_more() -> None:
     noise = batch_noise(0, range(1024), Still.config.image_shape)
-    states = trajectory(Still(), noise, step_table("euler", 4))
+    states = trajectory(Still(), noise, solver_schedule("euler", 4))
     next(states)
     next(states)
     tracemalloc.start()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from engines.cuda_device import CudaDevice
-from engines.device_loop import DeviceLoop, Loops, run_batches, split_batches, to_pixels
 from lutdeploy import images
+from lutdeploy.engines.cuda.device import CudaDevice
+from lutdeploy.engines.cuda.loop import DeviceLoop, Loops, run_batches, split_batches, to_pixels
 from lutdeploy.errors import BackendError
 from lutdeploy.sampling import Batch, Images, batch_noise
 from tests.doubles.cpu_device import CpuDevice

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lutdeploy.errors import BackendError, UsageError
-from training.distances import (
+from lutdeploy.training.evaluation.distances import (
     frechet_distance,
     kernel_distance,
     laplacian_pyramid,
@@ -20,7 +20,7 @@ from training.distances import (
     require_torchmetrics,
     sliced_wasserstein,
 )
-from training.memorisation import COPY_RATIO, nearest_two
+from lutdeploy.training.evaluation.memorisation import COPY_RATIO, nearest_two
 
 
 def normal(n: int, d: int = 4, shift: float = 0.0, scale: float = 1.0) -> NDArray[np.float32]:

@@ -15,13 +15,16 @@ import pytest
 import torch
 
 import lutdeploy
-from engines import Engine, open_engine
-from engines.onnxruntime_device import OnnxRuntimeDeviceDenoiser
-from engines.onnxruntime_engine import execution_provider, misplaced_products, open_session
-from lutdeploy import bundle, images
+from lutdeploy import images
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import hash_files, read_manifest
+from lutdeploy.artefacts.run import Run
+from lutdeploy.engines import Engine, open_engine
+from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
+from lutdeploy.engines.onnxruntime import execution_provider, misplaced_products, open_session
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import batch_noise
-from lutdeploy.solvers import Step, step_table
+from lutdeploy.schedule import Step, solver_schedule
 from tests.command import succeed
 from tests.conftest import golden_model, read_golden
 from tests.doubles import install
@@ -29,7 +32,7 @@ from tests.doubles.cpu_device import CpuDevice
 from tests.doubles.tensorrt_double import VERSIONS, Controls
 
 Exported = Callable[..., Path]
-RunOf = Callable[[str], bundle.Run]
+RunOf = Callable[[str], Run]
 BACKENDS = (
     "torch",
     "onnxruntime",
@@ -47,7 +50,7 @@ def engine(
     preset: str,
     golden_runs: RunOf,
     exported: Exported,
-    exported_run: Callable[..., bundle.Run],
+    exported_run: Callable[..., Run],
 ) -> Iterator[Engine]:
     """Every backend on every preset."""
     backend, _, detail = str(request.param).partition(" ")
@@ -57,7 +60,7 @@ def engine(
         succeed("build", run.path, "--batch", "2:3:4")
         opened = lutdeploy.load(run.path, backend)
     elif detail == "device":
-        manifest = bundle.read_manifest(exported(preset))
+        manifest = read_manifest(exported(preset))
         opened = OnnxRuntimeDeviceDenoiser(manifest, "cpu", CpuDevice())
     else:
         path = golden_runs(preset).model if backend == "torch" else exported(preset)
@@ -121,16 +124,16 @@ def test_third_order_needs_no_other_graph(
     exported: Exported, golden_runs: RunOf, graph: str, device: bool
 ) -> None:
     """The second x0 from the past is composed on the host, on the device, or in the loop."""
-    table = step_table("dpmpp-3m", 6)
+    schedule = solver_schedule("dpmpp-3m", 6)
     reference = lutdeploy.load(golden_runs("static-tanh-64").model)
     folder = exported(graph=graph, solver="dpmpp-3m", steps=6)
     with (
-        OnnxRuntimeDeviceDenoiser(bundle.read_manifest(folder), "cpu", CpuDevice())
+        OnnxRuntimeDeviceDenoiser(read_manifest(folder), "cpu", CpuDevice())
         if device
         else lutdeploy.load(folder, "onnxruntime")
     ) as engine:
-        found = lutdeploy.sample(engine, 3, seed=2, batch=2, table=table)
-    assert np.abs(found - lutdeploy.sample(reference, 3, seed=2, table=table)).max() < 1e-4
+        found = lutdeploy.sample(engine, 3, seed=2, batch=2, schedule=schedule)
+    assert np.abs(found - lutdeploy.sample(reference, 3, seed=2, schedule=schedule)).max() < 1e-4
 
 
 def test_per_step_export_predicts_at_its_own_timesteps(exported: Exported) -> None:
@@ -169,9 +172,9 @@ def test_wrong_feed_says_got_and_expected(exported: Exported, x: np.ndarray, tol
 def test_a_run_opens_its_newest_export_unless_told(
     tmp_path: Path, golden_runs: RunOf, exported: Exported
 ) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     source = golden_runs("static-tanh-64")
-    bundle.write_atomic(run.model, source.model.read_bytes())
+    files.write_atomic(run.model, source.model.read_bytes())
     with pytest.raises(UsageError, match="has no export"):
         open_engine(run.path, "onnxruntime")
     assert open_engine(run.path).identity["backend"] == "torch"
@@ -189,9 +192,9 @@ def test_a_run_opens_its_newest_export_unless_told(
 def test_an_export_of_another_model_is_refused(
     tmp_path: Path, golden_runs: RunOf, exported: Exported
 ) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     shutil.copytree(exported(), run.export_folder("step-fp32"))
-    bundle.write_atomic(run.model, golden_runs("dynamic-64").model.read_bytes())
+    files.write_atomic(run.model, golden_runs("dynamic-64").model.read_bytes())
     for path in (run.path, run.export_folder("step-fp32")):
         for backend in ("onnxruntime", "auto"):
             with pytest.raises(ArtefactError, match="exported from another"):
@@ -215,9 +218,9 @@ def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Expor
     shutil.copytree(exported(), mixed)
     loop = exported(graph="loop")
     shutil.copy(loop / "loop.onnx", mixed / "step.onnx")
-    values = bundle.read_json(mixed / "manifest.json")
-    values["files"] = bundle.hash_files(mixed)
-    bundle.write_json(mixed / "manifest.json", values)
+    values = files.read_json(mixed / "manifest.json")
+    values["files"] = hash_files(mixed)
+    files.write_json(mixed / "manifest.json", values)
     with pytest.raises(ArtefactError, match=r"got inputs \['noise'\]"):
         open_engine(mixed)
 
@@ -291,11 +294,11 @@ def test_sessions_that_do_not_fit_are_opened_again(
         opened.append(graph.name)
         return open_session(graph, *more, **options)
 
-    monkeypatch.setattr("engines.onnxruntime_engine.open_session", count)
+    monkeypatch.setattr("lutdeploy.engines.onnxruntime.open_session", count)
     with open_engine(exported(graph="per-step"), "onnxruntime") as engine:
         expected = lutdeploy.sample(engine, 2)
     opened.clear()
-    monkeypatch.setattr("engines.onnxruntime_engine.sessions_that_fit", lambda manifest: room)
+    monkeypatch.setattr("lutdeploy.engines.onnxruntime.sessions_that_fit", lambda manifest: room)
     with open_engine(exported(graph="per-step"), "onnxruntime") as engine:
         for _ in range(2):
             assert np.array_equal(lutdeploy.sample(engine, 2), expected)
@@ -307,9 +310,9 @@ def test_sessions_of_a_per_step_export_share_their_arena(exported: Exported) -> 
     pytest.importorskip("resource")
     program = (
         "import resource, sys, numpy as np\n"
-        "from pathlib import Path\nfrom lutdeploy import bundle\n"
-        "from engines.onnxruntime_engine import OnnxRuntimeDenoiser\n"
-        "manifest = bundle.read_manifest(Path(sys.argv[1]))\n"
+        "from pathlib import Path\nfrom lutdeploy.artefacts.manifest import read_manifest\n"
+        "from lutdeploy.engines.onnxruntime import OnnxRuntimeDenoiser\n"
+        "manifest = read_manifest(Path(sys.argv[1]))\n"
         "with OnnxRuntimeDenoiser(manifest, threads=1) as engine:\n"
         "    sessions = [engine.session(k) for k in range(len(manifest.graphs))]\n"
         "    x = np.zeros((512, *engine.config.image_shape), np.float32)\n"
@@ -331,5 +334,5 @@ def test_reference_is_what_the_torch_backend_runs(golden_runs: RunOf) -> None:
     x = batch_noise(1, range(2), engine.config.image_shape)
     model = golden_model("dynamic-64")
     expected = model(torch.from_numpy(x), torch.full((2,), 0.3)).detach().numpy()
-    found = engine.step(x, step_table("euler", 10).rows[3], None)[1]
+    found = engine.step(x, solver_schedule("euler", 10).rows[3], None)[1]
     assert np.abs(found - expected).max() < 1e-6

@@ -16,22 +16,30 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from lutdeploy import bundle, images, sampling
+from lutdeploy import images, sampling
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import EVALUATION, EVALUATION_PAGE, Run
 from lutdeploy.config import ModelConfig, model_config
 from lutdeploy.errors import UsageError
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Denoiser
+from lutdeploy.training.data import draw_set, load_folder
+from lutdeploy.training.evaluation.data import (
+    RealImages,
+    Trained,
+    draw_samples,
+    load_real,
+    read_samples,
+)
+from lutdeploy.training.evaluation.distances import Features
+from lutdeploy.training.evaluation.evaluate import ErrorCurve, compare_sets, evaluate, x0_errors
+from lutdeploy.training.evaluation.features import open_extractor
+from lutdeploy.training.evaluation.report import chart, metric_table, page
 from tests.command import fail, invoke, succeed
 from tests.conftest import golden_model
-from training.data import draw_set, load_folder
-from training.distances import Features
-from training.evaluate import ErrorCurve, compare_sets, evaluate, x0_errors
-from training.evaluation_data import RealImages, Trained, draw_samples, load_real, read_samples
-from training.features import open_extractor
-from training.report import chart, metric_table, page
 
 Pixels = NDArray[np.uint8]
-Runs = Callable[[str], bundle.Run]
+Runs = Callable[[str], Run]
 
 
 class Means:
@@ -79,7 +87,7 @@ def drawn(tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> Any:
-    return json.loads((folder / bundle.EVALUATION).read_text(encoding="utf-8"))
+    return json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
 
 
 # The command
@@ -89,7 +97,7 @@ def test_a_run_end_to_end(trained: Path, data: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "cats")
     options = ("-n", 18, "--steps", 2, "--batch", 7)
     result = succeed("evaluate", run, "--data", data, *options)
-    assert result.stdout.strip() == str(run / bundle.EVALUATION_PAGE)
+    assert result.stdout.strip() == str(run / EVALUATION_PAGE)
     assert "Fréchet distance" in result.stderr and "FID" not in result.stderr
     found = read(run)
     assert [(row["what"], row["metrics"]["images"]) for row in found["rows"]] == [
@@ -100,12 +108,12 @@ def test_a_run_end_to_end(trained: Path, data: Path, tmp_path: Path) -> None:
     ]
     assert found["settings"]["training_images"] == 43 and found["settings"]["held_out_images"] == 21
     assert found["settings"]["split"].endswith("seed 5, as in the model's training")
-    assert found["settings"]["model_sha256"] == bundle.sha256(bundle.Run(run).model)
+    assert found["settings"]["model_sha256"] == files.sha256(Run(run).model)
     assert any(note.startswith("18 images are fewer than the 384") for note in found["notes"])
     assert found["errors"]["images"] == 21 and len(found["errors"]["held_out"]) == 12
     assert [m["space"] for m in found["memorisation"]] == ["pixels", "features"]
     assert found["memorisation"][0]["held_out"]["images"] == 21
-    text = (run / bundle.EVALUATION_PAGE).read_text(encoding="utf-8")
+    text = (run / EVALUATION_PAGE).read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)', text)  # nothing is loaded
     assert text.count("data:image/png;base64,") == 2 + 16 + 16
 
@@ -118,10 +126,10 @@ def test_a_folder_of_samples_equals_the_run(trained: Path, data: Path, tmp_path:
     succeed("sample", trained, "-n", 18, "--steps", 2, "--out", tmp_path / "s")
     succeed("evaluate", tmp_path / "s", "--data", data, "--json", tmp_path / "x" / "s.json")
     found = json.loads((tmp_path / "x" / "s.json").read_text(encoding="utf-8"))
-    assert not (tmp_path / "s" / bundle.EVALUATION).exists()
-    assert (tmp_path / "s" / bundle.EVALUATION_PAGE).is_file()
+    assert not (tmp_path / "s" / EVALUATION).exists()
+    assert (tmp_path / "s" / EVALUATION_PAGE).is_file()
     assert found["settings"]["steps"] == 2 and found["settings"]["pictures"] == 18
-    assert found["settings"]["model_sha256"] == bundle.sha256(bundle.Run(trained).model)
+    assert found["settings"]["model_sha256"] == files.sha256(Run(trained).model)
     assert found["errors"] is None
     assert "split here" in found["settings"]["split"]
     assert any("may have been trained on" in note for note in found["notes"])
@@ -153,26 +161,24 @@ def test_interrupted_or_full_disk_keeps_what_was_there(
     drawn: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     succeed("evaluate", drawn, "--data", data)
-    before = {
-        name: (drawn / name).read_bytes() for name in (bundle.EVALUATION, bundle.EVALUATION_PAGE)
-    }
+    before = {name: (drawn / name).read_bytes() for name in (EVALUATION, EVALUATION_PAGE)}
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.evaluate.sliced_wasserstein", stop)
+        patch.setattr("lutdeploy.training.evaluation.evaluate.sliced_wasserstein", stop)
         assert "interrupted" in fail(130, "evaluate", drawn, "--data", data)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lutdeploy.bundle.os.fsync", full)
+        patch.setattr("lutdeploy.artefacts.files.os.fsync", full)
         result = invoke("evaluate", drawn, "--data", data)
     assert result.exit_code == 1
     assert "Fréchet" in result.stderr  # what was computed is on the screen
-    assert f"{bundle.EVALUATION}: No space left" in result.stderr
+    assert f"{EVALUATION}: No space left" in result.stderr
     assert {name: (drawn / name).read_bytes() for name in before} == before
     assert sorted(p.name for p in drawn.iterdir() if p.suffix != ".png") == sorted(before)
 
@@ -264,7 +270,7 @@ def test_without_the_extra(drawn: Path, data: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_split_is_the_one_of_the_training(trained: Path, data: Path) -> None:
-    real = load_real(str(data), None, 64, 3, Trained.of_run(bundle.Run(trained)))
+    real = load_real(str(data), None, 64, 3, Trained.of_run(Run(trained)))
     chosen, held = load_folder(data, 64).split(0.33, 5)
     everything = load_folder(data, 64).images
     np.testing.assert_array_equal(real.training, everything[chosen])
@@ -273,16 +279,16 @@ def test_the_split_is_the_one_of_the_training(trained: Path, data: Path) -> None
 
 
 def test_a_split_that_nothing_vouches_for_warns(trained: Path, data: Path, tmp_path: Path) -> None:
-    run = bundle.Run(shutil.copytree(trained, tmp_path / "run"))
-    values = bundle.read_json(run.settings)
+    run = Run(shutil.copytree(trained, tmp_path / "run"))
+    values = files.read_json(run.settings)
     more = write_pictures(tmp_path / "more", faces(70))
-    bundle.write_json(run.settings, {**values, "data": str(more)})
+    files.write_json(run.settings, {**values, "data": str(more)})
     real = load_real(str(more), None, 64, 3, Trained.of_run(run))
     assert "the model saw 43" in real.warnings[0]
-    bundle.write_json(run.settings, {**values, "held_out": 0.0})
+    files.write_json(run.settings, {**values, "held_out": 0.0})
     real = load_real(str(data), None, 64, 3, Trained.of_run(run))
     assert "held nothing out" in real.warnings[0] and len(real.held_out) == 3
-    bundle.write_json(run.settings, {**values, "data": "synthetic"})
+    files.write_json(run.settings, {**values, "data": "synthetic"})
     real = load_real(str(data), None, 64, 3, Trained.of_run(run))
     assert real.warnings == () and "the model was trained on synthetic" in real.split
 
@@ -292,7 +298,7 @@ def test_a_model_of_the_package_knows_its_split(
 ) -> None:
     """By how many images it was trained on: a name of their folder it does not have."""
     training = {"held_out": 0.33, "seed": 5, "training_images": 43}
-    monkeypatch.setattr("lutdeploy.shipped.facts", lambda name: {"training": training})
+    monkeypatch.setattr("lutdeploy.artefacts.shipped.facts", lambda name: {"training": training})
     trained = Trained.of_shipped("cats")
     real = load_real(str(data), None, 64, 3, trained)
     chosen, held = load_folder(data, 64).split(0.33, 5)
@@ -381,10 +387,10 @@ def test_x0_errors_are_the_mean_squares(golden_runs: Runs) -> None:
 
 def test_samples_in_memory_are_those_of_the_folder(tmp_path: Path, golden_runs: Runs) -> None:
     run = golden_runs("static-tanh-64")
-    from lutdeploy.solvers import step_table
+    from lutdeploy.schedule import solver_schedule
 
     denoiser = TorchDenoiser(golden_model("static-tanh-64"))
-    drawn = draw_samples(denoiser, 5, step_table("euler", 2), seed=3, batch=2)
+    drawn = draw_samples(denoiser, 5, solver_schedule("euler", 2), seed=3, batch=2)
     common = ("-n", 5, "--steps", 2, "--seed", 3, "--batch", 2)
     for form in ("png", "npz"):
         out = tmp_path / form

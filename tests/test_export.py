@@ -13,11 +13,12 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from lutdeploy import bundle
-from lutdeploy.checkpoint import load_model
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import load_model
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.run import Run
 from lutdeploy.config import model_config
-from lutdeploy.errors import ConfigError
-from lutdeploy.export import (
+from lutdeploy.engines.export.graphs import (
     ISLANDS,
     OPSET,
     ExportPlan,
@@ -25,9 +26,10 @@ from lutdeploy.export import (
     export_model,
     write_graphs,
 )
+from lutdeploy.errors import ConfigError
 from lutdeploy.fused import FusedNetwork, TimeBias
 from lutdeploy.model import LutTransformer
-from lutdeploy.solvers import step_table
+from lutdeploy.schedule import solver_schedule
 from tests.conftest import golden_model
 
 Exported = Callable[..., Path]
@@ -76,7 +78,7 @@ FORBIDDEN = {
 
 
 def read(folder: Path, k: int = 0) -> onnx.ModelProto:
-    name = bundle.read_manifest(folder).graphs[k]
+    name = read_manifest(folder).graphs[k]
     return onnx.load(folder / name, load_external_data=False)
 
 
@@ -139,9 +141,9 @@ def test_graph_inputs_and_outputs_are_named_by_the_signature(exported: Exported)
     step = (["x", "t", "a", "b", "c", "x0_prev"], ["x_next", "x0"])
     assert names(read(exported())) == step
     per_step = exported(graph="per-step")
-    table = bundle.read_manifest(per_step).table
-    assert table is not None
-    for k, row in enumerate(table.rows):
+    schedule = read_manifest(per_step).schedule
+    assert schedule is not None
+    for k, row in enumerate(schedule.rows):
         inputs = ["x", "x0_prev"] if row.c else ["x"]
         assert names(read(per_step, k)) == (inputs, ["x_next", "x0"])
     assert names(read(exported(graph="loop"))) == (["noise"], ["image"])
@@ -178,8 +180,8 @@ def test_nodes_are_named_after_their_modules(exported: Exported) -> None:
 
 def test_fp16_islands_are_float32_in_the_graph(exported: Exported, preset: str) -> None:
     folder = exported(preset, precision="fp16")
-    assert bundle.read_manifest(folder).islands == ISLANDS
-    assert bundle.read_manifest(exported(preset)).islands == ()
+    assert read_manifest(folder).islands == ISLANDS
+    assert read_manifest(exported(preset)).islands == ()
     model = onnx.shape_inference.infer_shapes(onnx.load(folder / "step.onnx"), strict_mode=True)
     graph = model.graph
     dtypes = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input)}
@@ -204,9 +206,9 @@ def test_fp16_islands_are_float32_in_the_graph(exported: Exported, preset: str) 
 
 def test_per_step_graphs_share_one_weights_file(exported: Exported) -> None:
     many, one = exported(graph="per-step"), exported()
-    files = bundle.read_manifest(many).files
+    files = read_manifest(many).files
     assert sorted(files) == [*(f"step-{k:03d}.onnx" for k in range(5)), "weights.bin"]
-    weights = bundle.read_manifest(one).files["weights.bin"]["bytes"]
+    weights = read_manifest(one).files["weights.bin"]["bytes"]
     assert files["weights.bin"]["bytes"] <= weights
     assert max(files[name]["bytes"] for name in files if name.endswith(".onnx")) < weights / 5
 
@@ -215,7 +217,7 @@ def test_same_name_is_same_bytes_in_every_graph_of_an_export(exported: Exported)
     folder = exported("dynamic-64", "per-step")
     seen: dict[str, bytes] = {}
     row = ("time_bias", "a", "b", "c")
-    for name in bundle.read_manifest(folder).graphs:
+    for name in read_manifest(folder).graphs:
         for tensor in onnx.load(folder / name).graph.initializer:
             data = numpy_helper.to_array(tensor).tobytes()
             assert tensor.name in row or seen.setdefault(tensor.name, data) == data, tensor.name
@@ -223,10 +225,10 @@ def test_same_name_is_same_bytes_in_every_graph_of_an_export(exported: Exported)
 
 def test_coefficients_are_inside_per_step_graphs(exported: Exported) -> None:
     folder = exported(graph="per-step")
-    table = bundle.read_manifest(folder).table
-    assert table is not None
+    schedule = read_manifest(folder).schedule
+    assert schedule is not None
     time = TimeBias(golden_model("static-tanh-64").stem)
-    for name, row in zip(bundle.read_manifest(folder).graphs, table.rows, strict=True):
+    for name, row in zip(read_manifest(folder).graphs, schedule.rows, strict=True):
         held = {
             i.name: numpy_helper.to_array(i) for i in onnx.load(folder / name).graph.initializer
         }
@@ -248,8 +250,8 @@ def test_exports_hold_no_path_of_this_machine(exported: Exported) -> None:
 
 def test_same_export_twice_is_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
     write_graphs(golden_model("static-tanh-64"), ExportPlan(), tmp_path)
-    for name, file in bundle.read_manifest(exported()).files.items():
-        assert bundle.sha256(tmp_path / name) == file["sha256"], name
+    for name, file in read_manifest(exported()).files.items():
+        assert files.sha256(tmp_path / name) == file["sha256"], name
 
 
 def test_fused_network_equals_the_model(preset: str) -> None:
@@ -273,11 +275,11 @@ def test_weights_file_places_a_name_once(tmp_path: Path) -> None:
 
 
 def test_exports_live_side_by_side_newest_first(
-    tmp_path: Path, golden_runs: Callable[[str], bundle.Run]
+    tmp_path: Path, golden_runs: Callable[[str], Run]
 ) -> None:
     source = golden_runs("static-tanh-64")
-    run = bundle.Run(tmp_path)
-    bundle.write_atomic(run.model, source.model.read_bytes())
+    run = Run(tmp_path)
+    files.write_atomic(run.model, source.model.read_bytes())
     model = load_model(run.model)
     names = []
     for precision in ("fp32", "fp16", "fp32"):
@@ -289,7 +291,7 @@ def test_exports_live_side_by_side_newest_first(
 
 
 def test_a_refused_export_leaves_the_old_one(tmp_path: Path) -> None:
-    run, model = bundle.Run(tmp_path), golden_model("static-tanh-64")
+    run, model = Run(tmp_path), golden_model("static-tanh-64")
     folder = export_model(model, ExportPlan(), run, "0" * 64)
     before = json.loads((folder / "manifest.json").read_text())
 
@@ -303,11 +305,11 @@ def test_a_refused_export_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 def test_plan_names_and_impossible_plans() -> None:
-    table = step_table("euler", 64)
+    schedule = solver_schedule("euler", 64)
     assert ExportPlan("step", "fp16").name == "step-fp16"
-    assert ExportPlan("per-step", "fp16", table).name == "per-step-fp16-euler-64"
+    assert ExportPlan("per-step", "fp16", schedule).name == "per-step-fp16-euler-64"
     for graph, precision, steps in (
-        ("step", "fp16", table),
+        ("step", "fp16", schedule),
         ("loop", "fp16", None),
         ("steps", "fp16", None),
         ("step", "int4", None),

@@ -11,15 +11,25 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from lutdeploy import bundle
+from lutdeploy.artefacts import files
 from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError
+from lutdeploy.training.data import draw_set
+from lutdeploy.training.evaluation import feature_network
+from lutdeploy.training.evaluation.distances import frechet_distance, kernel_distance
+from lutdeploy.training.evaluation.features import (
+    InceptionFeatures,
+    LutdeployFeatures,
+    open_extractor,
+)
+from lutdeploy.training.evaluation.inception import Inception, resize
+from lutdeploy.training.evaluation.train_features import (
+    FeatureSettings,
+    augment,
+    blur,
+    shuffle_patches,
+    train_network,
+)
 from tests.conftest import GOLDEN
-from training import feature_network
-from training.data import draw_set
-from training.distances import frechet_distance, kernel_distance
-from training.features import InceptionFeatures, LutdeployFeatures, open_extractor
-from training.inception import Inception, resize
-from training.train_features import FeatureSettings, augment, blur, shuffle_patches, train_network
 
 Pixels = NDArray[np.uint8]
 
@@ -116,7 +126,7 @@ def test_own_weights_are_verified(tmp_path: Path) -> None:
         feature_network.load_network(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ArtefactError, match="does not hold the feature network"):
-        feature_network.load_network(path, bundle.sha256(path))
+        feature_network.load_network(path, files.sha256(path))
 
 
 def test_nan_features_are_an_error(faces: Pixels) -> None:
@@ -132,7 +142,7 @@ def test_training_the_network_is_repeatable_and_learns(faces: Pixels, tmp_path: 
         assert torch.equal(value, second.state_dict()[name]), name
     path = tmp_path / "features.safetensors"
     feature_network.save_network(first, path)
-    loaded = feature_network.load_network(path, bundle.sha256(path))
+    loaded = feature_network.load_network(path, files.sha256(path))
     x = torch.from_numpy(faces[:16]).float() / 127.5 - 1
     with torch.no_grad():
         assert torch.allclose(loaded(x), first(x), atol=0.05)

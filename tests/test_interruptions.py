@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lutdeploy import bundle
-from lutdeploy.checkpoint import save_author_file
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import save_author_file
+from lutdeploy.artefacts.run import Run
 from tests.command import error_line, fail, succeed
 from tests.conftest import golden_model
 
@@ -110,7 +111,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def model(golden_runs: Callable[[str], bundle.Run]) -> Path:
+def model(golden_runs: Callable[[str], Run]) -> Path:
     return golden_runs("static-tanh-64").model
 
 
@@ -277,18 +278,18 @@ def train(cats: Path, out: Path, *more: object) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(cats: Path, tmp_path_factory: pytest.TempPathFactory) -> bundle.Run:
+def unbroken(cats: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A training that nobody disturbed."""
-    run = bundle.Run(tmp_path_factory.mktemp("unbroken") / "run")
+    run = Run(tmp_path_factory.mktemp("unbroken") / "run")
     succeed(*train(cats, run.path))
     return run
 
 
-def logged(run: bundle.Run) -> list[int]:
+def logged(run: Run) -> list[int]:
     return [json.loads(line)["step"] for line in run.log.read_text().splitlines()]
 
 
-def last_step(run: bundle.Run) -> int:
+def last_step(run: Run) -> int:
     """The last step in the log of a training that may be going on."""
     try:
         return logged(run)[-1]
@@ -296,7 +297,7 @@ def last_step(run: bundle.Run) -> int:
         return 0
 
 
-def resume(cats: Path, run: bundle.Run, unbroken: bundle.Run) -> None:
+def resume(cats: Path, run: Run, unbroken: Run) -> None:
     """The same command with --resume ends as the unbroken run did, bit for bit."""
     succeed(*train(cats, run.path, "--resume"))
     for ours, theirs in (
@@ -313,8 +314,8 @@ def resume(cats: Path, run: bundle.Run, unbroken: bundle.Run) -> None:
     assert hidden(run.path) == []
 
 
-def test_ctrl_c_while_training(cats: Path, unbroken: bundle.Run, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path / "run")
+def test_ctrl_c_while_training(cats: Path, unbroken: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
     # No checkpoint is due before the end: what is saved is saved because of the signal.
     with started(*train(cats, run.path, "--checkpoint-every", 10_000)) as process:
         wait_until(lambda: last_step(run) >= 10, process)
@@ -325,8 +326,8 @@ def test_ctrl_c_while_training(cats: Path, unbroken: bundle.Run, tmp_path: Path)
     resume(cats, run, unbroken)
 
 
-def test_kill_while_training(cats: Path, unbroken: bundle.Run, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path / "run")
+def test_kill_while_training(cats: Path, unbroken: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
     with started(*train(cats, run.path)) as process:
         # Past a checkpoint: the log then holds a step that is trained a second time.
         wait_until(lambda: last_step(run) > CHECKPOINT, process)
@@ -335,24 +336,22 @@ def test_kill_while_training(cats: Path, unbroken: bundle.Run, tmp_path: Path) -
     resume(cats, run, unbroken)
 
 
-def test_kill_before_the_first_checkpoint(cats: Path, unbroken: bundle.Run, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path)
+def test_kill_before_the_first_checkpoint(cats: Path, unbroken: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path)
     shutil.copy(unbroken.settings, run.settings)
     run.log.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
     resume(cats, run, unbroken)
 
 
-def test_kill_between_the_files_of_a_checkpoint(
-    cats: Path, unbroken: bundle.Run, tmp_path: Path
-) -> None:
-    run = bundle.Run(tmp_path / "run")
+def test_kill_between_the_files_of_a_checkpoint(cats: Path, unbroken: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
     shutil.copytree(unbroken.path, run.path)
     run.model.unlink()  # the state of the last step is there, its model is not
     resume(cats, run, unbroken)
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_cleared(cats: Path, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path)
+    run = Run(tmp_path)
     succeed(*train(cats, run.path, "--steps", 2))
     left = (run.path / ".model.safetensors.abc", run.pictures / ".lut-000002.png.abc")
     for path in left:
@@ -362,7 +361,7 @@ def test_what_a_kill_left_of_a_checkpoint_is_cleared(cats: Path, tmp_path: Path)
 
 
 def test_two_trainings_in_one_run(cats: Path, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     with started(*train(cats, run.path, "--steps", 900)) as process:
         wait_until(lambda: last_step(run) > 0, process)
         process.send_signal(signal.SIGSTOP)
@@ -373,7 +372,7 @@ def test_two_trainings_in_one_run(cats: Path, tmp_path: Path) -> None:
 
 
 def test_full_disk_while_training(cats: Path, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path)
+    run = Run(tmp_path)
     succeed(*train(cats, run.path, "--steps", 2))
     before = contents(run.path)
     again = train(cats, run.path, "--steps", 4, "--resume")
@@ -391,9 +390,9 @@ def test_full_disk_while_training(cats: Path, tmp_path: Path) -> None:
 def test_loss_that_is_not_finite(
     cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.losses import Objective
+    from lutdeploy.training.losses import Objective
 
-    run = bundle.Run(tmp_path)
+    run = Run(tmp_path)
     arguments = train(cats, run.path, "--held-out", 0)
     succeed(*arguments, "--steps", 4)
     before = contents(run.path)
@@ -420,9 +419,9 @@ def test_weights_that_are_not_finite_are_not_saved(
     cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step before a checkpoint spoils the weights; its own loss was still finite."""
-    from training.losses import Objective
+    from lutdeploy.training.losses import Objective
 
-    run = bundle.Run(tmp_path)
+    run = Run(tmp_path)
     arguments = train(cats, run.path, "--held-out", 0)
     succeed(*arguments, "--steps", 4)
     before = contents(run.path)
@@ -473,7 +472,7 @@ PRESSES = {
 def test_export_that_does_not_end(
     kind: str, model: Path, exported: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = bundle.Run(tmp_path)
+    run = Run(tmp_path)
     shutil.copy(model, run.model)
     shutil.copytree(exported(), run.export_folder("step-fp32"))
     before = contents(run.path)
@@ -498,7 +497,7 @@ def test_what_a_kill_left_of_an_export_is_cleared(tmp_path: Path) -> None:
     for folder in (".step-fp32.abc", ".step-fp16.abc", ".old-step-fp32.abc/step-fp32"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "manifest.json").write_text(folder)
-    with pytest.raises(KeyboardInterrupt), bundle.staged(target):
+    with pytest.raises(KeyboardInterrupt), files.staged(target):
         # Killed between the two renames: the old export comes back first.
         assert (target / "manifest.json").read_text() == ".old-step-fp32.abc/step-fp32"
         raise KeyboardInterrupt
@@ -506,7 +505,7 @@ def test_what_a_kill_left_of_an_export_is_cleared(tmp_path: Path) -> None:
 
 
 def test_full_disk_while_importing(model: Path, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     run.path.mkdir()
     shutil.copy(model, run.model)
     save_author_file(golden_model("static-tanh-64"), tmp_path / "author.pth")

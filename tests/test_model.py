@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutdeploy.checkpoint import (
+from lutdeploy.artefacts.checkpoint import (
     from_author_state,
     import_author_file,
     infer_author_config,
@@ -25,7 +25,7 @@ from lutdeploy.lut import image_to_tiles, tiles_to_image
 from lutdeploy.model import LutTransformer, position_tables, rotate
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import trajectory
-from lutdeploy.solvers import step_table
+from lutdeploy.schedule import solver_schedule
 from tests.conftest import Golden
 
 TOLERANCE = 2e-5  # of the output's standard deviation
@@ -40,7 +40,7 @@ def test_one_pass_equals_the_golden_vector(golden: Golden) -> None:
 
 def test_trajectory_equals_the_golden_vector(golden: Golden) -> None:
     model = from_author_state(golden.state, golden.config)
-    table = step_table("euler", int(golden.arrays["euler_steps"]))
+    table = solver_schedule("euler", int(golden.arrays["euler_steps"]))
     states = [s.x for s in trajectory(TorchDenoiser(model), golden.arrays["x"], table)]
     kept = golden.arrays["euler_kept"]
     for step, expected in zip(kept, golden.arrays["euler_x"], strict=True):

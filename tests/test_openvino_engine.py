@@ -13,16 +13,18 @@ import numpy as np
 import openvino as ov
 import pytest
 
-import engines.openvino_engine
 import lutdeploy
-from engines import open_engine
-from engines.openvino_engine import OpenVinoDenoiser
-from lutdeploy import bundle
+import lutdeploy.engines.openvino
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import hash_files, read_manifest
+from lutdeploy.artefacts.run import Run
+from lutdeploy.engines import open_engine
+from lutdeploy.engines.openvino import OpenVinoDenoiser
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from tests.command import fail, invoke, succeed
 
 Exported = Callable[..., Path]
-Runs = Callable[..., bundle.Run]
+Runs = Callable[..., Run]
 HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU does not compute in bfloat16")
 
@@ -70,7 +72,7 @@ def test_bf16_has_a_verdict_of_its_own(exported_run: Runs, tmp_path: Path) -> No
 
 @needs_bf16
 def test_bf16_called_fp32_is_refused(exported_run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(engines.openvino_engine.HINTS, "fp32", ov.Type.bf16)
+    monkeypatch.setitem(lutdeploy.engines.openvino.HINTS, "fp32", ov.Type.bf16)
     run = exported_run(precision="fp32")
     result = invoke("parity", run.path, "--backend", "openvino", "-n", 1)
     assert result.exit_code == 1
@@ -80,7 +82,7 @@ def test_bf16_called_fp32_is_refused(exported_run: Runs, monkeypatch: pytest.Mon
 def test_a_precision_that_the_cpu_lacks_is_an_error(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = bundle.read_manifest(exported())
+    manifest = read_manifest(exported())
     core = SimpleNamespace(get_property=lambda device, name: ["FP32", "INT8"])
     with monkeypatch.context() as patch:
         patch.setattr(ov, "Core", lambda: core)
@@ -104,9 +106,9 @@ def test_another_precision_than_asked_for_is_an_error(
             self._settings["INFERENCE_PRECISION_HINT"] = ov.Type.f32
             return super()._compile(path)
 
-    monkeypatch.setitem(engines.openvino_engine.CAPABILITIES, "bf16", "FP32")
+    monkeypatch.setitem(lutdeploy.engines.openvino.CAPABILITIES, "bf16", "FP32")
     with pytest.raises(BackendError, match="OpenVINO would compute in"):
-        Silent(bundle.read_manifest(exported()), precision="bf16")
+        Silent(read_manifest(exported()), precision="bf16")
 
 
 def test_a_graph_of_other_inputs_is_refused(exported: Exported, tmp_path: Path) -> None:
@@ -114,14 +116,14 @@ def test_a_graph_of_other_inputs_is_refused(exported: Exported, tmp_path: Path) 
     mixed = tmp_path / "step-fp32"
     shutil.copytree(step, mixed)
     shutil.copy(loop / "loop.onnx", mixed / "step.onnx")
-    values = bundle.read_json(mixed / "manifest.json")
-    values["files"] = bundle.hash_files(mixed)
-    bundle.write_json(mixed / "manifest.json", values)
+    values = files.read_json(mixed / "manifest.json")
+    values["files"] = hash_files(mixed)
+    files.write_json(mixed / "manifest.json", values)
     with pytest.raises(ArtefactError, match=r"got inputs \['noise'\]"):
         open_engine(mixed, "openvino")
     (mixed / "step.onnx").write_bytes(b"no graph")
-    values["files"] = bundle.hash_files(mixed)
-    bundle.write_json(mixed / "manifest.json", values)
+    values["files"] = hash_files(mixed)
+    files.write_json(mixed / "manifest.json", values)
     with pytest.raises(ArtefactError, match="OpenVINO cannot compile"):
         open_engine(mixed, "openvino")
 
@@ -130,7 +132,7 @@ def test_without_openvino_there_is_one_line(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "engines.openvino_engine")
+    monkeypatch.delitem(sys.modules, "lutdeploy.engines.openvino")
     out = tmp_path / "out"
     said = fail(1, "sample", exported(), "--backend", "openvino", "--out", out)
     assert "pip install 'lutdeploy[openvino]'" in said

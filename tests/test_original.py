@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from engines.original import OriginalModel
-from lutdeploy.checkpoint import from_author_state
+from lutdeploy.artefacts.checkpoint import from_author_state
 from lutdeploy.config import model_config
+from lutdeploy.engines.benchmark.original import OriginalModel
 from tests.conftest import Golden
 
 TOLERANCE = 2e-5  # of the output's standard deviation: float32 rounding in another order

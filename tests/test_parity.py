@@ -13,13 +13,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from engines import open_engine
-from lutdeploy import bundle
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import MANIFEST, hash_files, read_manifest
+from lutdeploy.artefacts.run import MODEL, Run
+from lutdeploy.engines import open_engine
 from lutdeploy.model import LutTransformer
 from lutdeploy.parity import MIN_PSNR, Check, Report, compare, difference
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Images, batch_noise
-from lutdeploy.solvers import Step, step_table
+from lutdeploy.schedule import Step, solver_schedule
 from tests.command import fail, invoke, succeed
 from tests.conftest import golden_model
 
@@ -31,9 +33,9 @@ def judge(folder: Path, preset: str = "static-tanh-64", steps: int = 6) -> Repor
     model = golden_model(preset)
     noise = batch_noise(0, range(2), model.config.image_shape)
     with open_engine(folder, "onnxruntime") as engine:
-        table = engine.table or step_table("dpmpp-2m", steps)
-        precision = bundle.read_manifest(folder).precision
-        return compare(model, engine, precision, table, noise)
+        schedule = engine.schedule or solver_schedule("dpmpp-2m", steps)
+        precision = read_manifest(folder).precision
+        return compare(model, engine, precision, schedule, noise)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -44,7 +46,7 @@ def test_every_export_passes(exported: Exported, preset: str, graph: str, precis
     levels = {check.level for check in report.checks}
     assert levels == {"trajectory", "picture"} | ({"step"} if graph != "loop" else set())
     assert report.final.psnr >= MIN_PSNR[precision]
-    assert len(report.drift) == (1 if graph == "loop" else report.table.steps)
+    assert len(report.drift) == (1 if graph == "loop" else report.schedule.steps)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -53,11 +55,11 @@ def test_third_order_passes_in_every_graph(exported: Exported, graph: str, preci
     """Six steps, of which two take two x0 from the past."""
     model = golden_model("static-tanh-64")
     noise = batch_noise(0, range(2), model.config.image_shape)
-    table = step_table("dpmpp-3m", 6)
-    assert sum(row.d != 0 for row in table.rows) == 2
+    schedule = solver_schedule("dpmpp-3m", 6)
+    assert sum(row.d != 0 for row in schedule.rows) == 2
     folder = exported("static-tanh-64", graph, precision, "dpmpp-3m", 6)
     with open_engine(folder, "onnxruntime") as engine:
-        report = compare(model, engine, precision, table, noise)
+        report = compare(model, engine, precision, schedule, noise)
     assert report.passed, report.failures()
 
 
@@ -67,7 +69,7 @@ def test_a_forgotten_x0_fails(exported: Exported, monkeypatch: pytest.MonkeyPatc
     noise = batch_noise(0, range(2), model.config.image_shape)
     with open_engine(exported("static-tanh-64", "loop", "fp32", "dpmpp-3m", 6)) as engine:
         monkeypatch.setattr("lutdeploy.sampling.history", lambda row, x0, before: x0)
-        assert not compare(model, engine, "fp32", engine.table, noise).passed
+        assert not compare(model, engine, "fp32", engine.schedule, noise).passed
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpmpp-2m", "dpmpp-3m"])
@@ -75,7 +77,7 @@ def test_reference_trajectory_of_64_steps_passes(exported: Exported, solver: str
     model = golden_model("static-tanh-64")
     with open_engine(exported(), "onnxruntime") as engine:
         noise = batch_noise(0, range(1), model.config.image_shape)
-        report = compare(model, engine, "fp32", step_table(solver, 64), noise)
+        report = compare(model, engine, "fp32", solver_schedule(solver, 64), noise)
     assert report.passed, report.failures()
 
 
@@ -88,7 +90,7 @@ def test_fp16_really_is_fp16(exported: Exported) -> None:
 def tamper(folder: Path, target: Path, graph: int, name: str, change: float) -> Path:
     """A copy of an export with one number of an initializer moved, and honest hashes."""
     shutil.copytree(folder, target)
-    path = target / bundle.read_manifest(target).graphs[graph]
+    path = target / read_manifest(target).graphs[graph]
     model = onnx.load(path)
     tensor = next(i for i in model.graph.initializer if i.name == name)
     values = numpy_helper.to_array(tensor).copy()
@@ -96,9 +98,9 @@ def tamper(folder: Path, target: Path, graph: int, name: str, change: float) -> 
     tensor.CopyFrom(numpy_helper.from_array(values, name))
     path.unlink()
     onnx.save(model, path)  # every weight inside: the copy needs no shared file
-    manifest = bundle.read_json(target / bundle.MANIFEST)
-    manifest["files"] = bundle.hash_files(target)
-    bundle.write_json(target / bundle.MANIFEST, manifest)
+    manifest = files.read_json(target / MANIFEST)
+    manifest["files"] = hash_files(target)
+    files.write_json(target / MANIFEST, manifest)
     return target
 
 
@@ -146,7 +148,7 @@ class Faulty(TorchDenoiser):
 def test_a_trajectory_gone_wrong_late_fails(fault: Callable[[Images], Images]) -> None:
     denoiser = Faulty(golden_model("static-tanh-64"))
     denoiser.fault = fault
-    report = compare(golden_model("static-tanh-64"), denoiser, "fp32", step_table("euler", 8))
+    report = compare(golden_model("static-tanh-64"), denoiser, "fp32", solver_schedule("euler", 8))
     failed = {c.level for c in report.checks if not c.passed}
     assert "trajectory" in failed
     assert not report.passed
@@ -155,7 +157,9 @@ def test_a_trajectory_gone_wrong_late_fails(fault: Callable[[Images], Images]) -
 
 def test_the_gate_passes_the_reference_itself(preset: str) -> None:
     model = golden_model(preset)
-    report = compare(model, TorchDenoiser(golden_model(preset)), "fp32", step_table("euler", 4))
+    report = compare(
+        model, TorchDenoiser(golden_model(preset)), "fp32", solver_schedule("euler", 4)
+    )
     assert report.passed
     assert report.final.max_abs == 0
     assert math.isinf(report.final.psnr)
@@ -166,7 +170,7 @@ def test_no_evidence_is_no_pass() -> None:
     assert not Check("step", "x0", "max abs", 0.0, math.inf).passed
     assert not Check("step", "x0", "max abs", math.nan, 1.0).passed
     assert not Report(
-        "fp32", step_table("euler", 1), 1, (), (), difference(*[np.ones(3)] * 2)
+        "fp32", solver_schedule("euler", 1), 1, (), (), difference(*[np.ones(3)] * 2)
     ).passed
 
 
@@ -193,18 +197,18 @@ def test_report_is_plain_json(exported: Exported) -> None:
 def test_model_is_left_as_it_was() -> None:
     model: LutTransformer = golden_model("static-tanh-64")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    compare(model, TorchDenoiser(model), "fp16", step_table("euler", 2))
+    compare(model, TorchDenoiser(model), "fp16", solver_schedule("euler", 2))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_all_judges_every_engine_and_goes_on_after_a_failure(
     exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     for precision in ("fp32", "fp16"):
         source = exported(precision=precision)
         shutil.copytree(source, run.export_folder(source.name))
-        shutil.copy(source.parent.parent / bundle.MODEL, run.model)
+        shutil.copy(source.parent.parent / MODEL, run.model)
     options = ("parity", run.path, "--all", "-n", 1, "--steps", 2)
     lines = succeed(*options).stdout.splitlines()
     names = [line.partition(":")[0] for line in lines]
@@ -224,9 +228,9 @@ def test_all_judges_every_engine_and_goes_on_after_a_failure(
 
 
 def test_all_needs_an_export_and_nothing_that_chooses(
-    golden_runs: Callable[[str], bundle.Run], tmp_path: Path
+    golden_runs: Callable[[str], Run], tmp_path: Path
 ) -> None:
-    run = bundle.Run(tmp_path / "run")
-    bundle.write_atomic(run.model, golden_runs("dynamic-64").model.read_bytes())
+    run = Run(tmp_path / "run")
+    files.write_atomic(run.model, golden_runs("dynamic-64").model.read_bytes())
     assert "no export to judge" in fail(2, "parity", run.path, "--all")
     assert "leave out which" in fail(2, "parity", run.path, "--all", "--backend", "openvino")

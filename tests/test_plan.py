@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from lutdeploy import bundle, plan
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import MANIFEST, Manifest, read_manifest
+from lutdeploy.artefacts.run import Run
+from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import ArtefactError, UsageError
 
 HERE = plan.Machine(tensorrt="11.1.0.106", cuda="13.0", gpu="GPU A", compute_capability="9.0")
@@ -20,15 +23,15 @@ PLAN = struct.pack("<II16x4B", plan.PLAN_TAG, 0, 11, 1, 0, 106) + b"code"
 
 
 @pytest.fixture
-def run(exported_run: Callable[..., bundle.Run]) -> bundle.Run:
+def run(exported_run: Callable[..., Run]) -> Run:
     return exported_run("step")
 
 
-def manifest_of(run: bundle.Run) -> bundle.Manifest:
-    return bundle.read_manifest(run.exports()[0])
+def manifest_of(run: Run) -> Manifest:
+    return read_manifest(run.exports()[0])
 
 
-def record_of(run: bundle.Run, machine: plan.Machine = HERE, **options: Any) -> plan.PlanRecord:
+def record_of(run: Run, machine: plan.Machine = HERE, **options: Any) -> plan.PlanRecord:
     """A plan and its record in the run, as a build leaves them."""
     fields = plan.key_fields(manifest_of(run), "step.onnx", plan.BuildOptions(**options), machine)
     record = plan.PlanRecord(
@@ -41,7 +44,7 @@ def record_of(run: bundle.Run, machine: plan.Machine = HERE, **options: Any) -> 
         created="2026-01-01T00:00:00",
         build_seconds=1.5,
     )
-    bundle.write_atomic(record.plan, PLAN)
+    files.write_atomic(record.plan, PLAN)
     record.write()
     return record
 
@@ -63,7 +66,7 @@ def test_impossible_batch_profiles_say_so(text: str) -> None:
         plan.BatchProfile.parse(text)
 
 
-def test_every_field_changes_the_key(run: bundle.Run) -> None:
+def test_every_field_changes_the_key(run: Run) -> None:
     manifest = manifest_of(run)
     options = plan.BuildOptions()
     fields = plan.key_fields(manifest, "step.onnx", options, HERE)
@@ -96,7 +99,7 @@ def test_every_field_changes_the_key(run: bundle.Run) -> None:
     assert plan.key_of(dict(reversed(fields.items()))) == plan.key_of(fields)
 
 
-def test_a_record_comes_back_as_it_was_written(run: bundle.Run) -> None:
+def test_a_record_comes_back_as_it_was_written(run: Run) -> None:
     record = record_of(run)
     assert plan.read_record(record.path) == record
     assert record.read_plan() == PLAN
@@ -110,14 +113,14 @@ def test_a_record_comes_back_as_it_was_written(run: bundle.Run) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 400])
-def test_a_truncated_record_is_named(run: bundle.Run, length: int) -> None:
+def test_a_truncated_record_is_named(run: Run, length: int) -> None:
     path = record_of(run).path
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ArtefactError, match=path.name):
         plan.read_record(path)
 
 
-def test_a_record_of_another_key_is_refused(run: bundle.Run) -> None:
+def test_a_record_of_another_key_is_refused(run: Run) -> None:
     record = record_of(run)
     values = json.loads(record.path.read_text())
     values["fields"]["gpu"] = "GPU B"
@@ -131,7 +134,7 @@ def test_a_record_of_another_key_is_refused(run: bundle.Run) -> None:
         plan.read_record(renamed)
 
 
-def test_a_plan_that_is_not_the_recorded_one_is_refused(run: bundle.Run) -> None:
+def test_a_plan_that_is_not_the_recorded_one_is_refused(run: Run) -> None:
     record = record_of(run)
     record.plan.write_bytes(PLAN[:-1] + b"E")
     with pytest.raises(ArtefactError, match="refused: sha256"):
@@ -149,7 +152,7 @@ def test_a_plan_that_is_not_the_recorded_one_is_refused(run: bundle.Run) -> None
         (struct.pack("<II16x4B", plan.PLAN_TAG, 0, 10, 13, 0, 35) + b"code", "TensorRT 10.13.0"),
     ],
 )
-def test_a_plans_header_is_read_before_its_code(run: bundle.Run, data: bytes, told: str) -> None:
+def test_a_plans_header_is_read_before_its_code(run: Run, data: bytes, told: str) -> None:
     record = dataclasses.replace(
         record_of(run), plan_bytes=len(data), plan_sha256=hashlib.sha256(data).hexdigest()
     )
@@ -172,7 +175,7 @@ def test_a_plans_header_is_read_before_its_code(run: bundle.Run, data: bytes, to
     ],
 )
 def test_each_field_that_differs_is_named(
-    run: bundle.Run, options: dict[str, Any], change: dict[str, str], stale: list[str]
+    run: Run, options: dict[str, Any], change: dict[str, str], stale: list[str]
 ) -> None:
     record_of(run, **options)
     (state,) = plan.survey(run, dataclasses.replace(HERE, **change))
@@ -181,14 +184,14 @@ def test_each_field_that_differs_is_named(
         assert reason.startswith(expected)
 
 
-def test_survey_without_a_machine_compares_the_export(run: bundle.Run) -> None:
+def test_survey_without_a_machine_compares_the_export(run: Run) -> None:
     record = record_of(run)
     (state,) = plan.survey(run, None)
     assert state.reasons == ()
-    manifest = run.exports()[0] / bundle.MANIFEST
-    values = bundle.read_json(manifest)
+    manifest = run.exports()[0] / MANIFEST
+    values = files.read_json(manifest)
     values["files"]["weights.bin"]["sha256"] = "f" * 64
-    bundle.write_json(manifest, values)
+    files.write_json(manifest, values)
     (state,) = plan.survey(run, None)
     assert [reason.split(":")[0] for reason in state.reasons] == ["weights_sha256"]
     record.plan.unlink()
@@ -199,7 +202,7 @@ def test_survey_without_a_machine_compares_the_export(run: bundle.Run) -> None:
     assert "another tag" in state.reasons[-1]
 
 
-def test_survey_names_what_is_damaged_or_gone(run: bundle.Run, tmp_path: Path) -> None:
+def test_survey_names_what_is_damaged_or_gone(run: Run, tmp_path: Path) -> None:
     record = record_of(run)
     run.exports()[0].rename(tmp_path / "elsewhere")
     (state,) = plan.survey(run, HERE)
@@ -210,7 +213,7 @@ def test_survey_names_what_is_damaged_or_gone(run: bundle.Run, tmp_path: Path) -
     assert record.path.name in state.reasons[0]
 
 
-def test_only_a_whole_engine_is_found(run: bundle.Run) -> None:
+def test_only_a_whole_engine_is_found(run: Run) -> None:
     record = record_of(run)
     assert plan.find_plan(run, record.fields) == record
     assert plan.find_plan(run, {**record.fields, "gpu": "GPU B"}) is None

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lutdeploy import bundle
-from lutdeploy.checkpoint import load_model
+from lutdeploy.artefacts.checkpoint import load_model
+from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import BackendError, UsageError
-from training import processes
-from training.processes import Processes, open_processes
+from lutdeploy.training import processes
+from lutdeploy.training.processes import Processes, open_processes
 
 SETTINGS = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--set", "warmup=3")
 # Muon rounds to bfloat16 inside, which makes of another order of sums another last digit.
@@ -40,7 +40,7 @@ def train(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_end_where_one_ends(tmp_path: Path) -> None:
     """Weights and losses at the same global batch, a resumed run included."""
     pytest.importorskip("accelerate", reason="training in processes needs Accelerate")
-    one, two = (bundle.Run(tmp_path / name) for name in ("one", "two"))
+    one, two = (Run(tmp_path / name) for name in ("one", "two"))
     alone = train(1, *SETTINGS, *ADAMW, *LENGTH, "--out", str(one.path))
     assert alone.returncode == 0, alone.stderr
     joined = train(2, *SETTINGS, *ADAMW, *LENGTH, "--out", str(two.path))

@@ -12,13 +12,16 @@ import openvino as ov
 import pytest
 import torch
 
-import engines.openvino_engine
 import lutdeploy
-from engines import open_engine
-from lutdeploy import bundle, parity
-from lutdeploy.checkpoint import save_model
+import lutdeploy.engines.openvino
+from lutdeploy import parity
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import save_model
+from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
+from lutdeploy.artefacts.run import MODEL, Run
+from lutdeploy.engines import open_engine
+from lutdeploy.engines.export.graphs import ExportPlan
 from lutdeploy.errors import BackendError, ConfigError
-from lutdeploy.export import ExportPlan
 from lutdeploy.model import Block, LutTransformer
 from lutdeploy.parity import difference
 from lutdeploy.quantization import (
@@ -29,7 +32,7 @@ from lutdeploy.quantization import (
 )
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import batch_noise
-from lutdeploy.solvers import step_table
+from lutdeploy.schedule import solver_schedule
 from tests.command import fail, succeed
 from tests.conftest import golden_model, quantizer
 
@@ -61,7 +64,7 @@ def test_the_graph_holds_int8_where_it_should_and_nowhere_else(
     exported: Exported, preset: str
 ) -> None:
     folder = exported(preset, precision="int8")
-    manifest = bundle.read_manifest(folder)
+    manifest = read_manifest(folder)
     manifest.verify()
     graph = onnx.load(folder / "step.onnx").graph
     made = {name: node for node in graph.node for name in node.output}
@@ -82,7 +85,7 @@ def test_the_graph_holds_int8_where_it_should_and_nowhere_else(
     assert len(quantised) == len(INT8_PRODUCTS), "the products' inputs, and no output"
     assert (
         manifest.files["weights.bin"]["bytes"]
-        < (bundle.read_manifest(exported(preset)).files["weights.bin"]["bytes"])
+        < (read_manifest(exported(preset)).files["weights.bin"]["bytes"])
     )
 
 
@@ -93,7 +96,7 @@ def test_pictures_are_those_of_float32_to_35_db(
 ) -> None:
     folder = exported(preset, precision="int8")
     with open_engine(folder, backend) as engine:
-        report = parity.compare(golden_model(preset), engine, "int8", step_table("euler", 8))
+        report = parity.compare(golden_model(preset), engine, "int8", solver_schedule("euler", 8))
     assert report.passed, report.failures()
     assert report.final.max_abs > 1e-4, "so it was int8 that ran"
 
@@ -107,8 +110,8 @@ def test_the_rest_of_int8_may_be_bf16(exported: Exported, preset: str) -> None:
     folder = exported(preset, precision="int8")
     with open_engine(folder, "openvino", precision="bf16") as engine:
         assert engine.identity["device"] == "CPU int8-bf16"
-        model, table = golden_model(preset), step_table("euler", 8)
-        report = parity.compare(model, engine, "int8-bf16", table)
+        model, schedule = golden_model(preset), solver_schedule("euler", 8)
+        report = parity.compare(model, engine, "int8-bf16", schedule)
         assert report.passed, report.failures()
         with open_engine(folder, "openvino") as other:
             x = batch_noise(0, range(2), model.config.image_shape)
@@ -145,12 +148,12 @@ def test_the_ladder_keeps_ever_more_in_float() -> None:
 
 
 def test_export_keeps_what_int8_spoils_in_float32(tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     save_model(spiked_model(), run.model)
     result = succeed("export", run.path, "--int8")
     assert "again with blocks.1.out in float32" in result.stderr
     folder = run.export_folder("step-int8")
-    record = bundle.read_manifest(folder).quantization
+    record = read_manifest(folder).quantization
     assert record is not None
     assert record["float32_products"] == ["blocks.1.out"]
     assert "in float32: blocks.1.out" in succeed("inspect", folder).stdout
@@ -162,7 +165,7 @@ def test_export_keeps_what_int8_spoils_in_float32(tmp_path: Path) -> None:
 def test_a_model_that_does_not_bear_int8_gets_no_export(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     shutil.copytree(exported().parent.parent, run.path)
     before = sorted(entry.name for entry in (run.path / "onnx").iterdir())
     monkeypatch.setitem(parity.MIN_PSNR, "int8", 1000.0)
@@ -181,18 +184,18 @@ def test_int8_has_no_other_graph_precision_or_place(exported: Exported, tmp_path
     assert "not both" in fail(2, "export", run, "--fp16", "--int8")
     assert "int8 is for graph step" in fail(2, "export", run, "--int8", "--graph", "loop")
     with pytest.raises(ConfigError, match="int8 is for graph step"):
-        ExportPlan("per-step", "int8", step_table("euler", 2))
+        ExportPlan("per-step", "int8", solver_schedule("euler", 2))
     assert "which is for CPUs" in fail(2, "build", run, "--export", "step-int8", "--dry-run")
 
 
 def test_build_passes_over_a_newer_int8_export(exported: Exported, tmp_path: Path) -> None:
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     for created, precision in enumerate(("fp16", "int8"), start=2001):
         source = exported(precision=precision)
         shutil.copytree(source, run.export_folder(source.name))
-        shutil.copy(source.parent.parent / bundle.MODEL, run.model)
-        manifest = run.export_folder(source.name) / bundle.MANIFEST
-        bundle.write_json(manifest, {**bundle.read_json(manifest), "created": f"{created}-01-01"})
+        shutil.copy(source.parent.parent / MODEL, run.model)
+        manifest = run.export_folder(source.name) / MANIFEST
+        files.write_json(manifest, {**files.read_json(manifest), "created": f"{created}-01-01"})
     assert "export: step-fp16" in succeed("build", run.path, "--dry-run").stderr
 
 
@@ -201,20 +204,20 @@ def test_int8_that_is_really_float32_is_refused(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = exported(precision="int8")
-    monkeypatch.setitem(engines.openvino_engine.RUNTIME_TYPES, "int8", ("i4",))
+    monkeypatch.setitem(lutdeploy.engines.openvino.RUNTIME_TYPES, "int8", ("i4",))
     with pytest.raises(BackendError, match="runs 0 of the 6 int8 products"):
         lutdeploy.load(folder, "openvino")
 
 
 def test_products_kept_in_float32_count_for_openvino(exported: Exported, tmp_path: Path) -> None:
-    from lutdeploy.export import export_model
+    from lutdeploy.engines.export.graphs import export_model
 
     model = golden_model("dynamic-64")
-    run = bundle.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     save_model(model, run.model)
     kept = ("blocks.0.gated",)
     folder = export_model(
-        *(model, ExportPlan(precision="int8"), run, bundle.sha256(run.model)),
+        *(model, ExportPlan(precision="int8"), run, files.sha256(run.model)),
         quantize=quantizer(model, kept),
     )
     with open_engine(folder, "openvino") as engine:

@@ -11,19 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lutdeploy
-from lutdeploy import images, sample_folder
+from lutdeploy import images
+from lutdeploy.artefacts import sample_folder
 from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import (
     Images,
     batch_noise,
-    choose_table,
+    choose_schedule,
     image_noise,
     resume,
     sample,
     trajectory,
 )
-from lutdeploy.solvers import Step, StepTable, step_table, tuned_table
+from lutdeploy.schedule import Schedule, Step, solver_schedule, tuned_schedule
 from tests.conftest import golden_model
 
 SHAPE = (3, 64, 64)
@@ -84,7 +85,7 @@ def test_noise_argument_overrides_the_seed(denoiser: TorchDenoiser) -> None:
 
 def test_trajectory_yields_every_state(denoiser: TorchDenoiser) -> None:
     noise = batch_noise(0, range(2), SHAPE)
-    states = list(trajectory(denoiser, noise, step_table("dpmpp-2m", 6)))
+    states = list(trajectory(denoiser, noise, solver_schedule("dpmpp-2m", 6)))
     assert [state.step for state in states] == list(range(7))
     assert states[0].x is noise
     assert states[0].x0 is None
@@ -94,9 +95,11 @@ def test_trajectory_yields_every_state(denoiser: TorchDenoiser) -> None:
 
 def test_third_order_remembers_two_predictions(denoiser: TorchDenoiser) -> None:
     noise = batch_noise(0, range(2), SHAPE)
-    table = step_table("dpmpp-3m", 6)
+    schedule = solver_schedule("dpmpp-3m", 6)
     x, past = noise, [np.zeros_like(noise)] * 2
-    for row, state in zip(table.rows, list(trajectory(denoiser, noise, table))[1:], strict=True):
+    for row, state in zip(
+        schedule.rows, list(trajectory(denoiser, noise, schedule))[1:], strict=True
+    ):
         x0 = denoiser.predict_x0(x, np.full(2, row.t, np.float32))
         x = row.a * x + row.b * x0 + row.c * past[-1] + row.d * past[-2]
         x = x.astype(np.float32)
@@ -106,16 +109,16 @@ def test_third_order_remembers_two_predictions(denoiser: TorchDenoiser) -> None:
 
 def test_a_trajectory_can_be_resumed_anywhere(denoiser: TorchDenoiser) -> None:
     noise = batch_noise(0, range(2), SHAPE)
-    table = step_table("dpmpp-3m", 6)
-    states = list(trajectory(denoiser, noise, table))
+    schedule = solver_schedule("dpmpp-3m", 6)
+    states = list(trajectory(denoiser, noise, schedule))
     for state in states:
-        rest = list(resume(denoiser, state, table, range(2)))
+        rest = list(resume(denoiser, state, schedule, range(2)))
         assert [s.step for s in rest] == list(range(state.step + 1, 7))
         assert np.array_equal(rest[-1].x if rest else state.x, states[-1].x)
 
 
-TUNED = [tuned_table("dpmpp-3m", [0, 0.3, 1]), tuned_table("euler", [0, 0.4, 1])]
-HELD = tuned_table("euler", [0, 0.1, 1])
+TUNED = [tuned_schedule("dpmpp-3m", [0, 0.3, 1]), tuned_schedule("euler", [0, 0.4, 1])]
+HELD = tuned_schedule("euler", [0, 0.1, 1])
 
 
 @pytest.mark.parametrize(
@@ -123,21 +126,21 @@ HELD = tuned_table("euler", [0, 0.1, 1])
     [
         (None, None, 2, TUNED[0]),  # the best that there is
         (None, "euler", 2, TUNED[1]),
-        (step_table("euler", 2), None, None, TUNED[0]),
+        (solver_schedule("euler", 2), None, None, TUNED[0]),
         (HELD, None, None, HELD),
         (HELD, "euler", 2, HELD),
     ],
 )
 def test_tuned_tables_are_chosen(
-    held: StepTable | None, solver: str | None, steps: int | None, expected: StepTable
+    held: Schedule | None, solver: str | None, steps: int | None, expected: Schedule
 ) -> None:
-    assert choose_table(held, solver, steps, None, "tuned", lambda: TUNED) == expected
+    assert choose_schedule(held, solver, steps, None, "tuned", lambda: TUNED) == expected
 
 
 def test_a_held_tuned_table_is_the_default() -> None:
-    assert choose_table(HELD, None, None, None) == HELD
-    assert choose_table(HELD, None, None, None, "uniform") == step_table("euler", 2)
-    assert choose_table(HELD, "euler", 3, 2.0) == step_table("euler", 3, 2.0)
+    assert choose_schedule(HELD, None, None, None) == HELD
+    assert choose_schedule(HELD, None, None, None, "uniform") == solver_schedule("euler", 2)
+    assert choose_schedule(HELD, "euler", 3, 2.0) == solver_schedule("euler", 3, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -159,26 +162,26 @@ def test_tuned_tables_that_are_not_there(
     solver: str | None,
     steps: int | None,
     shift: float | None,
-    tuned: list[StepTable],
+    tuned: list[Schedule],
     told: str,
 ) -> None:
     with pytest.raises(UsageError, match=told):
-        choose_table(None, solver, steps, shift, "tuned", lambda: tuned)
+        choose_schedule(None, solver, steps, shift, "tuned", lambda: tuned)
 
 
 def test_a_table_can_be_given(denoiser: TorchDenoiser) -> None:
-    table = tuned_table("dpmpp-2m", [0, 0.2, 0.5, 1])
-    end = list(trajectory(denoiser, batch_noise(4, range(2), SHAPE), table))[-1].x
-    assert np.array_equal(sample(denoiser, 2, seed=4, table=table), end)
+    schedule = tuned_schedule("dpmpp-2m", [0, 0.2, 0.5, 1])
+    end = list(trajectory(denoiser, batch_noise(4, range(2), SHAPE), schedule))[-1].x
+    assert np.array_equal(sample(denoiser, 2, seed=4, schedule=schedule), end)
     with pytest.raises(UsageError, match="give either"):
-        sample(denoiser, 2, steps=3, table=table)
+        sample(denoiser, 2, steps=3, schedule=schedule)
 
 
 def test_only_tuned_folders_say_their_grid() -> None:
     """Folders of earlier versions go on; other times are other pictures."""
-    uniform = sample_folder.settings({}, step_table("euler", 2), 0, "png")
+    uniform = sample_folder.settings({}, solver_schedule("euler", 2), 0, "png")
     assert uniform == {"solver": "euler", "steps": 2, "shift": 1, "seed": 0, "format": "png"}
-    one, other = (sample_folder.settings({}, table, 0, "png") for table in (TUNED[1], HELD))
+    one, other = (sample_folder.settings({}, schedule, 0, "png") for schedule in (TUNED[1], HELD))
     assert one["grid"] == other["grid"] == "tuned"
     assert one != other
 
@@ -207,16 +210,16 @@ class Poisoned(TorchDenoiser):
 
 def test_nan_is_named_with_step_and_image(tmp_path: Path) -> None:
     denoiser = Poisoned(golden_model("static-tanh-64"))
-    table = step_table("euler", 4)
+    schedule = solver_schedule("euler", 4)
     with pytest.raises(NonFiniteError, match="after step 3 in image 1"):
         sample(denoiser, 2, steps=4)
-    made = sample_folder.settings({"backend": "test"}, table, 0, "png")
+    made = sample_folder.settings({"backend": "test"}, schedule, 0, "png")
     with (
         sample_folder.open_folder(tmp_path / "s", made) as folder,
         pytest.raises(NonFiniteError, match="after step 3 in image 3"),
     ):
         folder.write([0, 1], np.zeros((2, *SHAPE), np.float32))  # there already
-        list(sample_folder.fill(folder, denoiser, table, 6, batch=2))
+        list(sample_folder.fill(folder, denoiser, schedule, 6, batch=2))
 
 
 def test_public_names() -> None:

@@ -8,26 +8,27 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lutdeploy import bundle, shipped
-from lutdeploy.checkpoint import read_metadata
+from lutdeploy.artefacts import shipped
+from lutdeploy.artefacts.checkpoint import read_metadata
+from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.tuned_steps import TunedSteps
 from lutdeploy.config import model_config
-from lutdeploy.tuned_steps import TunedSteps
-from training.data import draw_set
-from training.loop import Schedule, train
-from training.recipes import train_settings
-from training.ship import main
+from lutdeploy.training.data import draw_set
+from lutdeploy.training.loop import Cadence, train
+from lutdeploy.training.recipes import train_settings
+from lutdeploy.training.ship import main
 
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.data.draw_set.__defaults__", (3, 60, 0))
+    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", (3, 60, 0))
 
 
-def trained(path: Path) -> bundle.Run:
+def trained(path: Path) -> Run:
     model = model_config("dynamic-64", "tiny", depth=1)
     settings = train_settings(model, data="synthetic", steps=2, batch=4, held_out=0.3)
-    run = bundle.Run(path)
-    for _ in train(settings, draw_set(64), run, schedule=Schedule(10, 10, 10, 1)):
+    run = Run(path)
+    for _ in train(settings, draw_set(64), run, cadence=Cadence(10, 10, 10, 1)):
         pass
     return run
 

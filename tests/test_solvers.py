@@ -1,4 +1,4 @@
-"""Step tables: exact where they must be, of the order they claim."""
+"""Step schedules: exact where they must be, of the order they claim."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutdeploy.errors import ConfigError
-from lutdeploy.solvers import SOLVERS, Step, StepTable, step_table, time_grid, tuned_table
+from lutdeploy.schedule import SOLVERS, Schedule, Step, solver_schedule, time_grid, tuned_schedule
 
 NAN = math.nan
 TABLES = st.builds(
-    step_table,
+    solver_schedule,
     st.sampled_from(sorted(SOLVERS)),
     st.integers(1, 80),
     st.floats(0.2, 5.0),
@@ -24,65 +24,66 @@ TABLES = st.builds(
 TIMES = st.lists(st.floats(1e-3, 1), min_size=1, max_size=20).map(
     lambda parts: [0.0, *(sum(parts[:k]) / sum(parts) for k in range(1, len(parts))), 1.0]
 )
-TUNED = st.builds(tuned_table, st.sampled_from(sorted(SOLVERS)), TIMES)
+TUNED = st.builds(tuned_schedule, st.sampled_from(sorted(SOLVERS)), TIMES)
 
 
 @given(TABLES | TUNED)
-def test_coefficients_sum_to_one(table: StepTable) -> None:
+def test_coefficients_sum_to_one(schedule: Schedule) -> None:
     """With x = x0 = x0_prev = x0_prev2 nothing moves."""
-    for row in table.rows:
+    for row in schedule.rows:
         assert math.isclose(row.a + row.b + row.c + row.d, 1, abs_tol=1e-9)
 
 
 @given(TABLES | TUNED)
-def test_first_and_last_row(table: StepTable) -> None:
-    assert table.rows[0].t == 0
-    assert table.rows[0].c == 0
-    last = table.rows[-1]
+def test_first_and_last_row(schedule: Schedule) -> None:
+    assert schedule.rows[0].t == 0
+    assert schedule.rows[0].c == 0
+    last = schedule.rows[-1]
     assert (last.a, last.b, last.c, last.d) == (0, 1, 0, 0)
 
 
 @given(TABLES | TUNED)
-def test_dict_round_trip_is_exact(table: StepTable) -> None:
-    assert StepTable.from_dict(table.to_dict()) == table
+def test_dict_round_trip_is_exact(schedule: Schedule) -> None:
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
 
 
 @given(TABLES | TUNED)
-def test_only_what_is_unusual_is_written(table: StepTable) -> None:
+def test_only_what_is_unusual_is_written(schedule: Schedule) -> None:
     """What earlier versions wrote and read stays as it was, and with it every hash."""
-    values = table.to_dict()
-    assert ("grid" in values) == (table.grid != "uniform")
-    third = any(row.d for row in table.rows)
+    values = schedule.to_dict()
+    assert ("grid" in values) == (schedule.grid != "uniform")
+    third = any(row.d for row in schedule.rows)
     assert {len(row) for row in values["rows"]} == {5 if third else 4}
 
 
 def test_a_table_of_an_earlier_version_is_read() -> None:
     rows = [[0.0, 0.5, 0.5, 0.0], [0.5, 0.0, 1.0, 0.0]]
-    assert StepTable.from_dict({"solver": "euler", "shift": 1.0, "rows": rows}) == step_table(
+    assert Schedule.from_dict({"solver": "euler", "shift": 1.0, "rows": rows}) == solver_schedule(
         "euler", 2
     )
 
 
 @given(TUNED)
-def test_tuned_times_are_kept(table: StepTable) -> None:
-    assert table.times[0] == 0
-    assert table.times[-1] == 1
-    assert all(t < t_next for t, t_next in itertools.pairwise(table.times))
-    assert tuned_table(table.solver, table.times) == table
+def test_tuned_times_are_kept(schedule: Schedule) -> None:
+    assert schedule.times[0] == 0
+    assert schedule.times[-1] == 1
+    assert all(t < t_next for t, t_next in itertools.pairwise(schedule.times))
+    assert tuned_schedule(schedule.solver, schedule.times) == schedule
 
 
 @given(st.integers(1, 40), st.floats(0.2, 5.0), st.sampled_from(sorted(SOLVERS)))
 def test_a_solver_knows_times_alone(steps: int, shift: float, solver: str) -> None:
-    """The uniform table and a tuned one over the same times have the same rows."""
+    """The uniform schedule and a tuned one over the same times have the same rows."""
     assert (
-        step_table(solver, steps, shift).rows == tuned_table(solver, time_grid(steps, shift)).rows
+        solver_schedule(solver, steps, shift).rows
+        == tuned_schedule(solver, time_grid(steps, shift)).rows
     )
 
 
 @given(TABLES | TUNED)
-def test_one_history_term_is_enough(table: StepTable) -> None:
+def test_one_history_term_is_enough(schedule: Schedule) -> None:
     """d needs c, and weighs less than it: the composed history stays of the size of an x0."""
-    for row in table.rows:
+    for row in schedule.rows:
         assert row.d == pytest.approx(row.c * row.history_ratio)
         assert -1 < row.history_ratio <= 0
 
@@ -92,21 +93,21 @@ def test_a_second_history_term_alone_is_refused() -> None:
         Step(0.5, 0.5, 0.4, 0.0, 0.1)
     rows = [[0.0, 0.5, 0.4, 0.0, 0.1]]
     with pytest.raises(ConfigError, match="has d"):
-        StepTable.from_dict({"solver": "dpmpp-3m", "shift": 1, "rows": rows})
+        Schedule.from_dict({"solver": "dpmpp-3m", "shift": 1, "rows": rows})
 
 
 def test_orders_rise_and_fall_at_the_ends() -> None:
     """First order where λ is infinite: the first two steps and the last; then one more each."""
-    rows = step_table("dpmpp-3m", 8).rows
+    rows = solver_schedule("dpmpp-3m", 8).rows
     assert [(row.c != 0) + (row.d != 0) for row in rows] == [0, 0, 1, 2, 2, 2, 2, 0]
-    assert rows[:3] == step_table("dpmpp-2m", 8).rows[:3]
+    assert rows[:3] == solver_schedule("dpmpp-2m", 8).rows[:3]
 
 
 def test_reference_is_64_uniform_euler_steps() -> None:
-    table = step_table()
-    assert table.steps == 64
-    assert [row.t for row in table.rows] == [k / 64 for k in range(64)]
-    for k, row in enumerate(table.rows):
+    schedule = solver_schedule()
+    assert schedule.steps == 64
+    assert [row.t for row in schedule.rows] == [k / 64 for k in range(64)]
+    for k, row in enumerate(schedule.rows):
         assert row.a == (1 - (k + 1) / 64) / (1 - k / 64)
         assert row.c == 0
 
@@ -146,17 +147,17 @@ def _walk(rows: Sequence[Step], x: float, history: list[float]) -> float:
 
 
 def _endpoint_error(solver: str, steps: int) -> float:
-    return abs(_walk(step_table(solver, steps).rows, 1.0, []) - SPREAD)
+    return abs(_walk(solver_schedule(solver, steps).rows, 1.0, []) - SPREAD)
 
 
 def _inner_error(solver: str, steps: int) -> float:
     """From an exact state with exact history, over equal steps of λ from −2 to 2."""
     inner = [1 / (1 + math.exp(2 - 4 * k / steps)) for k in range(steps + 1)]
-    table = tuned_table(solver, [0.0, *inner, 1.0])
+    schedule = tuned_schedule(solver, [0.0, *inner, 1.0])
     first = 4  # all its history lies behind the first steps, whose order is lower
-    exact = [_predict(_exact(t), t) for t in table.times[first - 2 : first]]
-    end = _walk(table.rows[first:-1], _exact(table.times[first]), exact)
-    return abs(end - _exact(table.times[-2]))
+    exact = [_predict(_exact(t), t) for t in schedule.times[first - 2 : first]]
+    end = _walk(schedule.rows[first:-1], _exact(schedule.times[first]), exact)
+    return abs(end - _exact(schedule.times[-2]))
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpmpp-2m", 2), ("dpmpp-3m", 3)])
@@ -177,7 +178,7 @@ def test_third_order_is_exact_for_parabolas(h: float, r0: float, r1: float) -> N
     """With x0 = (λ − λ_k)² one step adds t'·∫ e^(λ−λ')·x0 dλ = t'·(h² − 2h + 2 − 2e^(−h))."""
     log_snr = [-1 - h * (r0 + r1), -1 - h * r0, -1.0, -1 + h]
     inner = [1 / (1 + math.exp(-value)) for value in log_snr]
-    row = tuned_table("dpmpp-3m", [0.0, inner[0] / 2, *inner, 1.0]).rows[4]
+    row = tuned_schedule("dpmpp-3m", [0.0, inner[0] / 2, *inner, 1.0]).rows[4]
     found = row.c * (h * r0) ** 2 + row.d * (h * (r0 + r1)) ** 2
     expected = inner[-1] * (h**2 - 2 * h - 2 * math.expm1(-h))
     assert found == pytest.approx(expected, rel=1e-6)
@@ -199,7 +200,7 @@ def test_second_order_beats_first() -> None:
 )
 def test_impossible_tables_raise(arguments: tuple[str, int], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        step_table(*arguments)
+        solver_schedule(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_impossible_tables_raise(arguments: tuple[str, int], told: str) -> None:
 )
 def test_times_that_do_not_rise_raise(times: list[float]) -> None:
     with pytest.raises(ConfigError, match="rise from 0 to 1"):
-        tuned_table("euler", times)
+        tuned_schedule("euler", times)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +223,10 @@ def test_times_that_do_not_rise_raise(times: list[float]) -> None:
 )
 def test_damaged_tables_raise(broken: object) -> None:
     with pytest.raises(ConfigError):
-        StepTable.from_dict(broken)
+        Schedule.from_dict(broken)
 
 
 def test_names_for_folders() -> None:
-    assert step_table("euler", 64).describe() == "euler-64"
-    assert step_table("dpmpp-2m", 16, 2.0).describe() == "dpmpp-2m-16-shift2"
-    assert tuned_table("dpmpp-3m", [0, 0.2, 0.5, 1]).describe() == "dpmpp-3m-3-tuned"
+    assert solver_schedule("euler", 64).describe() == "euler-64"
+    assert solver_schedule("dpmpp-2m", 16, 2.0).describe() == "dpmpp-2m-16-shift2"
+    assert tuned_schedule("dpmpp-3m", [0, 0.2, 0.5, 1]).describe() == "dpmpp-3m-3-tuned"

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from engines.tensorrt_layers import LayerReport
-from lutdeploy import bundle, plan
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
+from lutdeploy.artefacts.run import Run
+from lutdeploy.engines.tensorrt import plan
+from lutdeploy.engines.tensorrt.layers import LayerReport
 from tests.command import invoke, succeed
 from tests.conftest import TensorRT, one_version
 from tests.doubles import install
@@ -23,7 +26,7 @@ from tests.doubles.tensorrt_double import VERSIONS, Controls
 
 ROOT = Path(__file__).parent.parent
 BATCH = ("--batch", "1:2:4")
-Runs = Callable[..., bundle.Run]
+Runs = Callable[..., Run]
 
 
 def told(*arguments: object, code: int = 1) -> str:
@@ -35,7 +38,7 @@ def told(*arguments: object, code: int = 1) -> str:
     return last
 
 
-def records(run: bundle.Run) -> list[plan.PlanRecord]:
+def records(run: Run) -> list[plan.PlanRecord]:
     return [plan.read_record(path) for path in run.plan_records()]
 
 
@@ -44,7 +47,7 @@ def test_an_engine_for_each_graph_with_all_its_verdicts(
     tensorrt: TensorRT, built_run: Runs, graph: str
 ) -> None:
     run = built_run(graph)
-    manifest = bundle.read_manifest(run.exports()[0])
+    manifest = read_manifest(run.exports()[0])
     found = records(run)
     assert {record.graph_file for record in found} == set(manifest.graphs)
     for record in found:
@@ -265,7 +268,7 @@ def test_a_stale_engine_is_named_field_by_field(
     assert "STALE: gpu: built with" in shown
     assert "STALE: compute_capability: built with 9.0, here 8.6" in shown
     assert json.loads(succeed("inspect", run.path, "--json").stdout)["engines"][0]["stale"]
-    monkeypatch.setattr(bundle, "RUNS", run.path.parent)
+    monkeypatch.setattr("lutdeploy.artefacts.run.RUNS", run.path.parent)
     lines = succeed("doctor").stdout.splitlines()
     (line,) = [line for line in lines if records(run)[0].plan.stem in line]
     assert line.startswith("-")
@@ -284,10 +287,10 @@ def test_an_engine_of_another_export_is_stale(tensorrt: TensorRT, built_run: Run
     run = built_run()
     succeed("export", run.path, "--fp16")  # the same weights: the same hashes
     assert "STALE" not in succeed("inspect", run.path).stdout
-    manifest = run.exports()[0] / bundle.MANIFEST
-    values = bundle.read_json(manifest)
+    manifest = run.exports()[0] / MANIFEST
+    values = files.read_json(manifest)
     values["files"]["step.onnx"]["sha256"] = "0" * 64
-    bundle.write_json(manifest, values)
+    files.write_json(manifest, values)
     refused = told("sample", run.path, "--backend", "tensorrt", "--out", run.path / "out")
     assert "graph_sha256: built with" in refused
 
@@ -344,9 +347,9 @@ def test_a_graph_that_does_not_suit_tensorrt_is_not_built(
     tensorrt: TensorRT, exported_run: Runs
 ) -> None:
     run = exported_run(precision="fp32")
-    manifest = run.exports()[0] / bundle.MANIFEST
-    values = bundle.read_json(manifest)
-    bundle.write_json(manifest, {**values, "precision": "fp16"})
+    manifest = run.exports()[0] / MANIFEST
+    values = files.read_json(manifest)
+    files.write_json(manifest, {**values, "precision": "fp16"})
     assert "does not suit TensorRT: " in told("build", run.path)
     assert tensorrt.controls.builds == 0
 
@@ -361,7 +364,7 @@ def test_the_layer_report_is_kept_whole(tensorrt: TensorRT, built_run: Runs) -> 
 # In processes of their own.
 
 
-def start(run: bundle.Run, *arguments: object, step_seconds: float = 0) -> subprocess.Popen[str]:
+def start(run: Run, *arguments: object, step_seconds: float = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.doubles", VERSIONS[-1], "build", run.path, *BATCH]
     return subprocess.Popen(
         [str(word) for word in (*command, *arguments)],
@@ -373,7 +376,7 @@ def start(run: bundle.Run, *arguments: object, step_seconds: float = 0) -> subpr
     )
 
 
-def wait_for_build(run: bundle.Run, process: subprocess.Popen[str]) -> None:
+def wait_for_build(run: Run, process: subprocess.Popen[str]) -> None:
     """Until the builder is at work: it holds the lock, and the cache's time has come."""
     deadline = time.monotonic() + 60
     while not (run.engines / ".lock").exists():

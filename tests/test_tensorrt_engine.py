@@ -14,20 +14,22 @@ import pytest
 from PIL import Image
 
 import lutdeploy
-from engines import open_engine
-from engines.device_denoiser import DeviceDenoiser
-from engines.onnxruntime_device import OnnxRuntimeDeviceDenoiser, provider_options
-from lutdeploy import bundle, plan
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.run import Run
+from lutdeploy.engines import open_engine
+from lutdeploy.engines.cuda.denoiser import DeviceDenoiser
+from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser, provider_options
+from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError
 from lutdeploy.sampling import batch_noise
-from lutdeploy.solvers import step_table
+from lutdeploy.schedule import solver_schedule
 from tests.command import invoke, succeed
 from tests.conftest import TensorRT, one_version
 from tests.doubles.cpu_device import CpuDevice
 from tests.test_tensorrt_builder import Runs, told
 
 
-def engine_of(run: bundle.Run) -> DeviceDenoiser:
+def engine_of(run: Run) -> DeviceDenoiser:
     engine = lutdeploy.load(run.path, "tensorrt")
     assert isinstance(engine, DeviceDenoiser)
     return engine
@@ -46,7 +48,7 @@ def test_the_pictures_are_those_of_onnxruntime(
     options: tuple[object, ...] = ("-n", 7, "--seed", 5, "--batch", 3)
     if graph == "step":
         options = (*options, "--solver", "dpmpp-2m", "--steps", 5)
-    export = bundle.read_manifest(run.exports()[0]).name
+    export = read_manifest(run.exports()[0]).name
     for backend in ("tensorrt", "onnxruntime"):
         succeed(
             *("sample", run.path, "--backend", backend, "--export", export),
@@ -78,7 +80,7 @@ def test_the_whole_trajectory_is_one_graph_per_batch_size(
         lutdeploy.sample(engine, 1, steps=6)
         assert device.captures == 2
         lutdeploy.sample(engine, 4, steps=5)
-        assert device.captures == 3, "another table is another graph"
+        assert device.captures == 3, "another schedule is another graph"
 
 
 @one_version
@@ -91,7 +93,7 @@ def test_batches_of_any_size_run(tensorrt: TensorRT, built_run: Runs, graph: str
             again = lutdeploy.sample(engine, 9, solver="dpmpp-2m", steps=5, batch=batch)
             assert np.abs(again - whole).max() < 1e-2
         x = batch_noise(0, range(9), engine.config.image_shape)
-        t = np.full(9, step_table("dpmpp-2m", 5).rows[2].t, np.float32)
+        t = np.full(9, solver_schedule("dpmpp-2m", 5).rows[2].t, np.float32)
         assert np.abs(engine.predict_x0(x, t)[:2] - engine.predict_x0(x[:2], t[:2])).max() < 1e-2
 
 
@@ -230,7 +232,7 @@ def test_engine_and_runtime_are_freed(tensorrt: TensorRT, built_run: Runs) -> No
 
 
 def test_load_refuses_a_cpu_for_tensorrt_on_real_hardware() -> None:
-    from engines.cuda_device import CudaDevice
+    from lutdeploy.engines.cuda.device import CudaDevice
 
     with pytest.raises(BackendError, match="no CUDA device 'cpu'"):
         CudaDevice("cpu")
@@ -248,7 +250,7 @@ def test_onnxruntime_on_bound_buffers_gives_the_same_pictures(
     reference = lutdeploy.load(folder, "onnxruntime")
     device = CpuDevice()
     steps = {} if graph != "step" else {"steps": 5, "solver": "dpmpp-2m"}
-    with OnnxRuntimeDeviceDenoiser(bundle.read_manifest(folder), "cpu", device) as engine:
+    with OnnxRuntimeDeviceDenoiser(read_manifest(folder), "cpu", device) as engine:
         expected = lutdeploy.sample(reference, 5, seed=3, batch=5, **steps)  # type: ignore[arg-type]
         for batch in (2, 5):
             found = lutdeploy.sample(engine, 5, seed=3, batch=batch, **steps)  # type: ignore[arg-type]
@@ -258,7 +260,7 @@ def test_onnxruntime_on_bound_buffers_gives_the_same_pictures(
 
 
 def test_provider_options_carry_our_key(exported: Callable[..., Path], tmp_path: Path) -> None:
-    manifest = bundle.read_manifest(exported("static-tanh-64", "per-step", "fp16"))
+    manifest = read_manifest(exported("static-tanh-64", "per-step", "fp16"))
     other = dataclasses.replace(
         manifest, files={name: {"bytes": 1, "sha256": "0" * 64} for name in manifest.files}
     )

@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-import engines
-from engines.tensorrt_layers import merge_reports, read_layers
-from engines.tensorrt_support import GraphReport, check_graph
-from lutdeploy import bundle
+from lutdeploy import engines
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.engines.tensorrt.layers import merge_reports, read_layers
+from lutdeploy.engines.tensorrt.support import GraphReport, check_graph
 from lutdeploy.errors import ArtefactError
 from tests.doubles.tensorrt_double import VERSIONS, make_tensorrt
 
@@ -27,9 +27,9 @@ Exported = Callable[..., Path]
 def test_every_export_suits_tensorrt(
     exported: Exported, preset: str, graph: str, precision: str
 ) -> None:
-    manifest = bundle.read_manifest(exported(preset, graph, precision))
+    manifest = read_manifest(exported(preset, graph, precision))
     config = manifest.config
-    passes = manifest.table.steps if graph == "loop" and manifest.table else 1
+    passes = manifest.schedule.steps if graph == "loop" and manifest.schedule else 1
     for name in manifest.graphs:
         report = check_graph(manifest.folder / name, precision, config)
         assert report.problems == ()
@@ -107,7 +107,7 @@ def test_what_tensorrt_would_not_take_is_named(
     told: str,
 ) -> None:
     folder = exported("static-tanh-64", "step", "fp16")
-    config = bundle.read_manifest(folder).config
+    config = read_manifest(folder).config
     graph = changed(folder / "step.onnx", tmp_path / "step.onnx", change)
     report = check_graph(graph, "fp16", config)
     assert any(told in problem for problem in report.problems), report.problems
@@ -118,7 +118,7 @@ def test_attention_that_would_not_fuse_is_a_warning(
     exported: Exported, tmp_path: Path, change: Callable[[onnx.ModelProto], None]
 ) -> None:
     folder = exported("static-tanh-64", "step", "fp16")
-    config = bundle.read_manifest(folder).config
+    config = read_manifest(folder).config
     graph = changed(folder / "step.onnx", tmp_path / "step.onnx", change)
     report = check_graph(graph, "fp16", config)
     assert any("1 attention chains of 2" in warning for warning in report.warnings)
@@ -126,7 +126,7 @@ def test_attention_that_would_not_fuse_is_a_warning(
 
 def test_a_float32_graph_is_no_fp16_export(exported: Exported) -> None:
     folder = exported("static-tanh-64", "step", "fp32")
-    report = check_graph(folder / "step.onnx", "fp16", bundle.read_manifest(folder).config)
+    report = check_graph(folder / "step.onnx", "fp16", read_manifest(folder).config)
     assert any("the body is FP16" in problem for problem in report.problems)
 
 
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_graph_is_named(tmp_path: Path, exported: Exported) ->
     path = tmp_path / "step.onnx"
     path.write_bytes(b"not a graph")
     with pytest.raises(ArtefactError, match=r"step\.onnx is no readable ONNX graph"):
-        check_graph(path, "fp16", bundle.read_manifest(exported()).config)
+        check_graph(path, "fp16", read_manifest(exported()).config)
 
 
 # Layers.
@@ -230,7 +230,7 @@ def test_reports_of_several_engines_add_up() -> None:
 def _used_names() -> dict[str, list[str]]:
     """Every dotted name that starts with ``trt.`` in our code, and the files that use it."""
     used: dict[str, list[str]] = {}
-    for path in Path(engines.__file__).parent.glob("*.py"):
+    for path in Path(engines.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             parts: list[str] = []
             while isinstance(node, ast.Attribute):

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 import lutdeploy
 from benchmarks import gpu
-from engines.cuda_device import CudaDevice
-from engines.torch_device import TorchDeviceDenoiser
+from lutdeploy.engines.cuda.device import CudaDevice
+from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.solvers import SOLVERS
+from lutdeploy.schedule import SOLVERS
 from tests.conftest import golden_model
 from tests.doubles.cpu_device import CpuDevice
 
@@ -68,7 +68,7 @@ def test_the_gpu_report_says_whose_figures_these_are(
 
     monkeypatch.setattr(gpu, "run_command", commands)
     monkeypatch.setattr(gpu, "peak_flops", lambda: 1e12)
-    monkeypatch.setattr("engines.cuda_device.CudaDevice", CpuDevice)
+    monkeypatch.setattr("lutdeploy.engines.cuda.device.CudaDevice", CpuDevice)
     monkeypatch.setattr(gpu, "STEPS", 2)
     monkeypatch.setattr(gpu, "PRESETS", {"dynamic-64": {}})
     options = ("--size", "tiny", "--batch", "2", "--seconds", "0", "--out", tmp_path)

@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lutdeploy import bundle
-from lutdeploy.checkpoint import load_model, read_metadata
+from lutdeploy.artefacts.checkpoint import load_model, read_metadata
+from lutdeploy.artefacts.run import Run
 from lutdeploy.config import PRESETS, model_config
 from lutdeploy.errors import BackendError, ConfigError, UsageError
 from lutdeploy.lut import image_to_tiles, outer_entries
 from lutdeploy.model import LutTransformer, position_tables, rotate
-from training.augmentation import PARAMETERS, affine, mirror
-from training.data import (
+from lutdeploy.training.augmentation import PARAMETERS, affine, mirror
+from lutdeploy.training.data import (
     ImageSet,
     batch_indices,
     decode,
@@ -33,8 +33,8 @@ from training.data import (
     find_images,
     load_folder,
 )
-from training.loop import Progress, Schedule, held_out_loss, resumable_settings, train
-from training.losses import (
+from lutdeploy.training.loop import Cadence, Progress, held_out_loss, resumable_settings, train
+from lutdeploy.training.losses import (
     Objective,
     denoising_loss,
     frequency_weights,
@@ -43,12 +43,12 @@ from training.losses import (
     sample_timesteps,
     weighted_frequencies,
 )
-from training.recipes import RECIPES, TrainSettings, train_settings
-from training.start import principal_directions, quiet_channels, separable_directions
-from training.state import TrainingState
+from lutdeploy.training.recipes import RECIPES, TrainSettings, train_settings
+from lutdeploy.training.start import principal_directions, quiet_channels, separable_directions
+from lutdeploy.training.state import TrainingState
 
 CPU = torch.device("cpu")
-SMALL = Schedule(checkpoint=3, picture=100, held_out=4, log=1)
+SMALL = Cadence(checkpoint=3, picture=100, held_out=4, log=1)
 
 
 def tiny_settings(preset: str = "static-tanh-64", **changes: object) -> TrainSettings:
@@ -62,7 +62,7 @@ def drawn() -> ImageSet:
     return draw_set(16, count=24)
 
 
-def states_of(run: bundle.Run) -> dict[str, Tensor]:
+def states_of(run: Run) -> dict[str, Tensor]:
     return load_model(run.model).state_dict()
 
 
@@ -251,12 +251,12 @@ def test_what_is_told_reaches_the_network_and_not_the_model(
     settings = tiny_settings(affine=0.5, steps=4)
     run_all(settings, drawn, tmp_path)
     state = TrainingState(settings, CPU)
-    state.restore(bundle.Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
+    state.restore(Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
     assert state.objective.told is not None
     x, t = torch.rand(2, 3, 16, 16), torch.full((2,), 0.5)
     told = state.objective.told(torch.full((2, PARAMETERS), 3.0))
     assert not torch.allclose(state.model(x, t), state.model(x, t, told))
-    assert not [name for name in states_of(bundle.Run(tmp_path)) if "told" in name]
+    assert not [name for name in states_of(Run(tmp_path)) if "told" in name]
 
 
 def test_mirrored_share() -> None:
@@ -418,7 +418,7 @@ def test_post_recipe_trains_with_lpips(
     model = model_config("static-tanh-64", "tiny", width=16, heads=2, depth=1, image_size=32)
     settings = train_settings(model, "post", data="test", steps=2, batch=2)
     data = draw_set(32, count=4)
-    losses = [p.loss for p in train(settings, data, bundle.Run(tmp_path), schedule=SMALL)]
+    losses = [p.loss for p in train(settings, data, Run(tmp_path), cadence=SMALL)]
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
 
@@ -446,8 +446,8 @@ def test_lpips_without_its_weights_names_the_way_out(
 def run_all(
     settings: TrainSettings, data: ImageSet, path: Path, **options: object
 ) -> list[Progress]:
-    options = {"schedule": SMALL, **options}
-    return list(train(settings, data, bundle.Run(path), **options))  # type: ignore[arg-type]
+    options = {"cadence": SMALL, **options}
+    return list(train(settings, data, Run(path), **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset_name", tuple(PRESETS))
@@ -464,7 +464,7 @@ def test_every_preset_learns(
     )
     first = TrainingState(settings, CPU, images=torch.from_numpy(drawn.images)).model
     progress = run_all(settings, drawn, tmp_path)
-    last = load_model(bundle.Run(tmp_path).model)
+    last = load_model(Run(tmp_path).model)
     before, after = (held_out_loss(m, drawn.images, settings, CPU) for m in (first, last))
     assert after < 0.97 * before  # a copy leaves less to gain
     assert progress[-1].saved
@@ -473,7 +473,7 @@ def test_every_preset_learns(
 def test_a_run_folder_holds_what_it_should(drawn: ImageSet, tmp_path: Path) -> None:
     settings = tiny_settings("dynamic-64")
     run_all(settings, drawn, tmp_path)
-    run = bundle.Run(tmp_path)
+    run = Run(tmp_path)
     config, about = read_metadata(run.model)
     assert config == settings.model
     assert about["step"] == 6
@@ -506,7 +506,7 @@ def test_resumed_equals_unbroken_bit_for_bit(
     settings = tiny_settings(steps=8, **changes)
     run_all(settings, drawn, tmp_path / "whole")
     # Killed in step 5: the checkpoint of step 3 is the last.
-    running = train(settings, drawn, bundle.Run(tmp_path / "broken"), schedule=SMALL)
+    running = train(settings, drawn, Run(tmp_path / "broken"), cadence=SMALL)
     for progress in running:
         if progress.step == 5:
             break
@@ -515,7 +515,7 @@ def test_resumed_equals_unbroken_bit_for_bit(
     with progress_log.open("a") as log:
         log.write('{"step": 6, "lo')  # a line that a kill cut off
     run_all(settings, drawn, tmp_path / "broken", resume=True)
-    whole, broken = (states_of(bundle.Run(tmp_path / name)) for name in ("whole", "broken"))
+    whole, broken = (states_of(Run(tmp_path / name)) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
@@ -528,7 +528,7 @@ def test_resumed_equals_unbroken_bit_for_bit(
 def test_another_seed_is_another_model(drawn: ImageSet, tmp_path: Path) -> None:
     for seed in (0, 1):
         run_all(tiny_settings(steps=2, seed=seed), drawn, tmp_path / str(seed))
-    zero, one = (states_of(bundle.Run(tmp_path / name)) for name in ("0", "1"))
+    zero, one = (states_of(Run(tmp_path / name)) for name in ("0", "1"))
     assert not torch.equal(zero["head.weight"], one["head.weight"])
 
 
@@ -536,7 +536,7 @@ def test_stop_request_saves_at_a_steps_end(drawn: ImageSet, tmp_path: Path) -> N
     asked = iter([False, True])
     progress = run_all(tiny_settings(), drawn, tmp_path, should_stop=lambda: next(asked))
     assert [p.step for p in progress] == [1, 2]
-    assert read_metadata(bundle.Run(tmp_path).model)[1]["step"] == 2
+    assert read_metadata(Run(tmp_path).model)[1]["step"] == 2
 
 
 def test_other_images_are_refused_on_resume(drawn: ImageSet, tmp_path: Path) -> None:
@@ -555,7 +555,7 @@ def test_ema_follows_its_formula(drawn: ImageSet, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in start.model.state_dict().items()}
     run_all(settings, drawn, tmp_path)
     end = TrainingState(settings, CPU)
-    end.restore(bundle.Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
+    end.restore(Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
     for name, value in end.model.state_dict().items():
         expected = 0.99 * before[name] + 0.01 * value
         torch.testing.assert_close(end.ema.state_dict()[name], expected)
@@ -566,7 +566,7 @@ def test_several_averages_are_kept_and_the_best_is_the_model(
 ) -> None:
     settings = tiny_settings(recipe="post", perceptual="none", steps=20, lr=3e-3, ema=(0.2, 0.999))
     final = run_all(settings, drawn, tmp_path)[-1]
-    run = bundle.Run(tmp_path)
+    run = Run(tmp_path)
     assert sorted(path.name for path in run.averages.iterdir()) == [
         "ema-0.2.safetensors",
         "ema-0.999.safetensors",

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 
 import lutdeploy
-from lutdeploy import bundle, images, shipped
-from lutdeploy.checkpoint import load_model, save_model
-from lutdeploy.commands.targets import find_run
+from lutdeploy import images
+from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.checkpoint import load_model, save_model
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.run import Run, tuned_steps_file
+from lutdeploy.artefacts.tuned_steps import Entry, Noise, TunedSteps, read_tuned_steps
+from lutdeploy.cli.targets import find_run
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.solvers import step_table, tuned_table
-from lutdeploy.step_comparison import METRICS, Row, measure, plot
-from lutdeploy.tuned_steps import Entry, Noise, TunedSteps, read_tuned_steps
-from lutdeploy.tuning import Problem
+from lutdeploy.schedule import solver_schedule, tuned_schedule
+from lutdeploy.training.few_steps.comparison import METRICS, Row, measure, plot
+from lutdeploy.training.few_steps.search import Problem
 from tests.command import fail, invoke, succeed
 from tests.test_tuning import SHAPE, Gaussian
 
@@ -28,11 +31,9 @@ PRESET = "static-tanh-64"
 
 
 @pytest.fixture(scope="module")
-def tuned(
-    golden_runs: Callable[[str], bundle.Run], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tuned(golden_runs: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an export, tuned for three and four steps."""
-    run = bundle.Run(tmp_path_factory.mktemp("tuned") / "run")
+    run = Run(tmp_path_factory.mktemp("tuned") / "run")
     run.path.mkdir()
     shutil.copy(golden_runs(PRESET).model, run.model)
     succeed("export", run.path)
@@ -43,27 +44,29 @@ def tuned(
 
 
 @pytest.fixture
-def run(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bundle.Run:
+def run(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A copy of the test's own; what is tuned there has a quicker reference."""
-    monkeypatch.setattr("lutdeploy.tuning.REFERENCE", step_table("euler", 16))
+    monkeypatch.setattr(
+        "lutdeploy.training.few_steps.search.REFERENCE", solver_schedule("euler", 16)
+    )
     shutil.copytree(tuned, tmp_path / "run")
-    return bundle.Run(tmp_path / "run")
+    return Run(tmp_path / "run")
 
 
 def test_what_is_stored_is_better_on_the_held_out_noise(tuned: Path) -> None:
-    run = bundle.Run(tuned)
+    run = Run(tuned)
     known = read_tuned_steps(run.tuned_steps)
-    assert known.model_sha256 == bundle.sha256(run.model)
+    assert known.model_sha256 == files.sha256(run.model)
     assert known.entries
     model = TorchDenoiser(load_model(run.model))
     for entry in known.entries:
         assert (entry.tuned_on, entry.held_out) == (Noise(0, 1), Noise(1, 1))
         found, uniform, reference = (
-            lutdeploy.sample(model, 1, seed=1, table=table)
-            for table in (
-                entry.table,
-                step_table(entry.table.solver, entry.table.steps),
-                step_table("euler", 256),
+            lutdeploy.sample(model, 1, seed=1, schedule=schedule)
+            for schedule in (
+                entry.schedule,
+                solver_schedule(entry.schedule.solver, entry.schedule.steps),
+                solver_schedule("euler", 256),
             )
         )
         error = np.sqrt(np.square(found - reference).mean())
@@ -72,7 +75,7 @@ def test_what_is_stored_is_better_on_the_held_out_noise(tuned: Path) -> None:
 
 
 def test_the_table_is_stored_and_drawn(tuned: Path) -> None:
-    run = bundle.Run(tuned)
+    run = Run(tuned)
     known = read_tuned_steps(run.tuned_steps)
     assert known.comparison is not None
     assert known.comparison["reference"] == "euler-256"
@@ -80,25 +83,27 @@ def test_the_table_is_stored_and_drawn(tuned: Path) -> None:
     assert all(set(row["metrics"]) == {"rms", "psnr"} for row in rows)
     there = {(row["steps"], row["solver"], row["grid"].split()[0]) for row in rows}
     assert {(3, s, "uniform") for s in ("euler", "dpmpp-2m", "dpmpp-3m")} <= there
-    assert {(t.steps, t.solver, "tuned") for t in known.tables if t.steps == 3} <= there
+    assert {(t.steps, t.solver, "tuned") for t in known.schedules if t.steps == 3} <= there
     assert (64, "euler", "uniform") in there, "the yardstick is always there"
     assert images.decode_png(run.steps_plot.read_bytes()).shape[2] in (3, 4)
 
 
-def test_exports_carry_the_tables(run: bundle.Run, tmp_path: Path) -> None:
-    tables = read_tuned_steps(run.tuned_steps).tables
+def test_exports_carry_the_tables(run: Run, tmp_path: Path) -> None:
+    schedules = read_tuned_steps(run.tuned_steps).schedules
     folder = run.export_folder("step-fp32")
-    manifest = bundle.read_manifest(folder)
-    assert manifest.tuned == tables
+    manifest = read_manifest(folder)
+    assert manifest.tuned == schedules
     manifest.verify()
-    table = tables[0]
-    succeed("export", run.path, "--graph", "loop", "--steps", table.steps, "--time-grid", "tuned")
-    loop = bundle.read_manifest(run.export_folder(f"loop-fp32-{table.describe()}"))
-    assert loop.table == table
-    assert loop.tuned == tables
+    schedule = schedules[0]
+    succeed(
+        "export", run.path, "--graph", "loop", "--steps", schedule.steps, "--time-grid", "tuned"
+    )
+    loop = read_manifest(run.export_folder(f"loop-fp32-{schedule.describe()}"))
+    assert loop.schedule == schedule
+    assert loop.tuned == schedules
     alone = tmp_path / "alone"
     shutil.copytree(folder, alone)
-    sampled = ("--steps", table.steps, "--time-grid", "tuned", "-n", 1)
+    sampled = ("--steps", schedule.steps, "--time-grid", "tuned", "-n", 1)
     for name, source in (("a", run.path), ("b", alone), ("c", loop.folder)):
         succeed("sample", source, "--out", tmp_path / name, *sampled)
     one, *others = (
@@ -108,11 +113,20 @@ def test_exports_carry_the_tables(run: bundle.Run, tmp_path: Path) -> None:
         assert np.abs(one.astype(int) - other).max() <= 1
 
 
-def test_a_model_file_finds_its_grids_too(run: bundle.Run, tmp_path: Path) -> None:
-    table = read_tuned_steps(run.tuned_steps).tables[0]
-    options = ("--steps", table.steps, "--solver", table.solver, "--time-grid", "tuned", "-n", 2)
+def test_a_model_file_finds_its_grids_too(run: Run, tmp_path: Path) -> None:
+    schedule = read_tuned_steps(run.tuned_steps).schedules[0]
+    options = (
+        "--steps",
+        schedule.steps,
+        "--solver",
+        schedule.solver,
+        "--time-grid",
+        "tuned",
+        "-n",
+        2,
+    )
     succeed("sample", run.model, "--out", tmp_path / "s", *options)
-    expected = lutdeploy.sample(lutdeploy.load(run.model), 2, table=table)
+    expected = lutdeploy.sample(lutdeploy.load(run.model), 2, schedule=schedule)
     for index in range(2):
         picture = images.decode_png((tmp_path / "s" / f"{index:06d}.png").read_bytes())
         assert np.abs(picture.astype(int) - images.to_uint8(expected[index])).max() <= 1
@@ -123,22 +137,22 @@ def test_a_model_file_finds_its_grids_too(run: bundle.Run, tmp_path: Path) -> No
     assert "'tuned' → None" in again.stderr
 
 
-def test_parity_of_a_tuned_grid(run: bundle.Run) -> None:
-    table = read_tuned_steps(run.tuned_steps).tables[0]
-    succeed("parity", run.path, "--steps", table.steps, "--time-grid", "tuned", "-n", 1)
+def test_parity_of_a_tuned_grid(run: Run) -> None:
+    schedule = read_tuned_steps(run.tuned_steps).schedules[0]
+    succeed("parity", run.path, "--steps", schedule.steps, "--time-grid", "tuned", "-n", 1)
     (verdict,) = run.verdicts().values()
-    assert verdict["solver"] == table.describe()
+    assert verdict["solver"] == schedule.describe()
 
 
-def test_inspect_lists_them(run: bundle.Run) -> None:
-    name = read_tuned_steps(run.tuned_steps).tables[0].describe()
+def test_inspect_lists_them(run: Run) -> None:
+    name = read_tuned_steps(run.tuned_steps).schedules[0].describe()
     assert f"tuned steps: {name}" in succeed("inspect", run.path).stdout
     known = read_tuned_steps(run.tuned_steps)
     TunedSteps("other", known.entries).write(run.tuned_steps)
     assert "STALE: the model has changed since" in succeed("inspect", run.path).stdout
 
 
-def test_grids_that_are_not_there(run: bundle.Run, tmp_path: Path) -> None:
+def test_grids_that_are_not_there(run: Run, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "s", "--time-grid", "tuned")
     line = fail(2, "sample", run.path, *out, "--steps", 9)
     assert "no tuned grid of 9 steps; there are some of " in line
@@ -151,7 +165,7 @@ def test_grids_that_are_not_there(run: bundle.Run, tmp_path: Path) -> None:
     assert "this model has none" in fail(2, "export", run.path, "--graph", "loop", *out[2:])
 
 
-def test_a_model_that_was_trained_on_makes_them_stale(run: bundle.Run, tmp_path: Path) -> None:
+def test_a_model_that_was_trained_on_makes_them_stale(run: Run, tmp_path: Path) -> None:
     known = read_tuned_steps(run.tuned_steps)
     model = load_model(run.model)
     model.head.bias.data += 0.01
@@ -162,31 +176,31 @@ def test_a_model_that_was_trained_on_makes_them_stale(run: bundle.Run, tmp_path:
     assert "run `lutdeploy tune-steps` again" in line
     result = succeed("export", run.path)
     assert "was tuned for other weights: left out of the export" in result.stderr
-    assert bundle.read_manifest(run.export_folder("step-fp32")).tuned == ()
+    assert read_manifest(run.export_folder("step-fp32")).tuned == ()
     result = succeed("tune-steps", run.path, "--steps", "2", "--solver", "euler", *QUICK)
     assert "was tuned for other weights; it will be replaced" in result.stderr
     found = read_tuned_steps(run.tuned_steps)
     assert found.model_sha256 != known.model_sha256
-    assert not {e.table for e in found.entries} & {e.table for e in known.entries}
+    assert not {e.schedule for e in found.entries} & {e.schedule for e in known.entries}
 
 
-def test_tuning_again_adds(run: bundle.Run) -> None:
-    before = {e.table.steps for e in read_tuned_steps(run.tuned_steps).entries}
+def test_tuning_again_adds(run: Run) -> None:
+    before = {e.schedule.steps for e in read_tuned_steps(run.tuned_steps).entries}
     assert 5 not in before
     succeed("tune-steps", run.path, "--steps", "5", "--solver", "euler", *QUICK)
-    after = {e.table.steps for e in read_tuned_steps(run.tuned_steps).entries}
+    after = {e.schedule.steps for e in read_tuned_steps(run.tuned_steps).entries}
     assert after == before | {5}
 
 
 def test_what_another_process_found_meanwhile_is_kept(
-    run: bundle.Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lutdeploy import tuning
+    from lutdeploy.training.few_steps import search as tuning
 
     search = tuning.tune
-    model = bundle.sha256(run.model)
-    table = tuned_table("dpmpp-3m", [0, 0.1, 0.2, 0.3, 0.5, 0.7, 1])
-    theirs = Entry(table, Noise(0, 1), Noise(1, 1), "euler-256", 0.1, 0.2, 0.3, 2.0)
+    model = files.sha256(run.model)
+    schedule = tuned_schedule("dpmpp-3m", [0, 0.1, 0.2, 0.3, 0.5, 0.7, 1])
+    theirs = Entry(schedule, Noise(0, 1), Noise(1, 1), "euler-256", 0.1, 0.2, 0.3, 2.0)
 
     def meanwhile(*arguments: object, **more: object) -> object:
         TunedSteps(model, (theirs,)).write(run.tuned_steps)
@@ -196,11 +210,11 @@ def test_what_another_process_found_meanwhile_is_kept(
     succeed("tune-steps", run.path, "--steps", "5", "--solver", "euler", *QUICK)
     found = read_tuned_steps(run.tuned_steps)
     assert theirs in found.entries
-    assert {entry.table.steps for entry in found.entries} == {5, 6}
-    assert bundle.read_manifest(run.export_folder("step-fp32")).tuned == found.tables
+    assert {entry.schedule.steps for entry in found.entries} == {5, 6}
+    assert read_manifest(run.export_folder("step-fp32")).tuned == found.schedules
 
 
-def test_one_step_leaves_nothing_to_tune(run: bundle.Run) -> None:
+def test_one_step_leaves_nothing_to_tune(run: Run) -> None:
     before = read_tuned_steps(run.tuned_steps).entries
     result = succeed("tune-steps", run.path, "--steps", "1", "--solver", "euler", *QUICK)
     assert "euler, 1 steps: RMS" in result.stderr
@@ -210,25 +224,28 @@ def test_one_step_leaves_nothing_to_tune(run: bundle.Run) -> None:
 
 @pytest.mark.parametrize("moment", ["tune", "measure"])
 def test_an_interruption_keeps_a_whole_file(
-    run: bundle.Run, moment: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run.tuned_steps.read_bytes()
 
     def press(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    where = {"tune": "lutdeploy.tuning.tune", "measure": "lutdeploy.step_comparison.measure"}
+    where = {
+        "tune": "lutdeploy.training.few_steps.search.tune",
+        "measure": "lutdeploy.training.few_steps.comparison.measure",
+    }
     monkeypatch.setattr(where[moment], press)
     result = invoke("tune-steps", run.path, "--steps", "2", "--solver", "euler", *QUICK)
     assert result.exit_code == 130
     if moment == "tune":
         assert run.tuned_steps.read_bytes() == before
-    known = read_tuned_steps(run.tuned_steps)  # what was found before the table is kept
-    assert {3, 4} <= {entry.table.steps for entry in known.entries}
+    known = read_tuned_steps(run.tuned_steps)  # what was found before the schedule is kept
+    assert {3, 4} <= {entry.schedule.steps for entry in known.entries}
     assert [p.name for p in run.path.glob(".*")] == []
 
 
-def test_damage_stops_it_before_the_work(run: bundle.Run) -> None:
+def test_damage_stops_it_before_the_work(run: Run) -> None:
     run.tuned_steps.write_text('{"format": 1}')
     line = fail(1, "tune-steps", run.path, "--steps", "2", *QUICK)
     assert "steps.json is damaged" in line
@@ -236,9 +253,9 @@ def test_damage_stops_it_before_the_work(run: bundle.Run) -> None:
     assert "steps.json is damaged" in fail(1, "export", run.path)
 
 
-def test_a_model_that_changes_meanwhile(run: bundle.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_changes_meanwhile(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run.tuned_steps.read_bytes()
-    from lutdeploy import tuning
+    from lutdeploy.training.few_steps import search as tuning
 
     search = tuning.tune
 
@@ -252,14 +269,14 @@ def test_a_model_that_changes_meanwhile(run: bundle.Run, monkeypatch: pytest.Mon
     assert run.tuned_steps.read_bytes() == before
 
 
-def test_an_export_with_steps_of_its_own_cannot_be_tuned(run: bundle.Run) -> None:
+def test_an_export_with_steps_of_its_own_cannot_be_tuned(run: Run) -> None:
     succeed("export", run.path, "--graph", "loop", "--steps", 2)
     options = ("--steps", "2", "--export", "loop-fp32-euler-2")
     line = fail(2, "tune-steps", run.path, *options)
     assert "holds euler-2 and no other steps; name a step export" in line
 
 
-def test_auto_takes_what_is_precise(run: bundle.Run) -> None:
+def test_auto_takes_what_is_precise(run: Run) -> None:
     succeed("export", run.path, "--graph", "loop", "--steps", 2)  # newer, and of no use here
     quick = ("--steps", "2", "--solver", "euler", *QUICK[:-2])
     found = succeed("tune-steps", run.path, *quick)
@@ -269,12 +286,12 @@ def test_auto_takes_what_is_precise(run: bundle.Run) -> None:
 
 
 @pytest.mark.parametrize("steps", ["", "8,", "0", "8;10", "-3", "3,2000", "many"])
-def test_steps_that_are_no_list(run: bundle.Run, steps: str) -> None:
+def test_steps_that_are_no_list(run: Run, steps: str) -> None:
     line = fail(2, "tune-steps", run.path, f"--steps={steps}")
     assert "is no list of steps from 1 to 1000 such as 8,10,16" in line
 
 
-def test_seeds_and_runs_that_do_not_do(tmp_path: Path, run: bundle.Run) -> None:
+def test_seeds_and_runs_that_do_not_do(tmp_path: Path, run: Run) -> None:
     assert "--seed must leave a next one" in fail(
         2, "tune-steps", run.path, "--steps", 2, "--seed", 2**64 - 1
     )
@@ -282,7 +299,7 @@ def test_seeds_and_runs_that_do_not_do(tmp_path: Path, run: bundle.Run) -> None:
 
 
 def test_without_matplotlib_there_is_no_plot_and_no_failure(
-    run: bundle.Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.steps_plot.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -293,24 +310,24 @@ def test_without_matplotlib_there_is_no_plot_and_no_failure(
 
 
 def test_the_embedded_model_brings_its_grids(
-    tmp_path: Path, run: bundle.Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They go with it into the run that is made for it."""
     model = tmp_path / f"{shipped.DEFAULT}.safetensors"
     shutil.copy(run.model, model)
-    shutil.copy(run.tuned_steps, bundle.tuned_steps_file(model))
+    shutil.copy(run.tuned_steps, tuned_steps_file(model))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     monkeypatch.chdir(tmp_path)
     succeed("tune-steps", "--steps", "2", "--solver", "euler", *QUICK)
-    made = bundle.Run(tmp_path / "runs" / shipped.DEFAULT)
+    made = Run(tmp_path / "runs" / shipped.DEFAULT)
     known = read_tuned_steps(made.tuned_steps)
-    assert {2, 3, 4} <= {entry.table.steps for entry in known.entries}
+    assert {2, 3, 4} <= {entry.schedule.steps for entry in known.entries}
     find_run(model)
     assert read_tuned_steps(made.tuned_steps) == known, "found grids stay"
     made.model.write_bytes(b"of the release before")
     find_run(model)
     known = read_tuned_steps(made.tuned_steps)
-    assert {entry.table.steps for entry in known.entries} == {3, 4}, "grids of other weights go"
+    assert {entry.schedule.steps for entry in known.entries} == {3, 4}, "grids of other weights go"
 
 
 def test_shipped_grids_belong_to_the_shipped_models() -> None:
@@ -319,44 +336,44 @@ def test_shipped_grids_belong_to_the_shipped_models() -> None:
     assert shipped.DEFAULT in tuned
     for name in tuned:
         known = read_tuned_steps(grids_of(name))
-        assert known.model_sha256 == bundle.sha256(shipped.model_path(name))
-        assert {10, 16} <= {entry.table.steps for entry in known.entries}
+        assert known.model_sha256 == files.sha256(shipped.model_path(name))
+        assert {10, 16} <= {entry.schedule.steps for entry in known.entries}
 
 
 def grids_of(name: str) -> Path:
-    return bundle.tuned_steps_file(shipped.model_path(name))
+    return tuned_steps_file(shipped.model_path(name))
 
 
 def test_a_metric_more_is_a_column_more() -> None:
     given = Problem(Gaussian(), lutdeploy.sampling.batch_noise(0, range(2), SHAPE))
     metrics = {**METRICS, "mean": lambda images, reference: float(images.mean())}
-    tables = [
-        step_table("euler", 4),
-        tuned_table("euler", [0, 0.2, 1]),
-        step_table("euler", 4, 0.5),
+    schedules = [
+        solver_schedule("euler", 4),
+        tuned_schedule("euler", [0, 0.2, 1]),
+        solver_schedule("euler", 4, 0.5),
     ]
-    rows = list(measure(given, tables, metrics))
+    rows = list(measure(given, schedules, metrics))
     assert [row.grid for row in rows] == ["uniform", "tuned", "shift 0.5"]
     for row in rows:
-        assert row.metrics["rms"] == pytest.approx(given.rms(row.table))
-        assert row.metrics["mean"] == pytest.approx(given.end(row.table).mean())
+        assert row.metrics["rms"] == pytest.approx(given.rms(row.schedule))
+        assert row.metrics["mean"] == pytest.approx(given.end(row.schedule).mean())
         assert set(row.to_dict()["metrics"]) == {"rms", "psnr", "mean"}
     given.noise[0, 0, 0, 0] = np.nan
-    (row,) = measure(given, tables[:1])
+    (row,) = measure(given, schedules[:1])
     assert row.to_dict()["metrics"] == {"rms": "nan", "psnr": "nan"}
     assert plot([*rows, row], "euler-256").startswith(b"\x89PNG")
 
 
 def test_entries_are_of_a_solver_and_steps() -> None:
-    table = tuned_table("euler", [0, 0.3, 1])
-    entry = Entry(table, Noise(0, 1), Noise(1, 1), "euler-256", 0.1, 0.2, 0.3, 2.0)
-    assert TunedSteps("x", (entry,)).tables == (table,)
-    assert Row(table, {}).to_dict() == {
+    schedule = tuned_schedule("euler", [0, 0.3, 1])
+    entry = Entry(schedule, Noise(0, 1), Noise(1, 1), "euler-256", 0.1, 0.2, 0.3, 2.0)
+    assert TunedSteps("x", (entry,)).schedules == (schedule,)
+    assert Row(schedule, {}).to_dict() == {
         "steps": 2, "solver": "euler", "grid": "tuned", "metrics": {}
     }  # fmt: skip
 
 
-def test_real_images_add_distances_to_the_table(run: bundle.Run) -> None:
+def test_real_images_add_distances_to_the_table(run: Run) -> None:
     options = ("--solver", "euler", "--steps", 2, "--table", 2, "--images", 1, "--held-out", 1)
     budget = ("--evaluations", 10, "--data", "synthetic")
     succeed("tune-steps", run.path, *options, *budget, "--pictures", 16)

@@ -10,17 +10,25 @@ from typing import Any
 
 import pytest
 
-from lutdeploy import bundle
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
+from lutdeploy.artefacts.run import Run, tuned_steps_file
+from lutdeploy.artefacts.tuned_steps import (
+    Entry,
+    Noise,
+    TunedSteps,
+    read_tuned_steps,
+    tuned_schedules,
+)
 from lutdeploy.errors import ArtefactError, ConfigError
-from lutdeploy.solvers import step_table, tuned_table
-from lutdeploy.tuned_steps import Entry, Noise, TunedSteps, read_tuned_steps, tuned_tables
+from lutdeploy.schedule import solver_schedule, tuned_schedule
 
 
 def entry(
     solver: str = "dpmpp-2m", inner: tuple[float, ...] = (0.1, 0.3), rms: float = 0.1
 ) -> Entry:
-    table = tuned_table(solver, [0, *inner, 1])
-    return Entry(table, Noise(0, 8), Noise(1, 16), "euler-256", rms, 0.5, 0.4, 1.5)
+    schedule = tuned_schedule(solver, [0, *inner, 1])
+    return Entry(schedule, Noise(0, 8), Noise(1, 16), "euler-256", rms, 0.5, 0.4, 1.5)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -31,14 +39,17 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_tables_come_by_steps_and_better_ones_first() -> None:
     entries = (entry("euler", rms=0.3), entry("dpmpp-2m", rms=0.1), entry("euler", (0.5,), 0.35))
-    names = [table.describe() for table in TunedSteps("abc", entries).tables]
+    names = [schedule.describe() for schedule in TunedSteps("abc", entries).schedules]
     assert names == ["euler-2-tuned", "dpmpp-2m-3-tuned", "euler-3-tuned"]
 
 
 def test_an_entry_takes_the_place_of_its_like() -> None:
     known = TunedSteps("abc", (entry(rms=0.2), entry("euler"))).updated([entry(rms=0.1)])
-    assert [(e.table.solver, e.rms) for e in known.entries] == [("euler", 0.1), ("dpmpp-2m", 0.1)]
-    assert [e.table.solver for e in known.without("euler", 3).entries] == ["dpmpp-2m"]
+    assert [(e.schedule.solver, e.rms) for e in known.entries] == [
+        ("euler", 0.1),
+        ("dpmpp-2m", 0.1),
+    ]
+    assert [e.schedule.solver for e in known.without("euler", 3).entries] == ["dpmpp-2m"]
     assert known.without("euler", 4) == known
 
 
@@ -50,7 +61,7 @@ def test_what_is_not_better_is_no_entry(rms: float) -> None:
 
 def test_only_tuned_tables_are_entries() -> None:
     with pytest.raises(ConfigError, match="euler-3 is no tuned table"):
-        replace(entry(), table=step_table("euler", 3))
+        replace(entry(), schedule=solver_schedule("euler", 3))
 
 
 def _set(*keys: Any, value: Any) -> Callable[[Any], None]:
@@ -103,31 +114,31 @@ def test_no_such_file_at_all(tmp_path: Path, text: str) -> None:
 
 
 def test_grids_of_other_weights_are_refused(
-    exported: Callable[..., Path], exported_run: Callable[..., bundle.Run]
+    exported: Callable[..., Path], exported_run: Callable[..., Run]
 ) -> None:
     run = exported_run("step", precision="fp32")
-    model = bundle.sha256(run.model)
-    assert tuned_tables(run.path, model) == ()
+    model = files.sha256(run.model)
+    assert tuned_schedules(run.path, model) == ()
     TunedSteps(model, (entry(),)).write(run.tuned_steps)
     for path in (run.path, run.model, run.export_folder("step-fp32")):
-        assert tuned_tables(path, model) == (entry().table,)
+        assert tuned_schedules(path, model) == (entry().schedule,)
         with pytest.raises(ArtefactError, match=r"another model\.safetensors .*tune-steps` again"):
-            tuned_tables(path, "other")
+            tuned_schedules(path, "other")
 
 
-def test_an_export_alone_brings_its_own(exported_run: Callable[..., bundle.Run]) -> None:
+def test_an_export_alone_brings_its_own(exported_run: Callable[..., Run]) -> None:
     run = exported_run("step", precision="fp32")
     folder = run.export_folder("step-fp32")
-    manifest = bundle.read_manifest(folder)
-    assert "tuned" not in bundle.read_json(folder / bundle.MANIFEST)
-    written = replace(manifest, tuned=(entry().table,))
-    bundle.write_json(folder / bundle.MANIFEST, written.to_dict())
-    assert bundle.read_manifest(folder) == written
+    manifest = read_manifest(folder)
+    assert "tuned" not in files.read_json(folder / MANIFEST)
+    written = replace(manifest, tuned=(entry().schedule,))
+    files.write_json(folder / MANIFEST, written.to_dict())
+    assert read_manifest(folder) == written
     assert written.weights_sha256 == manifest.weights_sha256
     run.model.unlink()
-    assert tuned_tables(folder, manifest.source_sha256) == (entry().table,)
+    assert tuned_schedules(folder, manifest.source_sha256) == (entry().schedule,)
 
 
 def test_a_model_file_has_its_grids_beside_it() -> None:
-    assert bundle.tuned_steps_file(Path("a/model.safetensors")) == Path("a/steps.json")
-    assert bundle.tuned_steps_file(Path("a/cats.safetensors")) == Path("a/cats.steps.json")
+    assert tuned_steps_file(Path("a/model.safetensors")) == Path("a/steps.json")
+    assert tuned_steps_file(Path("a/cats.safetensors")) == Path("a/cats.steps.json")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from lutdeploy.errors import ConfigError
 from lutdeploy.sampling import Denoiser, Images, batch_noise
-from lutdeploy.solvers import SOLVERS, Step, StepTable, step_table, time_grid, tuned_table
-from lutdeploy.tuning import Found, Problem, best_shift, resampled, rms, tune
+from lutdeploy.schedule import SOLVERS, Schedule, Step, solver_schedule, time_grid, tuned_schedule
+from lutdeploy.training.few_steps.search import Found, Problem, best_shift, resampled, rms, tune
 
 SHAPE = (1, 4, 4)
 
@@ -22,7 +22,7 @@ SHAPE = (1, 4, 4)
 class Gaussian:
     """Data N(0, s²) with another s at each pixel: x0(x, t) = t·s²/(t²s² + (1−t)²)·x."""
 
-    table: StepTable | None = None
+    schedule: Schedule | None = None
     whole_trajectory = False
     spread = np.linspace(0.05, 2, 16, dtype=np.float32).reshape(SHAPE)
 
@@ -52,7 +52,7 @@ def problem(seed: int = 0, images: int = 6, denoiser: Denoiser | None = None) ->
 
 def test_the_reference_ends_where_the_flow_does() -> None:
     found = problem()
-    assert found.reference == step_table("euler", 256)
+    assert found.reference == solver_schedule("euler", 256)
     assert rms(found.target, found.noise * Gaussian.spread) < 0.02
 
 
@@ -61,16 +61,18 @@ def test_the_reference_ends_where_the_flow_does() -> None:
 def test_tuned_times_win_on_noise_that_they_never_saw(solver: str, steps: int) -> None:
     training, judging = problem(0), problem(1, images=50)
     shifted = best_shift(training, solver, steps)
-    found = tune(training, solver, steps, [shifted.table.times])
-    assert found.rms == pytest.approx(training.rms(found.table))
-    assert training.cost(found.table) <= training.cost(tuned_table(solver, shifted.table.times))
-    assert judging.rms(found.table) < judging.rms(step_table(solver, steps))
-    assert judging.rms(found.table) < 1.02 * judging.rms(shifted.table)
+    found = tune(training, solver, steps, [shifted.schedule.times])
+    assert found.rms == pytest.approx(training.rms(found.schedule))
+    assert training.cost(found.schedule) <= training.cost(
+        tuned_schedule(solver, shifted.schedule.times)
+    )
+    assert judging.rms(found.schedule) < judging.rms(solver_schedule(solver, steps))
+    assert judging.rms(found.schedule) < 1.02 * judging.rms(shifted.schedule)
 
 
 def test_few_tuned_steps_equal_many() -> None:
     found = tune(problem(), "dpmpp-3m", 8)
-    assert found.rms < problem().rms(step_table("euler", 64))
+    assert found.rms < problem().rms(solver_schedule("euler", 64))
 
 
 def test_the_search_is_deterministic_and_starts_nowhere_near() -> None:
@@ -99,11 +101,11 @@ def test_a_search_keeps_its_budget_and_never_loses(
     found = tune(given_problem, solver, steps, starts, budget, told.append)
     assert given_problem.passes - before <= max(budget, steps * (1 + len(starts)))
     assert denoiser.images == 2 * given_problem.passes
-    assert found.table.times[0] == 0
-    assert found.table.times[-1] == 1
-    assert all(t < t_next for t, t_next in itertools.pairwise(found.table.times))
-    assert given_problem.cost(found.table) <= given_problem.cost(step_table(solver, steps))
-    costs = [given_problem.cost(f.table) for f in told]
+    assert found.schedule.times[0] == 0
+    assert found.schedule.times[-1] == 1
+    assert all(t < t_next for t, t_next in itertools.pairwise(found.schedule.times))
+    assert given_problem.cost(found.schedule) <= given_problem.cost(solver_schedule(solver, steps))
+    costs = [given_problem.cost(f.schedule) for f in told]
     assert costs == sorted(costs, reverse=True)
     assert found == told[-1]
 
@@ -124,17 +126,17 @@ def test_tuned_steps_bear_imprecise_predictions(solver: str, steps: int) -> None
     found = tune(problem(), solver, steps)
     exact, imprecise = problem(7, 50), problem(7, 50)
     imprecise.denoiser = Imprecise()
-    error = rms(imprecise.end(found.table), exact.end(found.table))
+    error = rms(imprecise.end(found.schedule), exact.end(found.schedule))
     assert error < 0.05
-    assert max(abs(row.c) for row in found.table.rows) < 5
+    assert max(abs(row.c) for row in found.schedule.rows) < 5
 
 
 def test_the_best_shift_is_downhill() -> None:
     given_problem = problem()
     found = best_shift(given_problem, "euler", 8)
     for octave in (-0.25, 0.25):
-        shift = found.table.shift * 2**octave
-        assert found.rms <= given_problem.rms(step_table("euler", 8, shift))
+        shift = found.schedule.shift * 2**octave
+        assert found.rms <= given_problem.rms(solver_schedule("euler", 8, shift))
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0.2, 5))
@@ -154,19 +156,19 @@ def test_a_trajectory_that_explodes_is_never_the_best() -> None:
             return (x_next * np.float32(np.nan) if 0.35 < row.t < 0.45 else x_next), x0
 
     class Reference(Problem):
-        def end(self, table: StepTable) -> Images:
-            honest = Gaussian() if table == self.reference else self.denoiser
+        def end(self, schedule: Schedule) -> Images:
+            honest = Gaussian() if schedule == self.reference else self.denoiser
             self.denoiser, kept = honest, self.denoiser
             try:
-                return super().end(table)
+                return super().end(schedule)
             finally:
                 self.denoiser = kept
 
     explosive = Reference(Explodes(), batch_noise(0, range(2), SHAPE))
-    assert explosive.rms(step_table("euler", 5)) == np.inf
+    assert explosive.rms(solver_schedule("euler", 5)) == np.inf
     found = tune(explosive, "euler", 5, [time_grid(5, 0.7)])
     assert np.isfinite(found.rms)
-    assert not any(0.35 < t < 0.45 for t in found.table.times)
+    assert not any(0.35 < t < 0.45 for t in found.schedule.times)
 
 
 def test_impossible_searches_raise() -> None:

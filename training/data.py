@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lutdeploy.errors import UsageError
-from training.synthetic import draw_cat
+from lutdeploy.training.synthetic import draw_cat
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SYNTHETIC_IMAGES = 2048

@@ -19,16 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lutdeploy import bundle, images
+from lutdeploy import images
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import ArtefactError, ConfigError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
-from training import augmentation, pictures
-from training.data import ImageSet, batch_indices
-from training.losses import Objective, Perceptual, load_perceptual, sample_timesteps
-from training.processes import Processes
-from training.recipes import TrainSettings
-from training.start import spread
-from training.state import TrainingState, kept
+from lutdeploy.training import augmentation, pictures
+from lutdeploy.training.data import ImageSet, batch_indices
+from lutdeploy.training.losses import Objective, Perceptual, load_perceptual, sample_timesteps
+from lutdeploy.training.processes import Processes
+from lutdeploy.training.recipes import TrainSettings
+from lutdeploy.training.start import spread
+from lutdeploy.training.state import TrainingState, kept
 
 HELD_OUT_IMAGES = 256
 HELD_OUT_BATCH = 64
@@ -36,7 +38,7 @@ HELD_OUT_SEED = 1
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Cadence:
     """How often what is written, in steps; the last step always writes."""
 
     checkpoint: int = 500
@@ -57,7 +59,7 @@ class Progress:
     saved: bool
 
 
-def resumable_settings(run: bundle.Run) -> TrainSettings:
+def resumable_settings(run: Run) -> TrainSettings:
     """The settings that a run was started with.
 
     Raises:
@@ -66,7 +68,7 @@ def resumable_settings(run: bundle.Run) -> TrainSettings:
     if not run.settings.is_file():
         raise ArtefactError(f"{run.path} holds no training run to resume; start one without it")
     try:
-        return TrainSettings.from_dict(bundle.read_json(run.settings))
+        return TrainSettings.from_dict(files.read_json(run.settings))
     except (ConfigError, AttributeError) as error:
         raise ArtefactError(f"{run.settings} is damaged: {error}") from error
 
@@ -113,14 +115,14 @@ def held_out_loss(
     return total / len(pixels)
 
 
-def write_pictures(state: TrainingState, run: bundle.Run) -> None:
+def write_pictures(state: TrainingState, run: Run) -> None:
     """Pictures of the chosen average at the current step."""
     for name, picture in pictures.of_model(state.ema).items():
         path = run.pictures / f"{name}-{state.step:06d}.png"
-        bundle.write_atomic(path, images.encode_png(picture))
+        files.write_atomic(path, images.encode_png(picture))
 
 
-def _cut_log(run: bundle.Run, step: int) -> None:
+def _cut_log(run: Run, step: int) -> None:
     """Drop log lines past ``step``, and a line that a kill left half written."""
     if not run.log.is_file():
         return
@@ -131,18 +133,18 @@ def _cut_log(run: bundle.Run, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    bundle.write_atomic(run.log, "".join(kept).encode())
+    files.write_atomic(run.log, "".join(kept).encode())
 
 
 def train(
     settings: TrainSettings,
     data: ImageSet,
-    run: bundle.Run,
+    run: Run,
     *,
     device: str = "cpu",
     processes: Processes | None = None,
     resume: bool = False,
-    schedule: Schedule | None = None,
+    cadence: Cadence | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     peak: float | None = None,
 ) -> Iterator[Progress]:
@@ -150,12 +152,12 @@ def train(
 
     Args:
         settings: what decides the numbers.
-        data: from :mod:`training.data`.
+        data: from :mod:`lutdeploy.training.data`.
         run: where everything is written; the caller holds its lock.
         device: a torch device.
         processes: those that train together; this one alone by default.
         resume: continue from the run's training state, if it has one yet.
-        schedule: how often to write.
+        cadence: how often to write.
         should_stop: asked after every step; true in any process saves and ends.
         peak: FLOP/s of matrix products in the settings' precision, of all processes together.
 
@@ -166,7 +168,7 @@ def train(
         UsageError: it has more steps already, or other images; a batch that the processes
             cannot share evenly.
     """
-    schedule = schedule or Schedule()
+    cadence = cadence or Cadence()
     processes = processes or Processes(device)
     place, part = processes.device, processes.part(settings.batch)
     perceptual = load_perceptual(place) if settings.perceptual == "lpips" else None
@@ -216,7 +218,7 @@ def train(
 
         ends = bool(stop) or state.step == settings.steps
         with clock.paused():
-            fresh = len(held) > 0 and (ends or state.step % schedule.held_out == 0)
+            fresh = len(held) > 0 and (ends or state.step % cadence.held_out == 0)
             if fresh:
                 held_out = state.choose(
                     [
@@ -225,11 +227,11 @@ def train(
                     ]
                 )
             if processes.writes:
-                if ends or state.step % schedule.checkpoint == 0:
+                if ends or state.step % cadence.checkpoint == 0:
                     state.save(run, len(chosen))
-                if ends or state.step % schedule.picture == 0:
+                if ends or state.step % cadence.picture == 0:
                     write_pictures(state, run)
-        if ends or fresh or state.step % schedule.log == 0:
+        if ends or fresh or state.step % cadence.log == 0:
             clock.read(state.step)
             if processes.writes:
                 rates = {"images_per_second": round(clock.images_per_second, 1)}
@@ -243,19 +245,19 @@ def train(
             return
 
 
-def _begin(run: bundle.Run, state: TrainingState) -> None:
+def _begin(run: Run, state: TrainingState) -> None:
     """Clear what a kill left, and bring the run's files to the state's step."""
     for path in (run.settings, run.model, run.training_state, run.log):
-        bundle.clear_leftovers(run.path, path.name)
-    bundle.clear_leftovers(run.pictures, "*.png")
-    bundle.clear_leftovers(run.averages, "*.safetensors")
+        files.clear_leftovers(run.path, path.name)
+    files.clear_leftovers(run.pictures, "*.png")
+    files.clear_leftovers(run.averages, "*.safetensors")
     if state.step:
         state.save_models(run)  # a kill between the files leaves them one checkpoint behind
-    bundle.write_json(run.settings, state.settings.to_dict())
+    files.write_json(run.settings, state.settings.to_dict())
     _cut_log(run, state.step)
 
 
-def _log(run: bundle.Run, line: dict[str, Any]) -> None:
+def _log(run: Run, line: dict[str, Any]) -> None:
     with run.log.open("a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
 

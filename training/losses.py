@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lutdeploy.errors import BackendError
 from lutdeploy.lut import StaticLut
 from lutdeploy.model import Block, LutTransformer
-from training.augmentation import PARAMETERS
-from training.dct import dct_matrix
-from training.recipes import TrainSettings
+from lutdeploy.training.augmentation import PARAMETERS
+from lutdeploy.training.dct import dct_matrix
+from lutdeploy.training.recipes import TrainSettings
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # two [B, 3, S, S] to distances [B]
 
@@ -175,7 +175,7 @@ class Objective(nn.Module):
             x: clean images in [−1, 1], [B, C, S, S].
             noise: N(0, I) of the same shape.
             t: timesteps in [0, 1], [B].
-            augmented: from :func:`training.augmentation.affine`, [B, PARAMETERS].
+            augmented: from :func:`lutdeploy.training.augmentation.affine`, [B, PARAMETERS].
         """
         settings, model = self.settings, self.model
         at = t[:, None, None, None]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from training.recipes import TrainSettings
+from lutdeploy.training.recipes import TrainSettings
 
 # What each optimiser keeps for a parameter, beside AdamW's count of steps.
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}

@@ -9,7 +9,7 @@ from lutdeploy.images import Pixels
 from lutdeploy.model import LutTransformer
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import batch_noise, trajectory
-from lutdeploy.solvers import step_table
+from lutdeploy.schedule import solver_schedule
 
 PICTURE_IMAGES = 8
 
@@ -19,7 +19,7 @@ def of_model(model: LutTransformer) -> dict[str, Pixels]:
     device = next(model.parameters()).device
     denoiser = TorchDenoiser(model, str(device))
     noise = batch_noise(0, range(PICTURE_IMAGES), model.config.image_shape)
-    states = [s.x for s in trajectory(denoiser, noise, step_table("euler", 64))]
+    states = [s.x for s in trajectory(denoiser, noise, solver_schedule("euler", 64))]
     at = torch.full((1,), 0.5, device=device)
     with torch.no_grad():  # a dynamic LUT is drawn as computed half-way to the first sample
         entries = model.lut_patches(torch.from_numpy(states[32][:1]).to(device), at)

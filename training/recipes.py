@@ -46,7 +46,7 @@ class TrainSettings:
     lr: float
     weight_decay: float
     betas: tuple[float, float]
-    start: str  # "noise", or "copy": x0 = x_t (training.start)
+    start: str  # "noise", or "copy": x0 = x_t (lutdeploy.training.start)
     optimizer: str  # "adamw", or "muon" for the blocks' matrices and AdamW for the rest
     flip: float  # share of the images mirrored
     affine: float  # share of the images scaled, shifted and turned, which the network is told

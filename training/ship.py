@@ -1,6 +1,6 @@
 """Make a run's model one of the package: weights, facts, card and pictures in lutdeploy/models.
 
-    python -m training.ship runs/cats --name static-tanh-64-small
+    python -m lutdeploy.training.ship runs/cats --name static-tanh-64-small
 
 Weights are stored as float16, and everything is measured on them: what `lutdeploy evaluate`
 measures, at the uniform reference steps and at the best of the model's tuned grids. To be run
@@ -18,25 +18,27 @@ import jinja2
 import numpy as np
 import torch
 
-from lutdeploy import bundle, checkpoint, images, shipped
+from lutdeploy import images
+from lutdeploy.artefacts import checkpoint, files, shipped
+from lutdeploy.artefacts.run import Run, tuned_steps_file
+from lutdeploy.artefacts.tuned_steps import read_tuned_steps, tuned_schedules
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import LutDeployError
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.solvers import StepTable, step_table
-from lutdeploy.tuned_steps import read_tuned_steps, tuned_tables
-from training import pictures
-from training.evaluate import Evaluation, Metrics, evaluate
-from training.evaluation_data import RealImages, Trained, draw_samples, load_real
-from training.features import Extractor, open_extractor
-from training.loop import resumable_settings
-from training.recipes import TrainSettings
+from lutdeploy.schedule import Schedule, solver_schedule
+from lutdeploy.training import pictures
+from lutdeploy.training.evaluation.data import RealImages, Trained, draw_samples, load_real
+from lutdeploy.training.evaluation.evaluate import Evaluation, Metrics, evaluate
+from lutdeploy.training.evaluation.features import Extractor, open_extractor
+from lutdeploy.training.loop import resumable_settings
+from lutdeploy.training.recipes import TrainSettings
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
-REFERENCE = step_table("euler", 64)
+REFERENCE = solver_schedule("euler", 64)
 SHOWN = 64  # unselected samples in the picture
 
 
-def write_weights(run: bundle.Run, name: str) -> Path:
+def write_weights(run: Run, name: str) -> Path:
     """The run's model as float16, under its name in the package."""
     _, about = checkpoint.read_metadata(run.model)
     settings = resumable_settings(run)
@@ -48,14 +50,14 @@ def write_weights(run: bundle.Run, name: str) -> Path:
     return path
 
 
-def best_table(path: Path) -> StepTable:
+def best_table(path: Path) -> Schedule:
     """The tuned grid of most steps that the weights have, else the reference."""
-    tuned = bundle.tuned_steps_file(path)
-    if tuned.is_file() and read_tuned_steps(tuned).model_sha256 != bundle.sha256(path):
+    tuned = tuned_steps_file(path)
+    if tuned.is_file() and read_tuned_steps(tuned).model_sha256 != files.sha256(path):
         click.echo(f"{tuned.name} was tuned for other weights, and is removed", err=True)
         tuned.unlink()
-    tables = tuned_tables(path, bundle.sha256(path))
-    return max(tables, key=lambda table: table.steps, default=REFERENCE)
+    schedules = tuned_schedules(path, files.sha256(path))
+    return max(schedules, key=lambda schedule: schedule.steps, default=REFERENCE)
 
 
 def facts(
@@ -118,12 +120,12 @@ def card(name: str, values: dict[str, Any]) -> str:
 def main(run: Path, name: str, data: str | None, count: int, remark: str) -> None:
     """Write NAME.safetensors, .json, .md and pictures into lutdeploy/models."""
     try:
-        _ship(bundle.Run(run), name, data, count, remark)
+        _ship(Run(run), name, data, count, remark)
     except LutDeployError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _ship(run: bundle.Run, name: str, data: str | None, count: int, remark: str) -> None:
+def _ship(run: Run, name: str, data: str | None, count: int, remark: str) -> None:
     settings = resumable_settings(run)
     path = write_weights(run, name)
     model = checkpoint.load_model(path)
@@ -135,20 +137,20 @@ def _ship(run: bundle.Run, name: str, data: str | None, count: int, remark: str)
     denoiser = TorchDenoiser(model, "cpu")
     best = best_table(path)
     sampled = {}
-    for table in dict.fromkeys((REFERENCE, best)):
-        click.echo(f"{count} samples with {table.describe()}", err=True)
-        samples = draw_samples(denoiser, count, table)
-        judged = denoiser if table == best else None  # x0 errors do not depend on the steps
-        sampled[table.describe()] = evaluate(samples, real, extractor, judged)
+    for schedule in dict.fromkeys((REFERENCE, best)):
+        click.echo(f"{count} samples with {schedule.describe()}", err=True)
+        samples = draw_samples(denoiser, count, schedule)
+        judged = denoiser if schedule == best else None  # x0 errors do not depend on the steps
+        sampled[schedule.describe()] = evaluate(samples, real, extractor, judged)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     values = facts(settings, parameters, about, sampled, best.describe(), real, extractor)
     values["remark"] = remark
-    bundle.write_json(path.with_suffix(".json"), values)
-    bundle.write_atomic(path.with_suffix(".md"), card(name, values).encode())
+    files.write_json(path.with_suffix(".json"), values)
+    files.write_atomic(path.with_suffix(".md"), card(name, values).encode())
     grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))
     found = {"samples": grid, **pictures.of_model(model)}
     for kind, picture in found.items():
-        bundle.write_atomic(path.with_suffix(f".{kind}.png"), images.encode_png(picture))
+        files.write_atomic(path.with_suffix(f".{kind}.png"), images.encode_png(picture))
     click.echo(path)
 
 

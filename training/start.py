@@ -20,7 +20,7 @@ from torch import Tensor
 from lutdeploy.config import ModelConfig
 from lutdeploy.lut import DynamicLut, StaticLut, image_to_tiles
 from lutdeploy.model import Block, LutTransformer
-from training.dct import dct_matrix
+from lutdeploy.training.dct import dct_matrix
 
 IMAGES = 4096  # whose patches count
 HEADROOM = 4.0  # standard deviations of a coefficient that a weight of ±1 reaches

@@ -9,13 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lutdeploy import bundle, checkpoint
+from lutdeploy.artefacts import checkpoint, files
+from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
-from training import optimizers
-from training.losses import Objective, Perceptual
-from training.recipes import TrainSettings
-from training.start import start_as_copy
+from lutdeploy.training import optimizers
+from lutdeploy.training.losses import Objective, Perceptual
+from lutdeploy.training.recipes import TrainSettings
+from lutdeploy.training.start import start_as_copy
 
 
 class TrainingState:
@@ -79,7 +80,7 @@ class TrainingState:
         names = {parameter: name for name, parameter in self.objective.named_parameters()}
         return named | dict(optimizers.moments(self.optimizers, names))
 
-    def save(self, run: bundle.Run, images: int) -> None:
+    def save(self, run: Run, images: int) -> None:
         """Write the state, then the models people use; each atomically.
 
         Raises:
@@ -90,10 +91,10 @@ class TrainingState:
             if not value.isfinite().all():
                 raise NonFiniteError(f"NaN or Inf in {name} at step {self.step}; {kept(run)}")
         metadata = {"step": str(self.step), "images": str(images), "chosen": str(self.chosen)}
-        bundle.write_atomic(run.training_state, save(tensors, metadata))
+        files.write_atomic(run.training_state, save(tensors, metadata))
         self.save_models(run)
 
-    def save_models(self, run: bundle.Run) -> None:
+    def save_models(self, run: Run) -> None:
         """Write the chosen average as the run's model and, if there are several, each."""
         about = {"origin": "lutdeploy train", "step": self.step, "data": self.settings.data}
         if len(self.averages) > 1:
@@ -102,7 +103,7 @@ class TrainingState:
         chosen = self.settings.ema[self.chosen]
         checkpoint.save_model(self.ema, run.model, about={**about, "ema": chosen})
 
-    def restore(self, run: bundle.Run, images: int) -> None:
+    def restore(self, run: Run, images: int) -> None:
         """Read what :meth:`save` wrote.
 
         Raises:
@@ -126,7 +127,7 @@ class TrainingState:
             raise ArtefactError(f"{path} is damaged or of another run: {error}") from error
 
 
-def kept(run: bundle.Run) -> str:
+def kept(run: Run) -> str:
     """What is left of a run that diverged, and what to do."""
     left = "is kept" if run.model.is_file() else "was not written yet"
     return f"the last checkpoint {left}; try a lower --lr or --precision fp32"

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
-import engines.cuda_device
+import lutdeploy.engines.cuda.device
 from tests.doubles.cpu_device import CpuDevice
 from tests.doubles.tensorrt_double import Controls, make_tensorrt
 
-FRESH = ("engines.tensorrt_engine", "engines.tensorrt_builder")  # they import tensorrt once
+FRESH = (
+    "lutdeploy.engines.tensorrt.engine",
+    "lutdeploy.engines.tensorrt.builder",
+)  # they import tensorrt once
 
 
 def install(
@@ -35,5 +38,7 @@ def install(
     patch.setitem(sys.modules, "tensorrt", trt)
     for name in FRESH:
         patch.delitem(sys.modules, name, raising=False)
-    patch.setattr(engines.cuda_device, "CudaDevice", lambda name="cuda": CpuDevice(name, **device))
+    patch.setattr(
+        lutdeploy.engines.cuda.device, "CudaDevice", lambda name="cuda": CpuDevice(name, **device)
+    )
     return trt

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.cuda_device import CaptureError, CudaDevice
+from lutdeploy.engines.cuda.device import CaptureError, CudaDevice
 from tests.doubles.tensorrt_double import GPU_NAME
 
 ALIGNMENT = 512  # as torch's CUDA allocator

@@ -109,7 +109,9 @@ class DoubleLacks(RuntimeError):  # noqa: N818 - reads as what it says
 
 @functools.cache
 def _operator_list() -> dict[str, dict[str, Any]]:
-    text = (importlib.resources.files("engines") / "tensorrt-operators.json").read_text("utf-8")
+    text = (importlib.resources.files("lutdeploy.engines.tensorrt") / "operators.json").read_text(
+        "utf-8"
+    )
     supported: dict[str, dict[str, Any]] = json.loads(text)["supported"]
     return supported
 

@@ -1,0 +1,221 @@
+"""The Denoiser protocol over programs on a device: what TensorRT and ONNX Runtime share there."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutdeploy.config import ModelConfig
+from lutdeploy.engines.cuda.device import CudaDevice
+from lutdeploy.engines.cuda.loop import (
+    DeviceLoop,
+    Loops,
+    Program,
+    evaluate,
+    run_batches,
+    split_batches,
+)
+from lutdeploy.errors import NonFiniteError, UsageError
+from lutdeploy.sampling import (
+    Batch,
+    Finished,
+    Images,
+    check_schedule,
+    held_row,
+    predict_by_row,
+    trajectory,
+)
+from lutdeploy.schedule import Schedule, Step
+from lutdeploy.signature import Signature, TensorSpec
+
+COEFFICIENTS = ("t", "a", "b", "c")
+
+
+class ExportProgram(Program, Protocol):
+    """A program over an export's kinds of graph."""
+
+    batch: int
+
+    def set_coefficients(self, values: NDArray[np.float32]) -> None:
+        """For a "step" export: t, a, b, c of every step as float32 [steps, 4, B]."""
+
+
+class DeviceDenoiser(abc.ABC):
+    """Graphs on a device. A :class:`lutdeploy.sampling.StreamingDenoiser`.
+
+    Batches over the engine's largest size run in parts, under its smallest they are padded.
+
+    Args:
+        config: of the model inside.
+        graph: the kind of graph: "step", "per-step" or "loop".
+        schedule: the steps that it holds; None for "step", which follows any.
+        device: where it runs.
+        sizes: smallest and largest batch of the engine; None: no upper end.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        graph: str,
+        schedule: Schedule | None,
+        device: CudaDevice,
+        sizes: tuple[int, int | None] = (1, None),
+    ) -> None:
+        self.graph, self.device = graph, device
+        self._config, self._table = config, schedule
+        self._smallest, self._largest = sizes
+        self._loops: tuple[Schedule, Loops] | None = None
+        self._single: ExportProgram | None = None
+        self._captures = True
+
+    @abc.abstractmethod
+    def make_program(self, batch: int, steps: int, alone: bool) -> ExportProgram:
+        """The export's engines at one batch size.
+
+        Args:
+            batch: B.
+            steps: rows of the coefficient schedule, for a "step" export.
+            alone: for single evaluations at changing addresses.
+        """
+
+    def close(self) -> None:
+        """Free loops and programs when the device has finished with them."""
+        self.device.synchronize()
+        self._loops = self._single = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return self._table
+
+    @property
+    def whole_trajectory(self) -> bool:
+        return self.graph == "loop"
+
+    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`.
+
+        Raises:
+            UsageError: the export holds no graph for these timesteps.
+        """
+        if self.schedule is not None:
+            return predict_by_row(self, x, t)
+        values = np.zeros((len(COEFFICIENTS), len(x)), np.float32)
+        values[0], values[2] = t, 1  # x' = x0
+        return self._evaluate(0, x, x, values)[1]
+
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        previous = x if x0_prev is None else x0_prev
+        if self.schedule is None:
+            return self._evaluate(0, x, previous, _coefficients((row,), len(x))[0])
+        return self._evaluate(held_row(self.schedule, row), x, previous, None)
+
+    def run(self, noise: Images) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        if self.schedule is None or not self.whole_trajectory:
+            raise UsageError(f"a {self.graph} export holds steps, no whole trajectory")
+        batches = [(range(len(noise)), noise)]
+        return np.concatenate([images for _, images in self.stream(batches, self.schedule, False)])
+
+    def stream(
+        self, batches: Iterable[Batch], schedule: Schedule, pixels: bool
+    ) -> Iterator[Finished]:
+        """See :class:`lutdeploy.sampling.StreamingDenoiser`."""
+        check_schedule(self, schedule)
+        if self._loops is None or self._loops[0] != schedule:
+            self._loops = None  # free the last schedule's buffers first
+            self._loops = (
+                schedule,
+                Loops(lambda batch: self._loop(batch, schedule), self._smallest),
+            )
+        batches = map(self._checked, batches)
+        if self._largest is not None:
+            batches = split_batches(batches, self._largest)
+        results = run_batches(self.device, self._loops[1], batches, pixels)
+        for (indices, noise), images, finite in results:
+            if not finite.all():
+                self._locate(noise, indices, schedule, int(np.flatnonzero(~finite)[0]))
+            yield indices, images
+
+    def _check(self, x: Images) -> None:
+        Signature((TensorSpec("x", self.config.image_shape),), ()).check_feed({"x": x})
+
+    def _checked(self, batch: Batch) -> Batch:
+        self._check(batch[1])
+        return batch
+
+    def _loop(self, batch: int, schedule: Schedule) -> DeviceLoop:
+        program = self.make_program(batch, schedule.steps, alone=False)
+        if self.schedule is None:
+            program.set_coefficients(_coefficients(schedule.rows, batch))
+        program.capturable &= self._captures
+        ratios = () if self.whole_trajectory else [row.history_ratio for row in schedule.rows]
+        loop = DeviceLoop(self.device, program, batch, self.config.image_shape, ratios)
+        self._captures = loop.captured  # it has said why not, and need not say it again
+        return loop
+
+    def _evaluate(
+        self, k: int, x: Images, x0_prev: Images, values: NDArray[np.float32] | None
+    ) -> tuple[Images, Images]:
+        """One evaluation from host to host.
+
+        Args:
+            values: t, a, b, c as float32 [4, B], for a "step" export.
+        """
+        self._check(x)
+        parts = []
+        size = self._largest or len(x)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            count = len(x[rows])
+            batch = max(count, self._smallest)
+            if self._single is None or self._single.batch != batch:
+                self._single = None  # free its memory first
+                self._single = self.make_program(batch, 1, alone=True)
+            if values is not None:
+                self._single.set_coefficients(_padded(values[:, rows].T, batch).T[None].copy())
+            inputs = (_padded(x[rows], batch), _padded(x0_prev[rows], batch))
+            outputs = evaluate(self.device, self._single, k, *inputs)
+            parts.append([output[:count] for output in outputs])
+        x_next, x0 = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return x_next, x0
+
+    def _locate(
+        self, noise: Images, indices: Sequence[int], schedule: Schedule, first: int
+    ) -> None:
+        """Walk a trajectory that went wrong once more, step by step, to say where."""
+        if not self.whole_trajectory:
+            for _ in trajectory(self, noise, schedule, indices):
+                pass
+        raise NonFiniteError(
+            f"NaN or Inf after step {schedule.steps} in image {indices[first]}; `lutdeploy parity` "
+            "shows where the model and its engine part"
+        )
+
+
+def _coefficients(rows: Sequence[Step], batch: int) -> NDArray[np.float32]:
+    """t, a, b, c of some steps for every image, float32 [steps, 4, B]."""
+    values = np.array([[row.t, row.a, row.b, row.c] for row in rows], np.float32)
+    return values[:, :, None].repeat(batch, 2)
+
+
+def _padded(array: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
+    """float32 [n, …] to [batch, …] by repeating its last row, contiguous."""
+    missing = batch - len(array)
+    if missing:
+        array = np.concatenate([array, array[-1:].repeat(missing, 0)])
+    return np.ascontiguousarray(array, np.float32)

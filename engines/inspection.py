@@ -1,0 +1,159 @@
+"""What a file or folder is, for people and for programs: `lutdeploy inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import read_metadata
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.run import Run, locate
+from lutdeploy.artefacts.tuned_steps import read_tuned_steps
+from lutdeploy.config import ModelConfig
+from lutdeploy.engines.tensorrt import plan
+from lutdeploy.errors import ArtefactError
+
+
+def _about_model(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "preset": config.preset(),
+        "gflop_per_image_and_step": round(2 * config.multiply_adds() / 1e9, 3),
+        "config": config.to_dict(),
+    }
+
+
+def inspect_export(folder: Path) -> dict[str, Any]:
+    """An export folder, its files verified by size and hash.
+
+    Raises:
+        ArtefactError: names the file that is damaged.
+    """
+    manifest = read_manifest(folder)
+    manifest.verify()
+    schedule = manifest.schedule
+    return {
+        "kind": "export",
+        "path": str(folder),
+        "graph": manifest.graph,
+        "precision": manifest.precision,
+        "solver": schedule.describe() if schedule else None,
+        "opset": manifest.opset,
+        "islands": list(manifest.islands),
+        "quantization": manifest.quantization,
+        "created": manifest.created,
+        "versions": manifest.versions,
+        "graphs": len(manifest.graphs),
+        "bytes": sum(file["bytes"] for file in manifest.files.values()),
+        "engine_sha256": manifest.weights_sha256,
+        "model_sha256": manifest.source_sha256,
+        "files": manifest.files,
+        **_about_model(manifest.config),
+    }
+
+
+def inspect_model(path: Path) -> dict[str, Any]:
+    """A model.safetensors.
+
+    Raises:
+        ArtefactError, UsageError: damaged, foreign or missing.
+    """
+    from safetensors import safe_open
+
+    config, about = read_metadata(path)
+    with safe_open(path, "np") as file:
+        slices = [file.get_slice(name) for name in file.keys()]
+        dtypes = sorted({part.get_dtype() for part in slices})
+        sizes = [part.get_shape() for part in slices]
+    parameters = 0
+    for shape in sizes:
+        count = 1
+        for extent in shape:
+            count *= extent
+        parameters += count
+    return {
+        "kind": "model",
+        "path": str(path),
+        "parameters": parameters,
+        "dtypes": dtypes,
+        "bytes": path.stat().st_size,
+        "model_sha256": files.sha256(path),
+        "about": about,
+        **_about_model(config),
+    }
+
+
+def inspect_engines(run: Run, machine: plan.Machine | None) -> list[dict[str, Any]]:
+    """The TensorRT engines of a run: what each was built for, its verdict, why it is stale.
+
+    Plans are held against their recorded hash, and not deserialised.
+
+    Args:
+        run: the run folder.
+        machine: what engines are tied to here; None compares them with the exports alone.
+    """
+    found = []
+    for state in plan.survey(run, machine):
+        about: dict[str, Any] = {"kind": "engine", "path": str(state.path.with_suffix(".plan"))}
+        if state.record is not None:
+            about |= {
+                "export": state.record.export,
+                "graph_file": state.record.graph_file,
+                "verdict": state.record.verdict,
+                "bytes": state.record.plan_bytes,
+                "created": state.record.created,
+                "build_seconds": state.record.build_seconds,
+                "fields": state.record.fields,
+                "layers": state.record.layers,
+            }
+        reasons = list(state.reasons)
+        if state.record is not None and not reasons:
+            try:
+                state.record.read_plan()
+            except ArtefactError as error:
+                reasons.append(str(error))
+        found.append({**about, "stale": reasons, "machine_compared": bool(machine)})
+    return found
+
+
+def _inspect_tuned_steps(run: Run, model_sha256: str) -> dict[str, Any] | None:
+    if not run.tuned_steps.is_file():
+        return None
+    known = read_tuned_steps(run.tuned_steps)
+    return {
+        "path": str(run.tuned_steps),
+        "tables": [schedule.describe() for schedule in known.schedules],
+        "stale": known.model_sha256 != model_sha256,
+    }
+
+
+def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, Any]:
+    """A run folder with its exports, engines and last parity verdicts, an export, or a model.
+
+    Args:
+        path: of one of the three.
+        machine: see :func:`inspect_engines`.
+
+    Raises:
+        ArtefactError, UsageError: damaged, foreign or missing.
+    """
+    located = locate(path)
+    if located.export is not None:
+        return inspect_export(located.export)
+    if located.run is None or located.model is None:
+        return inspect_model(path)
+    run, model = located.run, inspect_model(located.model)
+    exports = []
+    for folder in run.exports():
+        export = inspect_export(folder)
+        export["stale"] = export["model_sha256"] != model["model_sha256"]
+        exports.append(export)
+    return {
+        "kind": "run",
+        "path": str(path),
+        "model": model,
+        "exports": exports,
+        "engines": inspect_engines(run, machine),
+        "parity": run.verdicts(),
+        "tuned_steps": _inspect_tuned_steps(run, model["model_sha256"]),
+    }

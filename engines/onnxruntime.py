@@ -1,0 +1,227 @@
+"""ONNX Runtime: an exported graph behind the Denoiser protocol."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+import psutil
+
+from lutdeploy.artefacts.manifest import Manifest
+from lutdeploy.engines.export_denoiser import ExportDenoiser
+from lutdeploy.errors import ArtefactError, BackendError
+from lutdeploy.sampling import Images
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "Attention", "MultiHeadAttention")
+WARNINGS, FATAL = 2, 4  # ONNX Runtime's log severities
+SESSION_OVERHEAD = 1.2  # memory of a session over that of its float32 weights
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+def execution_provider(device: str) -> str:
+    """The execution provider of a device; a provider's own name is taken as it is.
+
+    Raises:
+        BackendError: not offered by the installed onnxruntime; lists what is.
+    """
+    provider = PROVIDERS.get(device, device)
+    offered = ort.get_available_providers()
+    if provider not in offered:
+        raise BackendError(f"ONNX Runtime has no {provider} here; there are {', '.join(offered)}")
+    return provider
+
+
+def open_session(
+    graph: Path | bytes,
+    provider: str,
+    threads: int | None = None,
+    unrolled: bool = False,
+    provider_options: Mapping[str, str] | None = None,
+    shared_arena: bool = False,
+) -> ort.InferenceSession:
+    """A session that runs on ``provider`` and nowhere else.
+
+    ``get_available_providers`` lists providers whose libraries cannot load; a session then
+    falls back to the CPU with a log line. So the session itself is asked, and where each of
+    its matrix products went.
+
+    Args:
+        graph: a file, or a model's bytes.
+        provider: an execution provider's name.
+        threads: of one operator; the physical cores by default.
+        unrolled: the graph has many thousand nodes. Planning the reuse of its buffers takes
+            time quadratic in that (24 s instead of 2 s for 16 steps of a small model) and
+            saves no memory that was measurable. On the CPU its optimisers are left out too:
+            they take a third of the session's start (64 steps at ``seed`` size), change the
+            result by rounding alone, and made no measurable difference to the speed.
+        provider_options: of the execution provider.
+        shared_arena: on the CPU, compute in memory that all such sessions share. An arena
+            keeps what a session's largest batch took: 50 MB for each of 64 steps of a small
+            model at batch 64, though one runs at a time.
+
+    Raises:
+        BackendError: the provider did not come up, which lists what the session has, or left
+            a matrix product to the CPU.
+        ArtefactError: ONNX Runtime cannot load the graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL  # exceptions say what else it would print
+    options.enable_mem_reuse = not unrolled
+    if unrolled and provider == PROVIDERS["cpu"]:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if shared_arena and provider == PROVIDERS["cpu"]:
+        _register_cpu_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    source = str(graph) if isinstance(graph, Path) else graph
+    # What a missing library makes ONNX Runtime print is said by the exception below.
+    ort.set_default_logger_severity(FATAL)
+    try:
+        chosen = [(provider, dict(provider_options or {}))]
+        session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
+    except Exception as error:  # its exceptions derive from RuntimeError or from nothing
+        # Without the place in its source that it names first.
+        first = re.sub(r"^\S+\.cc:\d+ .*?\) (?=[A-Z])", "", str(error).splitlines()[0])
+        if provider != PROVIDERS["cpu"]:
+            raise BackendError(
+                f"{provider} cannot run here, {PROVIDERS['cpu']} can: {first[:200]}"
+            ) from error
+        raise ArtefactError(f"ONNX Runtime cannot load the graph: {first}") from error
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
+    if session.get_providers()[0] != provider:
+        raise BackendError(
+            f"{provider} was asked for, but its libraries cannot load here; this session "
+            f"would run on {', '.join(session.get_providers())}"
+        )
+    strays = misplaced_products(session, provider) if provider != PROVIDERS["cpu"] else []
+    if strays:
+        raise BackendError(
+            f"{provider} left {len(strays)} matrix products to other providers: "
+            f"{', '.join(strays[:5])}"
+        )
+    return session
+
+
+@functools.cache
+def _register_cpu_arena() -> None:
+    """Give the process the arena that sessions with ``session.use_env_allocators`` share."""
+    kinds, memory = ort.OrtAllocatorType, ort.OrtMemType.DEFAULT
+    arena = ort.OrtMemoryInfo("Cpu", kinds.ORT_ARENA_ALLOCATOR, 0, memory)
+    ort.create_and_register_allocator(arena, None)
+
+
+def misplaced_products(session: ort.InferenceSession, provider: str) -> list[str]:
+    """The matrix products of a session that another provider than ``provider`` runs."""
+    return [
+        f"{node.name or node.op_type} on {part.ep_name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type in PRODUCTS
+    ]
+
+
+def sessions_that_fit(manifest: Manifest) -> int:
+    """How many sessions of a ``per-step`` export half of this machine's memory holds.
+
+    Each has the weights to itself, in float32 and in the layout of the CPU's kernels.
+    """
+    weights = sum(
+        file["bytes"] for name, file in manifest.files.items() if name not in manifest.graphs
+    )
+    in_memory = max(1, weights * (2 if manifest.precision == "fp16" else 1))
+    return max(1, int(psutil.virtual_memory().total / 2 / (SESSION_OVERHEAD * in_memory)))
+
+
+class OnnxRuntimeDenoiser(ExportDenoiser):
+    """One export in ONNX Runtime. The files are verified before anything runs.
+
+    A ``per-step`` export has a session for each step: 0.12 GB each at ``seed`` size. Those that
+    do not fit into half of the memory are opened anew whenever their step comes.
+
+    Args:
+        manifest: of the export folder.
+        device: "cpu", "cuda", "tensorrt" or an execution provider's name.
+        threads: of one operator; the physical cores by default.
+        provider_options: what the execution provider is told for graph k.
+
+    Raises:
+        ArtefactError: a file differs from its hash, or a graph from its signature.
+        BackendError: the execution provider is not there.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str = "cpu",
+        threads: int | None = None,
+        provider_options: Callable[[int], Mapping[str, str]] = lambda k: {},
+    ) -> None:
+        self.provider = execution_provider(device)
+        self._provider_options = provider_options
+        super().__init__(manifest)
+        self.threads = threads
+        self._sessions: dict[int, ort.InferenceSession] = {}
+        self._room = sessions_that_fit(manifest)
+        self.session(0)
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._sessions.clear()
+
+    @property
+    def place(self) -> str:
+        return self.provider
+
+    def session(self, k: int) -> ort.InferenceSession:
+        """The session of graph k, opened when it is first asked for."""
+        if k in self._sessions:
+            return self._sessions[k]
+        path = self.manifest.folder / self.manifest.graphs[k]
+        options = self._provider_options(k)
+        session = open_session(
+            path,
+            self.provider,
+            self.threads,
+            self.whole_trajectory,
+            options,
+            shared_arena=self.manifest.graph == "per-step",
+        )
+        inputs, outputs = (
+            [(a.name, DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments]
+            for arguments in (session.get_inputs(), session.get_outputs())
+        )
+        self.signature(k).check_graph(inputs, outputs, str(path))
+        if len(self._sessions) < self._room:
+            self._sessions[k] = session
+        return session
+
+    def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
+        """See :class:`ExportDenoiser`.
+
+        Raises:
+            BackendError: what ONNX Runtime says.
+        """
+        session = self.session(k)
+        try:
+            outputs: list[Images] = session.run(None, feed)
+        except Exception as error:  # as in open_session
+            first = str(error).splitlines()[0]
+            raise BackendError(
+                f"ONNX Runtime failed in {self.manifest.graphs[k]}: {first[:200]}; "
+                "if memory ran out, try a smaller --batch"
+            ) from error
+        return outputs

@@ -1,0 +1,181 @@
+"""How files come to disk and are read back: atomic writes, locks, staged folders, hashes.
+
+Every file is written beside its place and renamed into it, so that a reader sees a whole
+file or none, whenever a writer is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lutdeploy.errors import ArtefactError, UsageError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` beside ``path``, flush it to disk, rename it over ``path``.
+
+    Raises:
+        OSError: as the system says (a full disk, no permission); ``path`` is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        _name(error, path, temporary)
+        raise
+
+
+def clear_leftovers(folder: Path, names: str) -> None:
+    """Remove what killed writers left in a folder; the caller is now its only writer.
+
+    Args:
+        folder: where they wrote; it need not exist.
+        names: the file or folder that they were writing, or a pattern such as ``*.png``.
+    """
+    for left in folder.glob(f".{names}.*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _name(error: BaseException, path: Path, temporary: str | None = None) -> None:
+    """Tell a failed write which file it was for; a full disk, for one, does not say."""
+    if isinstance(error, OSError) and error.filename in (None, temporary):
+        error.filename = str(path)
+
+
+def _umask() -> int:
+    """The process's umask; mkstemp ignores it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON atomically."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ArtefactError: missing, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is unreadable or truncated: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def output_folder(path: Path) -> None:
+    """Make the folder that --out names, where there is none.
+
+    Raises:
+        UsageError: it is a file, or cannot be made or written.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; --out names a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {path}: {error.strerror}; choose another --out") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} is not writable; choose another --out")
+
+
+def remove_if_empty(folder: Path, lock_name: str = ".lock") -> None:
+    """Take away a folder that holds nothing but its lock; whoever holds that may do so."""
+    if [path.name for path in folder.iterdir()] == [lock_name]:
+        (folder / lock_name).unlink()
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def lock(
+    folder: Path,
+    what: str,
+    on_wait: Callable[[str], None] | None = None,
+    name: str = ".lock",
+) -> Iterator[None]:
+    """Hold a folder for one process; released by the system however the process ends.
+
+    Args:
+        folder: made if it is not there.
+        what: the command that holds it, for messages.
+        on_wait: told before waiting for another process; None refuses instead.
+        name: of the lock's file, for commands that do not shut each other out.
+
+    Raises:
+        UsageError: another process holds it, and ``on_wait`` is None.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(folder / name)
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout as error:
+        if on_wait is None:
+            raise UsageError(f"{folder} is in use by another {what}; wait for it to end") from error
+        on_wait(f"{folder} is in use by another {what}: waiting for it")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A new folder that takes ``target``'s place when the block ends without an error.
+
+    The caller holds a lock: whatever else looks like a stage of ``target`` was left by a kill.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f".old-{target.name}.*"):
+        if (old / target.name).is_dir() and not target.exists():  # killed between two renames
+            os.replace(old / target.name, target)
+        shutil.rmtree(old)
+    clear_leftovers(target.parent, target.name)
+    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield stage
+        os.chmod(stage, 0o777 & ~_umask())
+        if target.exists():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}."))
+            os.replace(target, old / target.name)
+            os.replace(stage, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(stage, target)
+    except OSError as error:
+        _name(error, target)
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

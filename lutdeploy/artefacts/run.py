@@ -1,0 +1,198 @@
+"""The run folder: its file names, manifests and hashes. No other module knows a file name.
+
+    runs/NAME/
+      model.safetensors        weights and config (training: the EMA)
+      train.json train.jsonl   settings and log of the training
+      training-state.safetensors   all that --resume needs
+      samples/                 pictures made while training
+      onnx/EXPORT/             graphs, one weights file, manifest.json
+      parity.json              the last verdict on every export
+      bench.json bench.png     the last speed measurement
+      steps.json steps.png     tuned time grids, and what they were compared with
+      evaluation.json evaluation.html   how good the pictures are, by `lutdeploy evaluate`
+      engines/KEY.plan         a TensorRT engine, and beside it KEY.json: what it was built from
+      engines/timing.cache     what its builder measured
+
+Every file is written beside its place and renamed into it, so that a reader sees a whole
+file or none, whenever a writer is killed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
+from lutdeploy.errors import ArtefactError, UsageError
+
+RUNS = Path("runs")
+MODEL = "model.safetensors"
+EVALUATION = "evaluation.json"
+EVALUATION_PAGE = "evaluation.html"
+KEY_DIGITS = 20  # of an engine's key in its file names
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; nothing is read until asked for."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "train.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.jsonl"
+
+    @property
+    def training_state(self) -> Path:
+        return self.path / "training-state.safetensors"
+
+    @property
+    def averages(self) -> Path:
+        """Where the averages of the weights that training kept are, one model file each."""
+        return self.path / "averages"
+
+    def average(self, decay: float) -> Path:
+        return self.averages / f"ema-{decay:g}.safetensors"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def parity(self) -> Path:
+        return self.path / "parity.json"
+
+    @property
+    def bench(self) -> Path:
+        """What `lutdeploy bench` measured; its plot has the same name and ends in .png."""
+        return self.path / "bench.json"
+
+    @property
+    def tuned_steps(self) -> Path:
+        """Time grids searched for the run's model (:mod:`lutdeploy.artefacts.tuned_steps`)."""
+        return tuned_steps_file(self.model)
+
+    @property
+    def steps_plot(self) -> Path:
+        return self.path / "steps.png"
+
+    @property
+    def exports_folder(self) -> Path:
+        """Locked by whoever writes exports or what describes them."""
+        return self.path / "onnx"
+
+    def export_folder(self, name: str) -> Path:
+        return self.exports_folder / name
+
+    def float32_step(self, source_sha256: str) -> Path | None:
+        """The float32 ``step`` export of a model file; None where there is none of it."""
+        folder = self.export_folder("step-fp32")
+        if (folder / MANIFEST).is_file() and read_manifest(folder).source_sha256 == source_sha256:
+            return folder
+        return None
+
+    @property
+    def engines(self) -> Path:
+        return self.path / "engines"
+
+    def plan(self, key: str) -> Path:
+        """The TensorRT engine of a key (:mod:`lutdeploy.engines.tensorrt.plan`)."""
+        return self.engines / f"{key[:KEY_DIGITS]}.plan"
+
+    def plan_record(self, key: str) -> Path:
+        """What an engine was built from; the engine itself stands beside it."""
+        return self.engines / f"{key[:KEY_DIGITS]}.json"
+
+    def plan_records(self) -> list[Path]:
+        """The records of all engines, by name."""
+        return sorted(self.engines.glob("[0-9a-f]*.json"))
+
+    @property
+    def timing_cache(self) -> Path:
+        return self.engines / "timing.cache"
+
+    @property
+    def provider_cache(self) -> Path:
+        """Where ONNX Runtime's TensorRT provider keeps its own engines."""
+        return self.engines / "onnxruntime"
+
+    def verdicts(self) -> dict[str, dict[str, Any]]:
+        """What `lutdeploy parity` found last, by export, backend and device.
+
+        Raises:
+            ArtefactError: damaged.
+        """
+        known = files.read_json(self.parity) if self.parity.is_file() else {}
+        if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
+            raise ArtefactError(f"{self.parity} is damaged; delete it and run `lutdeploy parity`")
+        return known
+
+    def exports(self) -> list[Path]:
+        """Export folders, newest first (by the time in the manifest, not the file's)."""
+        folder = self.exports_folder
+        found = [
+            entry
+            for entry in (sorted(folder.iterdir()) if folder.is_dir() else [])
+            if not entry.name.startswith(".") and (entry / MANIFEST).is_file()
+        ]
+        created = {entry: read_manifest(entry).created for entry in found}
+        return sorted(found, key=lambda entry: created[entry], reverse=True)
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a path given by a user stands for; at least one of model and export is there."""
+
+    model: Path | None
+    export: Path | None  # only when the path names one export folder
+    run: Run | None
+
+
+def locate(path: Path) -> Located:
+    """Tell a run folder, an export folder and a model file apart.
+
+    Raises:
+        UsageError: nothing there, or none of the three; says what is near.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        return Located(path, None, None)
+    if path.is_file():
+        hint = "; `lutdeploy import` reads it" if path.suffix in (".pth", ".pt") else ""
+        raise UsageError(f"{path} is neither a run, an export nor a model.safetensors{hint}")
+    if not path.is_dir():
+        names = sorted(str(found.parent) for found in RUNS.glob(f"*/{MODEL}"))
+        there = f"there are {', '.join(names)}" if names else f"there is none under {RUNS}/"
+        raise UsageError(f"{path}: no such run; {there}")
+    if (path / MANIFEST).is_file():
+        run = Run(path.resolve().parent.parent)
+        found = run if run.model.is_file() else None
+        return Located(found.model if found else None, path, found)
+    run = Run(path)
+    if not run.model.is_file():
+        started = run.settings.is_file()
+        why = "its training has saved no checkpoint yet" if started else "it is no run"
+        raise UsageError(f"{path} holds no {MODEL}: {why}")
+    return Located(run.model, None, run)
+
+
+def tuned_steps_file(model: Path) -> Path:
+    """Where the tuned time grids of a model file are: beside it."""
+    name = "steps.json" if model.name == MODEL else f"{model.stem}.steps.json"
+    return model.parent / name
+
+
+def newest_run(root: Path = RUNS) -> Run | None:
+    """The run under ``root`` whose model was written last; None when there is none."""
+    models = list(root.glob(f"*/{MODEL}")) if root.is_dir() else []
+    newest = max(models, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return Run(newest.parent) if newest else None

@@ -1,0 +1,36 @@
+"""The trained models that come with the package: weights, facts, card, pictures.
+
+Each is NAME.safetensors (float16), with NAME.json (how it was trained and what `lutdeploy
+evaluate` measured), NAME.md (the same for people), tuned time grids and pictures beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "models"
+DEFAULT = "static-tanh-64-small"  # the one of the best metrics
+
+
+def names() -> tuple[str, ...]:
+    """Of all models, the default first."""
+    found = {path.stem for path in FOLDER.glob("*.safetensors")}
+    return tuple(sorted(found, key=lambda name: (name != DEFAULT, name)))
+
+
+def model_path(name: str = DEFAULT) -> Path:
+    """The weights of a model of :func:`names`."""
+    return FOLDER / f"{name}.safetensors"
+
+
+def is_shipped(path: Path) -> bool:
+    """Whether a file is the weights of a model of the package."""
+    return path.parent == FOLDER and path.stem in names()
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What NAME.json says: ``training``, ``sampling``, ``metrics`` and ``floor``."""
+    values: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return values

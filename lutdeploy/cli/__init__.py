@@ -1,0 +1,122 @@
+"""The command line: a lazy group of commands, and how their errors are shown.
+
+A command is imported when it is run, so `lutdeploy --help` loads none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from lutdeploy import __version__
+from lutdeploy.cli.console import INTERRUPTED, stop_with
+from lutdeploy.errors import LutDeployError
+
+OUT_OF_MEMORY = "out of memory; try a smaller --batch"
+# Command → its short help; module lutdeploy.cli.NAME holds it, with - as _.
+COMMANDS = {
+    "train": "Train a model on a folder of images.",
+    "import": "Turn an author's checkpoint (.pth) into a run.",
+    "export": "Export a run to ONNX and check it against PyTorch.",
+    "build": "Build TensorRT engines from an export and check them.",
+    "parity": "Compare a backend with float32 PyTorch.",
+    "tune-steps": "Find schedules that need fewer steps.",
+    "sample": "Sample images into a folder.",
+    "evaluate": "Measure quality, diversity and memorisation.",
+    "bench": "Measure images a second with every backend.",
+    "inspect": "Describe a run, an export or a model file.",
+    "models": "List the trained models of the package.",
+    "doctor": "Check what is installed and what runs here.",
+}
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C even where a library turns it into another error."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # a shell's background job is told to ignore it
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is run; prints each error as one line on stderr.
+
+    Exit codes: 2 for wrong usage, 1 for a failure, 130 for Ctrl-C.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f"lutdeploy.cli.{name}{'_' * (name == 'import')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            with _interrupts():
+                code = super().main(*args, **kwargs)
+        except click.ClickException as error:
+            stop_with(error.format_message(), error.exit_code)
+        except LutDeployError as error:
+            stop_with(str(error), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            stop_with("interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            sys.stderr.close()  # nobody reads; the interpreter would complain at exit
+            sys.exit(1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            stop_with(f"{where}{error.strerror or error}", 1)
+        except MemoryError:
+            stop_with(OUT_OF_MEMORY, 1)
+        except RuntimeError as error:  # PyTorch's allocators raise nothing more telling
+            if not ("memory" in str(error) and "allocate" in str(error)):
+                raise
+            stop_with(OUT_OF_MEMORY, 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
+@click.version_option(__version__, prog_name="lutdeploy")
+@click.pass_context
+def cli(context: click.Context, /) -> None:
+    """Train, export, verify and sample LUT denoisers.
+
+    Commands that take a RUN use the newest run under runs/ when none is given, and the
+    model that comes with the package when there is none.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())

@@ -1,0 +1,96 @@
+"""`lutdeploy inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lutdeploy.artefacts.run import Run
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def command(path: Path, as_json: bool) -> None:
+    """Say what a run, an export or a model file is, and verify its files."""
+    from lutdeploy.engines.inspection import inspect_path
+
+    machine = None
+    if path.is_dir() and Run(path).plan_records():
+        from lutdeploy.engines import tensorrt_machine
+
+        machine = tensorrt_machine()
+    found = inspect_path(path, machine)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for line in _describe(found):
+        click.echo(line)
+
+
+def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
+    if found["kind"] == "run":
+        yield f"{indent}run {found['path']}"
+        yield from _describe(found["model"], indent + "  ")
+        for part in found["exports"]:
+            yield from _describe(part, indent + "  ")
+        for engine in found["engines"]:
+            yield from _describe_engine(engine, indent + "  ")
+        for name, verdict in found["parity"].items():
+            word = "passed" if verdict.get("passed") else "FAILED"
+            yield f"{indent}  parity {name}: {word} ({verdict.get('solver')})"
+        if tuned := found["tuned_steps"]:
+            stale = "; STALE: the model has changed since" if tuned["stale"] else ""
+            yield f"{indent}  tuned steps: {', '.join(tuned['tables']) or 'none'}{stale}"
+        return
+    config = found["config"]
+    if found["kind"] == "model":
+        yield f"{indent}model {found['path']}"
+        yield (
+            f"{indent}  {found['preset']}, {found['parameters'] / 1e6:.3f} M parameters, "
+            f"{'/'.join(found['dtypes'])}, {found['bytes'] / 1e6:.1f} MB"
+        )
+    else:
+        solver = f", {found['solver']}" if found["solver"] else ""
+        stale = "; STALE: the model has changed since" if found.get("stale") else ""
+        yield f"{indent}export {found['path']}"
+        yield (
+            f"{indent}  {found['preset']}, {found['graph']}, {found['precision']}{solver}, "
+            f"{found['graphs']} graph(s), opset {found['opset']}, {found['bytes'] / 1e6:.1f} MB"
+        )
+        yield f"{indent}  files verified by sha256; exported {found['created']}{stale}"
+        if found["quantization"]:
+            narrow, kept = (
+                found["quantization"][f"{kind}_products"] for kind in ("int8", "float32")
+            )
+            also = f", for their sensitivity in float32: {', '.join(kept)}" if kept else ""
+            yield f"{indent}  {len(narrow)} of {len(narrow) + len(kept)} products in int8{also}"
+        if found["islands"]:
+            yield f"{indent}  float32 islands: {'; '.join(found['islands'])}"
+    yield (
+        f"{indent}  {config['image_size']}×{config['image_size']}×{config['channels']}, width "
+        f"{config['width']}, depth {config['depth']}, {config['heads']} heads, K "
+        f"{config['entries']}; {found['gflop_per_image_and_step']} GFLOP per image and step"
+    )
+
+
+def _describe_engine(found: dict[str, Any], indent: str) -> Iterator[str]:
+    yield f"{indent}engine {found['path']}"
+    if "fields" in found:
+        fields = found["fields"]
+        yield (
+            f"{indent}  of {found['export']}/{found['graph_file']}, batch {fields['batch']}, "
+            f"{fields['precision']}, {found['bytes'] / 1e6:.1f} MB, checks: {found['verdict']}"
+        )
+        yield (
+            f"{indent}  TensorRT {fields['tensorrt']}, CUDA {fields['cuda']}, {fields['gpu']}, "
+            f"compute capability {fields['compute_capability']}"
+        )
+    if not found["machine_compared"]:
+        yield f"{indent}  not compared with this machine: TensorRT or the GPU is missing here"
+    for reason in found["stale"]:
+        yield f"{indent}  STALE: {reason}"

@@ -1,0 +1,49 @@
+"""`lutdeploy models`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from lutdeploy.artefacts import shipped
+
+
+@click.command("models")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def command(as_json: bool) -> None:
+    """List the trained models of the package, the default first.
+
+    `--model NAME` puts one in the place of a RUN, in any command that takes one. Distances
+    are those of `lutdeploy evaluate`; what they were measured with stands in the JSON.
+    """
+    found = [_described(name) for name in shipped.names()]
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    heads = ("name", "parameters", "images seen", "sampled with", "Fréchet", "real", "precision")
+    table = Table(*heads, "recall")
+    for model in found:
+        metrics, floor = model["metrics"], model["floor"]
+        table.add_row(
+            model["name"] + (" (default)" if model["name"] == shipped.DEFAULT else ""),
+            f"{model['parameters'] / 1e6:.2f} M",
+            f"{model['training']['images_seen']:,}",
+            model["sampling"]["steps"],
+            f"{metrics['frechet_distance']:.0f}",
+            f"{floor['frechet_distance']:.1f}",
+            f"{metrics['precision']:.2f}",
+            f"{metrics['recall']:.2f}",
+        )
+    # As wide as it needs where nobody looks at it.
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def _described(name: str) -> dict[str, Any]:
+    path = shipped.model_path(name)
+    return {"name": name, "path": str(path), "bytes": path.stat().st_size, **shipped.facts(name)}

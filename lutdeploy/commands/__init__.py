@@ -1,1 +1,0 @@
-"""The commands, one file each; lutdeploy/cli.py gathers them."""

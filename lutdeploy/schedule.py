@@ -1,0 +1,226 @@
+"""Time grids and schedules. A solver is nothing but a schedule of (t, a, b, c, d).
+
+Every solver of dx/dt = (x0 − x)/(1 − t) that predicts x0 is linear in what it has seen
+(spec "Sampling"), so one step of any of them is x' = a·x + b·x0 + c·x0_prev + d·x0_prev2.
+All arithmetic here is float64 and pure. docs/solvers.md derives the formulas.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lutdeploy.errors import ConfigError
+
+GRIDS = ("uniform", "tuned")  # equal steps, warped by a shift; times found by a search
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row: evaluate the network at t, then x' = a·x + b·x0 + c·x0_prev + d·x0_prev2.
+
+    Raises:
+        ConfigError: d without c, which no graph could be given (see ``history_ratio``).
+    """
+
+    t: float
+    a: float
+    b: float
+    c: float
+    d: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.d and not self.c:
+            raise ConfigError(f"step at t = {self.t:g} has d = {self.d:g} but c = 0")
+
+    @property
+    def history_ratio(self) -> float:
+        """d/c: graphs hold one history term, c·(x0_prev + d/c·x0_prev2)."""
+        return self.d / self.c if self.d else 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A whole trajectory: the solver's name, the shift of its time grid, its rows, its grid.
+
+    Raises:
+        ConfigError: no such grid.
+    """
+
+    solver: str
+    shift: float
+    rows: tuple[Step, ...]
+    grid: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.grid not in GRIDS:
+            raise ConfigError(f"no grid {self.grid!r}; there are {', '.join(GRIDS)}")
+
+    @property
+    def steps(self) -> int:
+        """Network evaluations (NFE)."""
+        return len(self.rows)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """t_0 = 0 … t_steps = 1."""
+        return (*(row.t for row in self.rows), 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; floats survive exactly. What is usual is left out: d, the grid."""
+        rows = [[row.t, row.a, row.b, row.c, row.d] for row in self.rows]
+        if not any(row.d for row in self.rows):
+            rows = [row[:4] for row in rows]
+        grid = {} if self.grid == "uniform" else {"grid": self.grid}
+        return {"solver": self.solver, "shift": self.shift, **grid, "rows": rows}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Schedule:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: not such a schedule.
+        """
+        try:
+            rows = tuple(Step(*(float(v) for v in row)) for row in values["rows"])
+            grid = str(values.get("grid", "uniform"))
+            return cls(str(values["solver"]), float(values["shift"]), rows, grid)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"not a solver schedule: {error}") from error
+
+    def describe(self) -> str:
+        """For people and folder names: ``euler-64``, ``dpmpp-2m-16-shift2``, …``-tuned``."""
+        suffix = "" if self.shift == 1 else f"-shift{self.shift:g}"
+        if self.grid != "uniform":
+            suffix = f"-{self.grid}"
+        return f"{self.solver}-{self.steps}{suffix}"
+
+
+def time_grid(steps: int, shift: float = 1.0) -> list[float]:
+    """t_0 = 0 … t_steps = 1, uniform, then warped by t ↦ s·t/(1 + (s−1)·t).
+
+    Raises:
+        ConfigError: steps < 1, or shift not a positive number of a sane size.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, not {steps}")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ConfigError(f"shift must be a positive number, not {shift}")
+    uniform = (k / steps for k in range(steps))
+    # The end is exact: rounding past 1 would make the last step overshoot x0.
+    grid = [*(shift * u / (1 + (shift - 1) * u) for u in uniform), 1.0]
+    if any(t >= t_next for t, t_next in itertools.pairwise(grid)):
+        raise ConfigError(f"shift {shift:g} leaves no time between some of {steps} steps")
+    return grid
+
+
+def _euler(grid: list[float]) -> list[Step]:
+    """Euler (= DDIM on this path): a = (1−t')/(1−t), b = 1 − a, c = 0."""
+    rows = []
+    for t, t_next in itertools.pairwise(grid):
+        a = (1 - t_next) / (1 - t)
+        rows.append(Step(t, a, 1 - a, 0.0))
+    return rows
+
+
+def _log_snr(grid: list[float]) -> list[float]:
+    """λ = ln(t/(1−t)); NaN at the ends, where it is infinite."""
+    return [math.log(t / (1 - t)) if 0 < t < 1 else math.nan for t in grid]
+
+
+def _dpmpp_2m(grid: list[float]) -> list[Step]:
+    """DPM-Solver++(2M) (Lu et al. 2022), λ = ln(t/(1−t)); first order where h_prev or h is ∞.
+
+    That is on the first step, the second (whose h_prev is infinite) and the last.
+    """
+    rows, log_snr = _euler(grid), _log_snr(grid)
+    for k in range(2, len(rows) - 1):
+        t, t_next = grid[k], grid[k + 1]
+        h, h_prev = log_snr[k + 1] - log_snr[k], log_snr[k] - log_snr[k - 1]
+        r = h_prev / h
+        e = t_next * -math.expm1(-h)  # E
+        rows[k] = Step(t, (1 - t_next) / (1 - t), e * (1 + 1 / (2 * r)), -e / (2 * r))
+    return rows
+
+
+def _moments(h: float) -> tuple[float, float, float]:
+    """m_n = ∫_0^1 h·e^(−h(1−s))·s^n ds for n = 0, 1, 2."""
+    if h < 0.5:  # by parts they lose digits; the series Σ_k (−h)^k·n!/(n+k+1)! does not
+        series = []
+        for n in range(3):
+            term, total = h / (n + 1), 0.0
+            for k in range(30):
+                total += term
+                term *= -h / (n + k + 2)
+            series.append(total)
+        return series[0], series[1], series[2]
+    m0 = -math.expm1(-h)
+    m1 = 1 - m0 / h
+    return m0, m1, 1 - 2 * m1 / h
+
+
+def _dpmpp_3m(grid: list[float]) -> list[Step]:
+    """DPM-Solver++ multistep, third order (Lu et al. 2022, k = 3).
+
+    x' = (1−t')/(1−t)·x + t'·∫ e^(λ−λ')·p(λ) dλ over the step, where p is the parabola through
+    the last three x0. As in DPM-Solver++(2M) orders rise as λ becomes finite: the first two
+    steps and the last are first order, the third is second order.
+    """
+    rows, log_snr = _dpmpp_2m(grid), _log_snr(grid)
+    for k in range(3, len(rows) - 1):
+        t, t_next = grid[k], grid[k + 1]
+        h = log_snr[k + 1] - log_snr[k]
+        r0 = (log_snr[k] - log_snr[k - 1]) / h
+        r1 = (log_snr[k - 1] - log_snr[k - 2]) / h
+        m0, m1, m2 = _moments(h)
+        # p(s) = x0 + first·s + second·s·(s + r0) with s = 0 … 1 over the step, by Newton's
+        # divided differences at s = 0, −r0, −r0−r1; each weight is what its integral gives.
+        first = t_next * m1
+        second = t_next * (m2 + r0 * m1) / (r0 + r1)
+        b = t_next * m0 + first / r0 + second / r0
+        c = -first / r0 - second * (1 / r0 + 1 / r1)
+        rows[k] = Step(t, (1 - t_next) / (1 - t), b, c, second / r1)
+    return rows
+
+
+SOLVERS: dict[str, Callable[[list[float]], list[Step]]] = {
+    "euler": _euler,
+    "dpmpp-2m": _dpmpp_2m,
+    "dpmpp-3m": _dpmpp_3m,
+}
+
+
+def _require_solver(solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ConfigError(f"no solver {solver!r}; there are {', '.join(SOLVERS)}")
+
+
+def solver_schedule(solver: str = "euler", steps: int = 64, shift: float = 1.0) -> Schedule:
+    """The schedule of a solver over a shifted uniform grid.
+
+    Raises:
+        ConfigError: unknown solver, steps < 1, or shift not positive.
+    """
+    _require_solver(solver)
+    return Schedule(solver, float(shift), tuple(SOLVERS[solver](time_grid(steps, shift))))
+
+
+def tuned_schedule(solver: str, times: Sequence[float]) -> Schedule:
+    """The schedule of a solver over the given times.
+
+    Args:
+        solver: its name.
+        times: t_0 = 0 < … < t_steps = 1.
+
+    Raises:
+        ConfigError: unknown solver, or times that do not rise from 0 to 1.
+    """
+    _require_solver(solver)
+    grid = [float(t) for t in times]
+    rising = all(t < t_next for t, t_next in itertools.pairwise(grid))
+    if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or not rising:
+        raise ConfigError(f"times must rise from 0 to 1, not {', '.join(f'{t:g}' for t in grid)}")
+    return Schedule(solver, 1.0, tuple(SOLVERS[solver](grid)), "tuned")
