@@ -14,9 +14,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lutdeploy.errors import ArtefactError, UsageError
+from lutdeploy.errors import ArtefactError, LutDeployError, UsageError
+
+T = TypeVar("T")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -69,8 +71,31 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON atomically."""
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Write a record, or plain JSON values, as readable JSON, atomically."""
+    import msgspec
+
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+
+
+def read_record(path: Path, kind: type[T], remedy: str) -> T:
+    """Read a JSON file as a typed record.
+
+    Args:
+        path: the file.
+        kind: a frozen dataclass or msgspec.Struct; its field types are checked.
+        remedy: what to do about a damaged file, for the message: "export again".
+
+    Raises:
+        ArtefactError: missing, unreadable, or with a missing, unknown or misshapen field.
+    """
+    import msgspec
+
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path} is missing; {remedy}") from error
+    except (OSError, ValueError, LutDeployError) as error:  # msgspec's errors are ValueErrors
+        raise ArtefactError(f"{path} is damaged or truncated: {error}; {remedy}") from error
 
 
 def read_json(path: Path) -> Any:
