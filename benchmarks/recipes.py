@@ -9,6 +9,7 @@ What is judged is the average of the lowest held-out loss; with --averages all t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,7 @@ FIRST: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "modern": {},
     "modern, seed 1": {"seed": 1},
-    "DCT weight 1": {"dct_weight": 1.0},
     "x0 loss": {"velocity_floor": None},
-    "x0 loss, DCT weight 1": {"velocity_floor": None, "dct_weight": 1.0},
     "μ −0.8, σ 0.8": {"t_mean": -0.8, "t_std": 0.8},
     "μ −0.4": {"t_mean": -0.4},
     "μ 0": {"t_mean": 0.0},
@@ -57,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Gram weight 0.2": {"gram_weight": 0.2},
     "batch 256, lr 4e-3": {"batch": 256, "lr": 4e-3},
     "dropout 0.1": {"dropout": 0.1},
-    "told augmentation": {"affine": 0.5},
     "post, no LPIPS": {"recipe": "post"},
     "softmax": {"preset": "static-softmax-512"},
     "softmax, noise": {"preset": "static-softmax-512", "start": "noise"},
@@ -69,7 +67,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "first, μ 0": {**FIRST, "t_mean": 0.0},
     "first, μ 0.6": {**FIRST, "t_mean": 0.6},
     "first, μ 0, σ 1.2": {**FIRST, "t_mean": 0.0, "t_std": 1.2},
-    "first, DCT weight 1": {**FIRST, "dct_weight": 1.0},
     "first, Muon": {**FIRST, "optimizer": "muon"},
     "first, Muon, copy": {**FIRST, "optimizer": "muon", "start": "copy"},
     "first, Muon, copy, μ 0, σ 1": {
@@ -100,7 +97,7 @@ def settings_of(name: str, data: str, size: str, images: int) -> TrainSettings:
         compile=True,
         perceptual="none",
     )
-    return TrainSettings.from_dict({**plain.to_dict(), **changes})
+    return plain.changed(**changes)
 
 
 def run_of(name: str, folder: Path) -> Run:
@@ -119,7 +116,7 @@ def judge(
     samples = draw_samples(denoiser, count, solver_schedule("dpmpp-2m", steps))
     found = measure(with_features(samples, extractor), real, 0)
     errors = dict(zip(curve.times, curve.held_out, strict=True))
-    return {"errors": errors, "gap": curve.gap, **found.to_dict()}
+    return {"errors": errors, "gap": curve.gap, **dataclasses.asdict(found)}
 
 
 def line(name: str, found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -95,6 +96,28 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def import_problem(extra: str, *modules: str) -> str | None:
+    """Why a module that an extra of lutdeploy brings does not import here, and what to do.
+
+    None where all import. It is not enough that a package is installed: one whose compiled part
+    was built for another torch fails when it is imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            return f"{error}; pip install 'lutdeploy[{extra}]'"
+        except Exception as error:  # compiled parts raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            torch = importlib.metadata.version("torch")
+            remedy = f"install a version of it that fits torch {torch}"
+            if "torchvision" in reason:
+                remedy = f"install the torchvision built for torch {torch}"
+                remedy += ", or uninstall torchvision" if module != "torchvision" else ""
+            return f"{module} is installed but does not import ({reason}); {remedy}"
+    return None
 
 
 def _cpu() -> str:

@@ -81,11 +81,10 @@ class Stem(nn.Module):
         assert self.expand.bias is not None
         return F.linear(self.expand.bias + tau, summed, self.patch.bias)
 
-    def forward(self, x: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
-        """Positioned tokens [B, N, D] from x [B, C, S, S] and t [B]; told: added to τ."""
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Positioned tokens [B, N, D] from x [B, C, S, S] and t [B]."""
         z = F.conv2d(x, self.folded_kernel(), stride=self.config.patch_size)  # [B, D, g, g]
-        tau = self.time_embedding(t)
-        bias = self.folded_bias(tau if told is None else tau + told)
+        bias = self.folded_bias(self.time_embedding(t))
         u = z.flatten(2).transpose(1, 2) + bias[:, None]  # [B, N, D]
         return rotate(u, self.cos, self.sin)
 
@@ -133,21 +132,18 @@ class LutTransformer(nn.Module):
         self.head = nn.Linear(config.width, config.entries)
         self.lut = StaticLut(config) if config.lut == "static" else DynamicLut(config)
 
-    def paint(
-        self, x: Tensor, t: Tensor, told: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def paint(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One pass that also returns what it painted with.
 
         Args:
             x: noisy images x_t, [B, C, S, S].
             t: timesteps in [0, 1], [B]; 0 is pure noise.
-            told: [B, stem_channels], added to the time embedding τ; for training alone.
 
         Returns:
             x0 [B, C, S, S]; weights [B, N, K]; LUT [K, C·P·P] or, if dynamic, [B, K, C·P·P].
         """
         n = self.config.image_tokens
-        tokens = self.stem(x, t, told)  # [B, N, D]
+        tokens = self.stem(x, t)  # [B, N, D]
         if isinstance(self.lut, DynamicLut):
             extra = self.lut.tokens.to(tokens.dtype).expand(len(tokens), -1, -1)
             tokens = torch.cat([tokens, extra], dim=1)  # [B, N + K, D]
@@ -157,9 +153,9 @@ class LutTransformer(nn.Module):
         lut = self.lut(tokens[:, n:]) if isinstance(self.lut, DynamicLut) else self.lut()
         return tiles_to_image(weights @ lut, self.config), weights, lut
 
-    def forward(self, x: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the clean images x0 [B, C, S, S] from x_t [B, C, S, S] and t [B]."""
-        return self.paint(x, t, told)[0]
+        return self.paint(x, t)[0]
 
     def lut_patches(self, x: Tensor, t: Tensor) -> Tensor:
         """The LUT [K, C, P, P]; a dynamic one as computed for the first image of x."""

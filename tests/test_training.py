@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.machinery
 import json
 import math
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import load_model, read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.config import PRESETS, model_config
-from lutdeploy.errors import BackendError, ConfigError, UsageError
+from lutdeploy.errors import ArtefactError, BackendError, ConfigError, UsageError
 from lutdeploy.lut import image_to_tiles, outer_entries
 from lutdeploy.model import LutTransformer, position_tables, rotate
-from lutdeploy.training.augmentation import PARAMETERS, affine, mirror
 from lutdeploy.training.data import (
     ImageSet,
     batch_indices,
@@ -33,18 +35,20 @@ from lutdeploy.training.data import (
     find_images,
     load_folder,
 )
-from lutdeploy.training.loop import Cadence, Progress, held_out_loss, resumable_settings, train
+from lutdeploy.training.loop import Cadence, Progress, held_out_loss, mirror, train
 from lutdeploy.training.losses import (
     Objective,
     denoising_loss,
-    frequency_weights,
     gram_penalty,
     load_perceptual,
     sample_timesteps,
-    weighted_frequencies,
 )
-from lutdeploy.training.recipes import RECIPES, TrainSettings, train_settings
-from lutdeploy.training.start import principal_directions, quiet_channels, separable_directions
+from lutdeploy.training.recipes import RECIPES, TrainSettings, read_settings, train_settings
+from lutdeploy.training.start import (
+    least_rotated_channels,
+    principal_directions,
+    separable_directions,
+)
 from lutdeploy.training.state import TrainingState
 
 CPU = torch.device("cpu")
@@ -173,32 +177,6 @@ def test_denoising_loss_by_hand() -> None:
     assert math.isclose(denoising_loss(x0, x, t, 0.05).item(), expected, rel_tol=1e-6)
 
 
-def test_frequency_weights_are_jpegs() -> None:
-    """On one channel against SciPy-free arithmetic, one coefficient at a time."""
-    weights = frequency_weights(1).double()
-    assert math.isclose(weights.square().sum().item(), 64, rel_tol=1e-6)
-    flat = torch.full((1, 1, 8, 8), 2.0, dtype=torch.float64)
-    wave = torch.cos(math.pi / 8 * (torch.arange(8.0) + 0.5) * 7).double()
-    fine = torch.outer(wave, wave)[None, None]
-    coarse, high = (weighted_frequencies(image, weights).item() for image in (flat, fine))
-    # DC: coefficient 8·2 over step 16; the finest: 4 (of norm 16 / 4) over step 99.
-    assert math.isclose(coarse / high, ((16 / 16) / (4 / 99)) ** 2, rel_tol=1e-5)
-    noise = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = weighted_frequencies(noise, frequency_weights(3))
-    assert found.shape == (64,)
-    assert abs(found.mean().item() - 1) < 0.2, "white noise keeps its mean square"
-
-
-def test_frequencies_of_a_grey_error_are_brightness_alone() -> None:
-    """An error equal in all channels has no colour part: as one channel would have it."""
-    error = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))
-    one, three = frequency_weights(1), frequency_weights(3)
-    ratio = weighted_frequencies(error.expand(-1, 3, -1, -1), three) / weighted_frequencies(
-        error, one
-    )
-    assert torch.allclose(ratio, ratio[:1].expand(2), rtol=1e-4)
-
-
 def test_perceptual_term_counts_from_its_timestep() -> None:
     settings = tiny_settings(perceptual_weight=0.5, perceptual_from=0.3, gram_weight=0.0)
     torch.manual_seed(0)
@@ -208,55 +186,6 @@ def test_perceptual_term_counts_from_its_timestep() -> None:
     without = Objective(model, settings)(x, noise, t)
     found = Objective(model, settings, lambda ours, theirs: torch.tensor([8.0, 1.0]))(x, noise, t)
     torch.testing.assert_close(found, without + 0.5 * 1 / 2)
-
-
-# Augmentation
-
-
-def test_nothing_is_told_of_images_that_were_left_alone() -> None:
-    x = torch.rand(6, 3, 16, 16)
-    moved, told = affine(x, 0.0, torch.Generator().manual_seed(0))
-    assert torch.equal(moved, x)
-    assert not told.any()
-    moved, told = affine(x, 1.0, torch.Generator().manual_seed(0))
-    assert (moved != x).flatten(1).any(1).all()
-    assert told.shape == (6, PARAMETERS)
-    assert (told != 0).all()
-
-
-def test_augmentation_moves_as_it_is_told() -> None:
-    """A bright dot goes where the parameters say: scaled, turned, shifted, in pixels."""
-    x = torch.zeros(200, 1, 65, 65)
-    x[:, 0, 31:34, 38:41] = 1  # 7 pixels right of the centre
-    moved, told = affine(x, 1.0, torch.Generator().manual_seed(0))
-    axis = torch.arange(65.0) - 32
-    mass = moved[:, 0].sum((1, 2))
-    right = (moved[:, 0] * axis).sum((1, 2)) / mass
-    down = (moved[:, 0] * axis[:, None]).sum((1, 2)) / mass
-    scale, cos, sin = told[:, 0].exp2(), told[:, 1] + 1, told[:, 2]
-    shift_right, shift_down = 65 * told[:, 3:].T
-    expected_right = scale * (cos * (7 + shift_right) - sin * shift_down)
-    expected_down = scale * (sin * (7 + shift_right) + cos * shift_down)
-    # Of a few, a reflection of the dot comes into view too.
-    inside = (expected_right.abs() < 15) & (expected_down.abs() < 15)
-    assert inside.sum() > 60
-    assert (right - expected_right)[inside].abs().quantile(0.9) < 0.1
-    assert (down - expected_down)[inside].abs().quantile(0.9) < 0.1
-    assert torch.allclose(cos.square() + sin.square(), torch.ones(200))
-
-
-def test_what_is_told_reaches_the_network_and_not_the_model(
-    drawn: ImageSet, tmp_path: Path
-) -> None:
-    settings = tiny_settings(affine=0.5, steps=4)
-    run_all(settings, drawn, tmp_path)
-    state = TrainingState(settings, CPU)
-    state.restore(Run(tmp_path), len(drawn.split(settings.held_out, 0)[0]))
-    assert state.objective.told is not None
-    x, t = torch.rand(2, 3, 16, 16), torch.full((2,), 0.5)
-    told = state.objective.told(torch.full((2, PARAMETERS), 3.0))
-    assert not torch.allclose(state.model(x, t), state.model(x, t, told))
-    assert not [name for name in states_of(Run(tmp_path)) if "told" in name]
 
 
 def test_mirrored_share() -> None:
@@ -335,6 +264,7 @@ def test_timesteps_are_logit_normal_or_uniform() -> None:
         {"steps": 0},
         {"batch": 0},
         {"lr": math.nan},
+        {"lr": math.inf},
         {"held_out": 1.0},
         {"ema": (1.0,)},
         {"ema": ()},
@@ -345,7 +275,7 @@ def test_timesteps_are_logit_normal_or_uniform() -> None:
         {"start": "here"},
         {"betas": (0.9,)},
         {"cosine": 1},
-        {"dct_weight": "much"},
+        {"gram_weight": "much"},
     ],
 )
 def test_impossible_settings_raise_with_the_value(change: dict[str, Any]) -> None:
@@ -354,10 +284,41 @@ def test_impossible_settings_raise_with_the_value(change: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("recipe", tuple(RECIPES))
-def test_settings_round_trip(recipe: str) -> None:
-    settings = tiny_settings(recipe=recipe)
-    plain = json.loads(json.dumps(settings.to_dict()))
-    assert TrainSettings.from_dict(plain) == settings
+def test_settings_come_back_from_their_file(recipe: str, tmp_path: Path) -> None:
+    """Also from that of an earlier version, which has two fields more and one less."""
+    settings, run = tiny_settings(recipe=recipe), Run(tmp_path)
+    files.write_json(run.settings, settings)
+    assert read_settings(run) == settings
+    values = files.read_json(run.settings)
+    del values["restart"]
+    files.write_json(run.settings, {**values, "affine": 0.0, "dct_weight": 0})
+    assert read_settings(run) == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"affine": 0.5}, "affine is not supported any more"),
+        ({"dct_weight": 1}, "dct_weight is not supported any more"),
+        ({"colour": 1}, "unknown field `colour`"),
+        ({"batch": "many"}, "batch cannot be 'many'"),
+        ({"model": {"width": 8}}, "model config with missing field"),
+        ({"data": None}, "data cannot be None"),
+    ],
+)
+def test_settings_that_cannot_be_read_say_why(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    files.write_json(run.settings, tiny_settings())
+    values = files.read_json(run.settings)
+    files.write_json(run.settings, {**values, **change})
+    with pytest.raises(ArtefactError, match=words):
+        read_settings(run)
+    del values["lr"]
+    files.write_json(run.settings, values)
+    with pytest.raises(ArtefactError, match="missing required field `lr`"):
+        read_settings(run)
 
 
 # LPIPS: the real loading code, on a small VGG16 made here, since its weights are a download.
@@ -467,7 +428,7 @@ def test_every_preset_learns(
     last = load_model(Run(tmp_path).model)
     before, after = (held_out_loss(m, drawn.images, settings, CPU) for m in (first, last))
     assert after < 0.97 * before  # a copy leaves less to gain
-    assert progress[-1].saved
+    assert progress[-1].step == 60
 
 
 def test_a_run_folder_holds_what_it_should(drawn: ImageSet, tmp_path: Path) -> None:
@@ -477,7 +438,7 @@ def test_a_run_folder_holds_what_it_should(drawn: ImageSet, tmp_path: Path) -> N
     config, about = read_metadata(run.model)
     assert config == settings.model
     assert about["step"] == 6
-    assert resumable_settings(run) == settings
+    assert read_settings(run) == settings
     lines = [json.loads(line) for line in run.log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -496,7 +457,7 @@ def test_a_run_folder_holds_what_it_should(drawn: ImageSet, tmp_path: Path) -> N
         {"precision": "bf16"},
         {"optimizer": "muon", "ema": (0.5, 0.9)},
         {"dropout": 0.2},
-        {"affine": 0.5, "start": "copy"},
+        {"start": "noise"},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
@@ -525,6 +486,35 @@ def test_resumed_equals_unbroken_bit_for_bit(
     assert losses[0] == losses[1]
 
 
+def test_a_state_of_an_earlier_version_is_resumed(drawn: ImageSet, tmp_path: Path) -> None:
+    """Those files hold no step of the optimiser."""
+    settings = tiny_settings(steps=3, optimizer="muon", start="noise")
+    run_all(settings, drawn, tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    state = Run(tmp_path / "old").training_state
+    tensors = {k: v for k, v in load_file(state).items() if not k.startswith("step/")}
+    assert len(tensors) < len(load_file(state))
+    with safe_open(state, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, state, metadata)
+    for name in ("new", "old"):
+        run_all(settings.changed(steps=5), drawn, tmp_path / name, resume=True)
+    new, old = (states_of(Run(tmp_path / name)) for name in ("new", "old"))
+    assert all(torch.equal(new[name], old[name]) for name in new)
+
+
+def test_a_state_without_an_optimisers_part_is_refused(drawn: ImageSet, tmp_path: Path) -> None:
+    settings, run = tiny_settings(steps=3), Run(tmp_path)
+    run_all(settings, drawn, tmp_path)
+    with safe_open(run.training_state, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(run.training_state)
+    kept = {k: v for k, v in tensors.items() if not k.endswith("/model.head.weight")}
+    save_file(kept, run.training_state, metadata)
+    with pytest.raises(ArtefactError, match="damaged or of another run"):
+        run_all(settings.changed(steps=4), drawn, tmp_path, resume=True)
+
+
 def test_another_seed_is_another_model(drawn: ImageSet, tmp_path: Path) -> None:
     for seed in (0, 1):
         run_all(tiny_settings(steps=2, seed=seed), drawn, tmp_path / str(seed))
@@ -543,7 +533,7 @@ def test_other_images_are_refused_on_resume(drawn: ImageSet, tmp_path: Path) -> 
     settings = tiny_settings(steps=3)
     run_all(settings, drawn, tmp_path)
     fewer = ImageSet(drawn.images[:10], ())
-    longer = dataclasses.replace(settings, steps=6)
+    longer = settings.changed(steps=6)
     with pytest.raises(UsageError, match="same images"):
         run_all(longer, fewer, tmp_path, resume=True)
     assert run_all(longer, drawn, tmp_path, resume=True)[-1].step == 6
@@ -576,7 +566,7 @@ def test_several_averages_are_kept_and_the_best_is_the_model(
         decay: held_out_loss(load_model(run.average(decay)), held, settings, CPU)
         for decay in settings.ema
     }
-    assert final.held_out == min(losses.values()) == losses[0.2] < losses[0.999]
+    assert final.held_out_loss == min(losses.values()) == losses[0.2] < losses[0.999]
     assert read_metadata(run.model)[1]["ema"] == 0.2
     chosen, short = load_model(run.model).state_dict(), load_model(run.average(0.2)).state_dict()
     assert all(torch.equal(chosen[name], short[name]) for name in chosen)
@@ -632,8 +622,7 @@ def test_a_start_as_copy_paints_what_it_sees(preset_name: str, drawn: ImageSet) 
     t = torch.full((len(x),), 0.98)
     errors = {}
     for start in ("copy", "noise"):
-        changed = dataclasses.replace(settings, start=start)
-        model = TrainingState(changed, CPU, images=pixels).model
+        model = TrainingState(settings.changed(start=start), CPU, images=pixels).model
         with torch.no_grad():
             errors[start] = (model(x, t) - x).square().mean().item()
     assert errors["copy"] < 0.1 * x.square().mean().item()
@@ -673,10 +662,10 @@ def test_a_convex_start_as_copy_paints_nothing_where_it_sees_nothing(
     assert x0.abs().max() < 1e-4
 
 
-def test_quiet_channels_are_what_the_position_turns_least() -> None:
+def test_least_rotated_channels_are_what_the_position_turns_least() -> None:
     config = model_config("static-tanh-64", "small")
     cos, sin = position_tables(config)
-    quiet = quiet_channels(config, 64)
+    quiet = least_rotated_channels(config, 64)
     assert len(set(quiet.tolist())) == 64
     u = torch.randn(config.image_tokens, config.width, generator=torch.Generator().manual_seed(0))
     moved = (rotate(u, cos, sin) - u).abs().amax(0)
@@ -689,8 +678,6 @@ def test_quiet_channels_are_what_the_position_turns_least() -> None:
 
 @pytest.mark.slow
 def test_compiled_training_learns(drawn: ImageSet, tmp_path: Path) -> None:
-    import shutil
-
     if shutil.which("g++") is None:
         pytest.skip("torch.compile on a CPU needs a C++ compiler; there is none here")
     progress = run_all(tiny_settings(steps=2, compile=True), drawn, tmp_path)

@@ -1,4 +1,4 @@
-"""Training images: a folder of files, or drawn; decoded once, kept as uint8 [n, C, S, S]."""
+"""Images to train on or to compare with: a folder's, or drawn ones; uint8 [n, C, S, S]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -19,6 +20,8 @@ from lutdeploy.training.synthetic import draw_cat
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SYNTHETIC_IMAGES = 2048
+
+OnProgress = Callable[[int, int], None]  # how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,7 @@ class ImageSet:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every PNG, JPEG and WebP file below a folder, sorted by path.
-
-    Raises:
-        UsageError: no such folder, or no such file in it.
-    """
+    """Every PNG, JPEG and WebP file below a folder, sorted by path; at least one."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of images")
     files = sorted(
@@ -57,11 +56,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def decode(path: Path, size: int, channels: int = 3) -> NDArray[np.uint8]:
-    """One file as uint8 [C, size, size]: upright, on white, cropped to the centre, resized.
-
-    Raises:
-        Exception: whatever Pillow raises on a damaged file.
-    """
+    """One file as uint8 [C, size, size]: upright, on white, cropped to the centre, resized."""
     with Image.open(path) as file:
         # A JPEG may be decoded at a reduced scale, never below what is needed.
         file.draft("RGB", (2 * size, 2 * size))
@@ -78,17 +73,10 @@ def decode(path: Path, size: int, channels: int = 3) -> NDArray[np.uint8]:
     return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
-def physical_memory() -> int:
-    """Bytes of memory of this machine."""
-    import psutil
+def _allocate(count: int, shape: tuple[int, ...], limit: int, scratch: Path) -> NDArray[np.uint8]:
+    """An array in memory, or above ``limit`` bytes in a file without a name.
 
-    return int(psutil.virtual_memory().total)
-
-
-def _room(count: int, shape: tuple[int, ...], limit: int, scratch: Path) -> NDArray[np.uint8]:
-    """Space for the decoded set: memory, or past ``limit`` bytes a file that has no name.
-
-    The file vanishes with the process, however that ends; the system pages it in and out.
+    The file goes with the process, however that ends; the system pages it in and out.
     """
     if count * int(np.prod(shape)) <= limit:
         return np.empty((count, *shape), np.uint8)
@@ -103,7 +91,7 @@ def load_folder(
     channels: int = 3,
     memory_limit: int | None = None,
     scratch: Path | None = None,
-    on_image: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> ImageSet:
     """Decode every image below a folder; unreadable ones are skipped and named.
 
@@ -113,14 +101,15 @@ def load_folder(
         memory_limit: bytes of pixels above which they live in a file, not in memory; half
             of the machine's memory by default.
         scratch: where that file is made; the system's temporary folder by default.
-        on_image: called with the number of files done and their total.
+        on_progress: called with the number of files done and their total.
 
     Raises:
         UsageError: no folder, no image file, or none that is readable.
     """
     files = find_images(folder)
-    limit = physical_memory() // 2 if memory_limit is None else memory_limit
-    room = _room(len(files), (channels, size, size), limit, scratch or Path(tempfile.gettempdir()))
+    limit = psutil.virtual_memory().total // 2 if memory_limit is None else memory_limit
+    shape = (channels, size, size)
+    pixels = _allocate(len(files), shape, limit, scratch or Path(tempfile.gettempdir()))
     skipped: list[str] = []
     kept = 0
 
@@ -139,15 +128,15 @@ def load_folder(
                 if isinstance(result, str):
                     skipped.append(result)
                 else:
-                    room[kept] = result
+                    pixels[kept] = result
                     kept += 1
                 done += 1
-                on_image(done, len(files))
+                on_progress(done, len(files))
     if not kept:
         raise UsageError(
             f"{folder}: none of {len(files)} image files is readable; first: {skipped[0]}"
         )
-    return ImageSet(room[:kept], tuple(skipped))
+    return ImageSet(pixels[:kept], tuple(skipped))
 
 
 def draw_set(
@@ -161,6 +150,19 @@ def draw_set(
         pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
         images[index] = pixels if channels == 1 else np.moveaxis(pixels, -1, 0)
     return ImageSet(images, ())
+
+
+def load_images(
+    source: str,
+    size: int,
+    channels: int,
+    scratch: Path | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> ImageSet:
+    """The images that --data names: a folder's (:func:`load_folder`), or drawn for "synthetic"."""
+    if source == "synthetic":
+        return draw_set(size, channels)
+    return load_folder(Path(source), size, channels, scratch=scratch, on_progress=on_progress)
 
 
 def batch_indices(count: int, batch: int, seed: int, start: int) -> Iterator[NDArray[np.intp]]:

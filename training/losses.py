@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutdeploy.errors import BackendError
 from lutdeploy.lut import StaticLut
+from lutdeploy.machine import import_problem
 from lutdeploy.model import Block, LutTransformer
-from lutdeploy.training.augmentation import PARAMETERS
-from lutdeploy.training.dct import dct_matrix
 from lutdeploy.training.recipes import TrainSettings
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # two [B, 3, S, S] to distances [B]
-
-# JPEG's example tables (ITU-T T.81, tables K.1 and K.2): steps of brightness and of colour.
-BRIGHTNESS_STEPS = (
-    (16, 11, 10, 16, 24, 40, 51, 61),
-    (12, 12, 14, 19, 26, 58, 60, 55),
-    (14, 13, 16, 24, 40, 57, 69, 56),
-    (14, 17, 22, 29, 51, 87, 80, 62),
-    (18, 22, 37, 56, 68, 109, 103, 77),
-    (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101),
-    (72, 92, 95, 98, 112, 100, 103, 99),
-)
-COLOUR_STEPS = (
-    (17, 18, 24, 47, 99, 99, 99, 99),
-    (18, 21, 26, 66, 99, 99, 99, 99),
-    (24, 26, 56, 99, 99, 99, 99, 99),
-    (47, 66, 99, 99, 99, 99, 99, 99),
-    *((99,) * 8 for _ in range(4)),
-)
-# RGB to brightness and two colour differences (JFIF, after ITU-R BT.601), without offsets.
-YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def sample_timesteps(n: int, settings: TrainSettings, generator: torch.Generator) -> Tensor:
@@ -49,37 +25,7 @@ def sample_timesteps(n: int, settings: TrainSettings, generator: torch.Generator
     return torch.sigmoid(settings.t_mean + settings.t_std * normal)
 
 
-def frequency_weights(channels: int) -> Tensor:
-    """The map [C·64, C·64] from an 8×8 block of C channels to weighted DCT coefficients.
-
-    Colour conversion (of three channels), orthonormal DCT-II, division by JPEG's steps; scaled
-    so that white noise keeps its mean square.
-    """
-    blocks = torch.kron(dct_matrix(8), dct_matrix(8))  # [64, 64]
-    if channels == 3:
-        colours = torch.tensor(YCBCR, dtype=torch.float64)
-        steps = torch.tensor([BRIGHTNESS_STEPS, COLOUR_STEPS, COLOUR_STEPS], dtype=torch.float64)
-    else:
-        colours = torch.eye(channels, dtype=torch.float64)
-        steps = torch.tensor([BRIGHTNESS_STEPS] * channels, dtype=torch.float64)
-    weights = torch.kron(colours, blocks) / steps.flatten()[:, None]
-    return (weights * math.sqrt(len(weights)) / weights.norm()).float()
-
-
-def weighted_frequencies(error: Tensor, weights: Tensor) -> Tensor:
-    """Mean square [B] of images [B, C, S, S] after :func:`frequency_weights` of each block."""
-    blocks = F.pixel_unshuffle(error, 8).flatten(2)  # [B, C·64, blocks]
-    return (weights @ blocks).square().mean(dim=(1, 2))
-
-
-def denoising_loss(
-    x0: Tensor,
-    x: Tensor,
-    t: Tensor,
-    velocity_floor: float | None,
-    dct_weight: float = 0.0,
-    frequencies: Tensor | None = None,
-) -> Tensor:
+def denoising_loss(x0: Tensor, x: Tensor, t: Tensor, velocity_floor: float | None) -> Tensor:
     """mean (x0−x)², or with a floor mean (x0−x)²/max(1−t, floor)².
 
     The latter is the error of the velocity (x0−x_t)/(1−t), kept finite near t = 1.
@@ -88,13 +34,8 @@ def denoising_loss(
         x0, x: predicted and clean images, [B, C, S, S].
         t: timesteps, [B].
         velocity_floor: the smallest 1−t that counts, or None.
-        dct_weight: of the error in weighted frequencies, added to (x0−x)².
-        frequencies: from :func:`frequency_weights`, where ``dct_weight`` is not 0.
     """
-    error = x0 - x
-    squared = error.square().mean(dim=(1, 2, 3))  # [B]
-    if frequencies is not None:
-        squared = squared + dct_weight * weighted_frequencies(error, frequencies)
+    squared = (x0 - x).square().mean(dim=(1, 2, 3))  # [B]
     if velocity_floor is not None:
         squared = squared / (1 - t).clamp_min(velocity_floor).square()
     return squared.mean()
@@ -116,15 +57,13 @@ def load_perceptual(device: torch.device) -> Perceptual:
         BackendError: the package or its VGG weights cannot be had; names the way out.
     """
     way_out = "pass --perceptual none to train without it"
-    try:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    problem = import_problem("train", "torchvision", "torchmetrics.image.lpip")
+    if problem:
+        raise BackendError(f"LPIPS cannot be used: {problem}; {way_out}")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+    try:
         metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True)
-    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError when broken
-        reason = str(error).splitlines()[0]
-        raise BackendError(
-            f"LPIPS needs the train extra (pip install 'lutdeploy[train]'): {reason}; {way_out}"
-        ) from error
     except OSError as error:  # URLError: torch.hub found no network
         raise BackendError(
             f"LPIPS needs the VGG16 weights, and torch.hub cannot fetch them: {error}; {way_out}"
@@ -139,12 +78,10 @@ def load_perceptual(device: torch.device) -> Perceptual:
 
 
 class Objective(nn.Module):
-    """The scalar loss of a batch, and all that is trained with it.
+    """The scalar loss of a batch.
 
-    One module, so that it can be compiled and spread over devices as a whole.
+    One module around the model, so that it can be compiled and spread over devices as a whole.
     """
-
-    frequencies: Tensor | None
 
     def __init__(
         self, model: LutTransformer, settings: TrainSettings, perceptual: Perceptual | None = None
@@ -157,38 +94,22 @@ class Objective(nn.Module):
         for block in model.blocks:
             assert isinstance(block, Block)
             block.dropout = settings.dropout
-        # What the network is told of augmentation: 0 where there was none, as at inference.
-        self.told = (
-            nn.Linear(PARAMETERS, model.config.stem_channels, bias=False)
-            if settings.affine
-            else None
-        )
-        weights = frequency_weights(model.config.channels) if settings.dct_weight else None
-        self.register_buffer("frequencies", weights, persistent=False)
 
-    def forward(
-        self, x: Tensor, noise: Tensor, t: Tensor, augmented: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The loss, float32.
 
         Args:
             x: clean images in [−1, 1], [B, C, S, S].
             noise: N(0, I) of the same shape.
             t: timesteps in [0, 1], [B].
-            augmented: from :func:`lutdeploy.training.augmentation.affine`, [B, PARAMETERS].
         """
         settings, model = self.settings, self.model
         at = t[:, None, None, None]
         x_t = at * x + (1 - at) * noise
         autocast = settings.precision == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-            if self.told is None or augmented is None:
-                x0 = model(x_t, t).float()
-            else:
-                x0 = model(x_t, t, self.told(augmented)).float()
-        loss = denoising_loss(
-            x0, x, t, settings.velocity_floor, settings.dct_weight, self.frequencies
-        )
+            x0 = model(x_t, t).float()
+        loss = denoising_loss(x0, x, t, settings.velocity_floor)
         if self.perceptual is not None:
             counts = t >= settings.perceptual_from
             loss = loss + settings.perceptual_weight * (self.perceptual(x0, x) * counts).mean()

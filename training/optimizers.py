@@ -1,87 +1,68 @@
-"""The optimisers of a recipe, as one list that is stepped together."""
+"""The optimisers of a recipe, and what they keep between steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lutdeploy.training.recipes import TrainSettings
 
-# What each optimiser keeps for a parameter, beside AdamW's count of steps.
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+Optimizers = list[torch.optim.Optimizer]
 
 
-def open_optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+def open_optimizers(module: nn.Module, settings: TrainSettings) -> Optimizers:
     """AdamW; with "muon", Muon for the matrices of the blocks and AdamW for all else.
 
     Muon (Jordan et al. 2024) makes the update of a matrix nearly orthogonal. Its rate is
     AdamW's: an update is scaled to the root mean square that AdamW's has (Liu et al. 2025,
     "Muon is scalable for LLM training", eq. 4).
     """
-    hidden: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    hidden: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in module.named_parameters():
-        if (
-            settings.optimizer == "muon"
-            and parameter.ndim == 2
-            and name.startswith("model.blocks.")
-        ):
-            hidden.append(parameter)
-        else:
-            others.append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            others,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-    ]
+        matrix_of_block = parameter.ndim == 2 and name.startswith("model.blocks.")
+        chosen = hidden if settings.optimizer == "muon" and matrix_of_block else others
+        chosen.append((name, parameter))
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    optimizers: Optimizers = [torch.optim.AdamW(others, betas=settings.betas, fused=True, **common)]
     if hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                hidden,
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        optimizers.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **common))
     return optimizers
 
 
-def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
-    """One step of all at a rate, then no gradients."""
+def _names(state_dict: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """The index of each parameter in an optimiser's state_dict, and the parameter's name."""
+    for group in state_dict["param_groups"]:
+        yield from zip(group["params"], group["param_names"], strict=True)
+
+
+def state_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
+    """What the optimisers keep, by names such as ``exp_avg/model.head.weight``."""
+    tensors: dict[str, Tensor] = {}
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        saved = optimizer.state_dict()
+        for index, name in _names(saved):
+            tensors |= {f"{kind}/{name}": value for kind, value in saved["state"][index].items()}
+    return tensors
 
 
-def moments(
-    optimizers: Iterable[torch.optim.Optimizer], names: dict[nn.Parameter, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every moment by name, such as ``exp_avg/model.head.weight``.
+def restore(optimizers: Optimizers, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """Take back what :func:`state_tensors` gave after ``steps``; other tensors do not matter.
 
-    Args:
-        names: of the parameters.
+    Raises:
+        KeyError: there is nothing for a parameter.
     """
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        by_name.setdefault(name, {})[kind] = value
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                for kind in MOMENTS[type(optimizer)]:
-                    yield f"{kind}/{names[parameter]}", optimizer.state[parameter][kind]
-
-
-def prepare(optimizers: Iterable[torch.optim.Optimizer], steps: int) -> None:
-    """Make the moments, which otherwise exist only after a first step, to be filled."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = {kind: torch.zeros_like(parameter) for kind in MOMENTS[type(optimizer)]}
-                if isinstance(optimizer, torch.optim.AdamW):
-                    state["step"] = torch.full((), float(steps), device=parameter.device)
-                optimizer.state[parameter] = state
+        saved = optimizer.state_dict()
+        saved["state"] = {index: by_name[name] for index, name in _names(saved)}
+        if isinstance(optimizer, torch.optim.AdamW):
+            for kept in saved["state"].values():  # files of earlier versions hold no step
+                kept.setdefault("step", torch.tensor(float(steps)))
+        optimizer.load_state_dict(saved)

@@ -1,7 +1,7 @@
-"""One process, or several that train one model together, as torchrun starts them.
+"""One process, or several started by torchrun that train one model together.
 
 Every process draws the whole batch and computes its part of it, so that the result does not
-depend on how many there are. Accelerate joins them and averages their gradients.
+depend on their number. Accelerate joins them and averages their gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """A process alone."""
+    """One process on its own."""
 
     rank = 0
     count = 1
@@ -29,15 +29,11 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether it is this process that writes files and talks to people."""
+        """Whether this process writes the files and the messages."""
         return self.rank == 0
 
     def part(self, batch: int) -> slice:
-        """Which part of a batch this process computes.
-
-        Raises:
-            UsageError: the batch cannot be divided evenly.
-        """
+        """The part of a batch that this process computes."""
         if batch % self.count:
             raise UsageError(
                 f"--batch {batch} cannot be divided among {self.count} processes evenly; "
@@ -55,18 +51,13 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """For the others to come this far."""
+        """Wait until every process has reached this call."""
 
 
 class JoinedProcesses(Processes):
     """One of several, joined by Accelerate: NCCL between GPUs, gloo between CPUs."""
 
     def __init__(self, device: str) -> None:
-        """Join the others.
-
-        Raises:
-            BackendError: Accelerate is not installed.
-        """
         try:
             from accelerate import Accelerator
         except ImportError as error:
@@ -91,18 +82,16 @@ class JoinedProcesses(Processes):
         self._accelerator.wait_for_everyone()
 
 
-def several() -> bool:
-    """Whether torchrun, or whatever sets what it sets, started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def open_processes(device: str) -> Processes:
-    """This process, joined with those that were started beside it.
+    """This process, joined with the others where torchrun started several.
 
     Args:
-        device: "cpu" or "cuda"; of several processes each takes a GPU of its own.
-
-    Raises:
-        BackendError: there are several, and Accelerate is not installed.
+        device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
     """
-    return JoinedProcesses(device) if several() else Processes(device)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return JoinedProcesses(device) if several else Processes(device)

@@ -1,105 +1,69 @@
-"""How a model is trained: every number of a run in one frozen dataclass."""
+"""How a model is trained: every number of a run in one typed record."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any
+import re
+import sys
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
+
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import Run
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ConfigError
+from lutdeploy.errors import ArtefactError, ConfigError
 
-# What a field may hold, by how it is written below; JSON does not tell 1 from 1.0.
-KINDS: dict[Any, Any] = {
-    "ModelConfig": ModelConfig,
-    "str": str,
-    "int": int,
-    "bool": bool,
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "tuple[float, ...]": tuple,
-    "tuple[float, float]": tuple,
-}
+Count = Annotated[int, Meta(ge=1)]
+Weight = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+
+# Fields of earlier versions. Both lost their comparison (docs/training.md, "Recipes side by side").
+REMOVED = ("affine", "dct_weight")
 
 
-@dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that decides the numbers of a training run; kept in train.json.
 
-    Raises:
-        ConfigError: values that cannot be, with the values.
+    The constructor does not check types and ranges: :func:`train_settings` and :meth:`changed` do.
     """
 
     model: ModelConfig
     data: str
     recipe: str
-    steps: int
-    batch: int
-    seed: int
-    precision: str  # "fp32" or "bf16" autocast
+    steps: Count
+    batch: Count
+    seed: Annotated[int, Meta(ge=0)]
+    precision: Literal["fp32", "bf16"]  # bf16: autocast
     compile: bool  # torch.compile
-    held_out: float  # fraction of the images
-    perceptual: str  # "none" or "lpips"
-    perceptual_weight: float
-    perceptual_from: float  # smallest t at which it counts
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    start: str  # "noise", or "copy": x0 = x_t (lutdeploy.training.start)
-    optimizer: str  # "adamw", or "muon" for the blocks' matrices and AdamW for the rest
-    flip: float  # share of the images mirrored
-    affine: float  # share of the images scaled, shifted and turned, which the network is told
-    dropout: float  # of what each block adds
-    gram_weight: float
-    dct_weight: float  # of the error weighted as JPEG weights frequencies
-    velocity_floor: float | None  # loss weight 1/max(1−t, floor)²; None: weight 1
+    held_out: BelowOne  # fraction of the images
+    perceptual: Literal["none", "lpips"]
+    perceptual_weight: Weight
+    perceptual_from: Share  # smallest t at which it counts
+    lr: Positive
+    weight_decay: Weight
+    betas: tuple[BelowOne, BelowOne]
+    start: Literal["noise", "copy"]  # "copy": x0 = x_t (lutdeploy.training.start)
+    optimizer: Literal["adamw", "muon"]  # Muon for the blocks' matrices, AdamW for the rest
+    flip: Share  # of the images, mirrored
+    dropout: BelowOne  # of what each block adds
+    gram_weight: Weight
+    velocity_floor: Annotated[float, Meta(gt=0, le=1)] | None  # weight 1/max(1−t, floor)²; None: 1
     t_mean: float | None  # logit t ~ N(t_mean, t_std²); None: t ~ U(0, 1)
-    t_std: float
-    clip_norm: float | None
-    warmup: int  # steps of linear warm-up
+    t_std: Positive
+    clip_norm: Positive | None
+    warmup: Annotated[int, Meta(ge=0)]  # steps of linear warm-up
     cosine: bool  # decay to zero at the last step
-    ema: tuple[float, ...]  # decays of the averages that are kept
+    ema: Annotated[tuple[BelowOne, ...], Meta(min_length=1)]  # decays of the averages
     ema_warmup: bool
+    restart: Annotated[int, Meta(ge=0)] = 0  # step at which warm-up and decay last began
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, KINDS[field.type]) or (
-                isinstance(value, bool) and field.type != "bool"
-            ):
-                raise ConfigError(f"{field.name} cannot be {value!r}")
-        checks = {
-            "steps": self.steps >= 1,
-            "batch": self.batch >= 1,
-            "seed": 0 <= self.seed < 2**64,
-            "precision": self.precision in ("fp32", "bf16"),
-            "held_out": 0 <= self.held_out < 1,
-            "perceptual": self.perceptual in ("none", "lpips"),
-            "perceptual_weight": self.perceptual_weight >= 0,
-            "perceptual_from": 0 <= self.perceptual_from <= 1,
-            "lr": self.lr > 0 and math.isfinite(self.lr),
-            "weight_decay": self.weight_decay >= 0,
-            "betas": len(self.betas) == 2
-            and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas),
-            "velocity_floor": self.velocity_floor is None or 0 < self.velocity_floor <= 1,
-            "clip_norm": self.clip_norm is None or self.clip_norm > 0,
-            "warmup": self.warmup >= 0,
-            "start": self.start in ("noise", "copy"),
-            "optimizer": self.optimizer in ("adamw", "muon"),
-            "flip": 0 <= self.flip <= 1,
-            "affine": 0 <= self.affine <= 1,
-            "dropout": 0 <= self.dropout < 1,
-            "gram_weight": self.gram_weight >= 0,
-            "dct_weight": self.dct_weight >= 0,
-            "t_std": self.t_std > 0,
-            "ema": bool(self.ema)
-            and all(isinstance(decay, int | float) and 0 <= decay < 1 for decay in self.ema)
-            and len(set(self.ema)) == len(self.ema),
-        }
-        for name, good in checks.items():
-            if not good:
-                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}")
+        if len(set(self.ema)) < len(self.ema):
+            raise ConfigError(f"ema cannot be {list(self.ema)}: each decay may stand there once")
         if self.start == "copy" and self.model.stem_channels < self.model.channels:
             raise ConfigError(
                 f"start copy needs stem_channels of {self.model.channels} at least, not "
@@ -112,36 +76,23 @@ class TrainSettings:
             )
         if self.perceptual == "lpips" and self.model.channels != 3:
             raise ConfigError(f"perceptual lpips needs 3 channels, not {self.model.channels}")
-        if self.dct_weight and self.model.image_size % 8:
-            raise ConfigError(
-                f"dct_weight needs images of whole 8×8 blocks, not {self.model.image_size} pixels"
-            )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainSettings:
-        """The inverse of :meth:`to_dict`.
+    def changed(self, **values: Any) -> TrainSettings:
+        """The same settings with other values.
 
         Raises:
-            ConfigError: unknown or missing fields.
+            ConfigError: names the field and the value that cannot be.
         """
-        try:
-            model = ModelConfig.from_dict(values["model"])
-            listed = {name: tuple(values[name]) for name in ("betas", "ema")}
-            return cls(**{**values, "model": model, **listed})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"not the settings of a training run: {error}") from error
+        return _checked({**msgspec.to_builtins(self), **values})
 
     def learning_rate(self, step: int) -> float:
         """The rate at a step counted from 0: linear warm-up, then constant or cosine."""
+        step, steps = step - self.restart, self.steps - self.restart
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if not self.cosine:
             return self.lr
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        progress = (step - self.warmup) / max(1, steps - self.warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def ema_decay(self, decay: float, step: int) -> float:
@@ -151,6 +102,40 @@ class TrainSettings:
     def training_flops(self) -> int:
         """FLOP of one image: forward, and twice as many backward; optimiser and terms aside."""
         return 6 * self.model.multiply_adds()
+
+
+def _checked(values: dict[str, Any]) -> TrainSettings:
+    """Settings from plain JSON values, with every field checked."""
+    model = values.get("model")
+    if not isinstance(model, ModelConfig):  # msgspec would pass over missing and unknown fields
+        values = {**values, "model": ModelConfig.from_dict(model)}
+    try:
+        return msgspec.convert(values, TrainSettings)
+    except msgspec.ValidationError as error:
+        found = re.fullmatch(r"(.*) - at `\$\.(\w+).*`", str(error))
+        if found is None:  # a missing or unknown field
+            raise ConfigError(f"not the settings of a training run: {error}") from error
+        reason, name = found.groups()
+        raise ConfigError(f"{name} cannot be {values[name]!r}: {reason}") from error
+
+
+def read_settings(run: Run) -> TrainSettings:
+    """The settings that a run was started with, from its train.json.
+
+    Raises:
+        ArtefactError: damaged, or with a term of the loss that this version does not have.
+    """
+    values = files.read_json(run.settings)
+    try:
+        for name in REMOVED:
+            if values.pop(name, 0):
+                raise ArtefactError(
+                    f"{run.settings}: {name} is not supported any more; train a new run, or "
+                    "continue this one with the version of lutdeploy that started it"
+                )
+        return _checked(values)
+    except (ConfigError, AttributeError, TypeError) as error:
+        raise ArtefactError(f"{run.settings} is damaged: {error}") from error
 
 
 def penalises_gram(model: ModelConfig) -> bool:
@@ -170,10 +155,8 @@ def post(model: ModelConfig) -> dict[str, Any]:
         "start": "noise",
         "optimizer": "adamw",
         "flip": 0.25,
-        "affine": 0.0,
         "dropout": 0.0,
         "gram_weight": 0.2 if penalises_gram(model) else 0.0,
-        "dct_weight": 0.0,
         "velocity_floor": None,
         "t_mean": None,
         "t_std": 0.8,
@@ -197,10 +180,8 @@ def modern(model: ModelConfig) -> dict[str, Any]:
         "start": "noise" if (model.lut, model.weights) == ("dynamic", "softmax") else "copy",
         "optimizer": "muon",
         "flip": 0.5,
-        "affine": 0.0,
         "dropout": 0.0,
         "gram_weight": 0.02 if penalises_gram(model) else 0.0,
-        "dct_weight": 0.0,
         "velocity_floor": 0.05,
         "t_mean": -0.6,
         "t_std": 1.2,
@@ -212,40 +193,28 @@ def modern(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+DEFAULTS = {
+    "batch": 64,
+    "seed": 0,
+    "precision": "fp32",
+    "compile": False,
+    "held_out": 0.05,
+}
 RECIPES = {"modern": modern, "post": post}
 RECIPE_FIELDS = frozenset(modern(ModelConfig()))  # what a recipe decides
 
 
-def train_settings(
-    model: ModelConfig,
-    recipe: str = "modern",
-    *,
-    data: str,
-    steps: int,
-    batch: int = 64,
-    seed: int = 0,
-    precision: str = "fp32",
-    compile: bool = False,
-    held_out: float = 0.05,
-    **overrides: Any,
-) -> TrainSettings:
-    """A recipe's settings with overrides; an override of None keeps the recipe's value.
+def train_settings(model: ModelConfig, recipe: str = "modern", **values: Any) -> TrainSettings:
+    """A recipe's settings with other values; a value of None keeps the recipe's or the default.
+
+    ``data`` and ``steps`` are needed.
 
     Raises:
         ConfigError: unknown recipe, or values that cannot be.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return TrainSettings(
-        model=model,
-        data=data,
-        recipe=recipe,
-        steps=steps,
-        batch=batch,
-        seed=seed,
-        precision=precision,
-        compile=compile,
-        held_out=held_out,
-        **{**RECIPES[recipe](model), **given},
+    given = {name: value for name, value in values.items() if value is not None}
+    return _checked(
+        {"model": model, "recipe": recipe, **DEFAULTS, **RECIPES[recipe](model), **given}
     )

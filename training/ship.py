@@ -9,12 +9,12 @@ again after `lutdeploy tune-steps --model NAME` has found these for the new weig
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 import jinja2
+import msgspec
 import numpy as np
 import torch
 
@@ -30,8 +30,7 @@ from lutdeploy.training import pictures
 from lutdeploy.training.evaluation.data import RealImages, Trained, draw_samples, load_real
 from lutdeploy.training.evaluation.evaluate import Evaluation, Metrics, evaluate
 from lutdeploy.training.evaluation.features import Extractor, open_extractor
-from lutdeploy.training.loop import resumable_settings
-from lutdeploy.training.recipes import TrainSettings
+from lutdeploy.training.recipes import TrainSettings, read_settings
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 REFERENCE = solver_schedule("euler", 64)
@@ -41,12 +40,12 @@ SHOWN = 64  # unselected samples in the picture
 def write_weights(run: Run, name: str) -> Path:
     """The run's model as float16, under its name in the package."""
     _, about = checkpoint.read_metadata(run.model)
-    settings = resumable_settings(run)
-    told = {"images_seen": about["step"] * settings.batch, "recipe": settings.recipe}
+    settings = read_settings(run)
+    seen = {"images_seen": about["step"] * settings.batch, "recipe": settings.recipe}
     path = shipped.FOLDER / f"{name}.safetensors"
     model = checkpoint.load_model(run.model)
     about = {key: value for key, value in about.items() if key != "data"}  # a path of this machine
-    checkpoint.save_model(model, path, torch.float16, about={**about, **told, "name": name})
+    checkpoint.save_model(model, path, torch.float16, about={**about, **seen, "name": name})
     return path
 
 
@@ -71,7 +70,7 @@ def facts(
 ) -> dict[str, Any]:
     """What NAME.json holds; ``sampled``: evaluations by the steps that made the samples."""
     first = sampled[best]
-    training = settings.to_dict()
+    training = msgspec.to_builtins(settings)
     del training["data"]  # a path of this machine
     return {
         "parameters": parameters,
@@ -85,12 +84,12 @@ def facts(
         },
         "sampling": {"steps": best, "seed": 0},
         "features": {"name": extractor.name, "sha256": extractor.sha256},
-        "metrics": first.rows[0].metrics.to_dict(),
-        "floor": first.rows[1].metrics.to_dict(),
-        "reference_metrics": sampled[REFERENCE.describe()].rows[0].metrics.to_dict(),
-        "x0_errors": dataclasses.asdict(first.errors) if first.errors else None,
-        "memorisation": [dataclasses.asdict(space) for space in first.memorisation],
-        "likeness": dataclasses.asdict(first.likeness) if first.likeness else None,
+        "metrics": msgspec.to_builtins(first.rows[0].metrics),
+        "floor": msgspec.to_builtins(first.rows[1].metrics),
+        "reference_metrics": msgspec.to_builtins(sampled[REFERENCE.describe()].rows[0].metrics),
+        "x0_errors": msgspec.to_builtins(first.errors),
+        "memorisation": msgspec.to_builtins(first.memorisation),
+        "likeness": msgspec.to_builtins(first.likeness),
         "alarms": list(first.alarms),
     }
 
@@ -126,7 +125,7 @@ def main(run: Path, name: str, data: str | None, count: int, remark: str) -> Non
 
 
 def _ship(run: Run, name: str, data: str | None, count: int, remark: str) -> None:
-    settings = resumable_settings(run)
+    settings = read_settings(run)
     path = write_weights(run, name)
     model = checkpoint.load_model(path)
     _, about = checkpoint.read_metadata(path)

@@ -1,16 +1,18 @@
-"""What a model starts from: noise, or a copy of what it sees, x0 = x_t.
+"""The first weights of a model that starts as a copy of its input: x0 = x_t.
 
 A patch transformer that starts from noise spends most of its training on learning to copy:
-near t = 1 the clean image is all but there, and it still paints a blur of it. Here the copy is
-there from the first step. The patches' main directions are written into channels that the
-rotary position leaves alone; the head reads them, the LUT holds the same directions, and the
-blocks add nothing yet. What is left to learn is how x0 differs from x_t.
+near t = 1 the clean image is almost there, and the model still paints a blur of it. Here it
+copies from the first step. The stem writes the principal components of the patches into the
+channels that the rotary position turns least, the head reads them, the LUT holds the same
+components, and the blocks add nothing yet. What is left to learn is how x0 differs from x_t.
 
-Softmax weights mix entries and add none. There each direction is held by entries of both signs,
-all as long as the directions' reach together, and the weights of a pair lean from one to the other.
+The amplitude of a component is the coefficient that a weight of ±1 paints. Softmax weights
+cannot be negative; there entries of both signs hold each component.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -20,25 +22,32 @@ from torch import Tensor
 from lutdeploy.config import ModelConfig
 from lutdeploy.lut import DynamicLut, StaticLut, image_to_tiles
 from lutdeploy.model import Block, LutTransformer
-from lutdeploy.training.dct import dct_matrix
 
-IMAGES = 4096  # whose patches count
-HEADROOM = 4.0  # standard deviations of a coefficient that a weight of ±1 reaches
-SMALLEST = 2.0  # of what a weight of ±1 reaches; noise at t = 0 has deviation 1
-CONVEX_ENTRIES = 8  # of softmax weights to a direction
+MAX_IMAGES = 4096  # whose patches are decomposed
+AMPLITUDE_DEVIATIONS = 4.0  # amplitude over the standard deviation of a coefficient
+MIN_AMPLITUDE = 2.0  # noise at t = 0 has deviation 1
+SOFTMAX_ENTRIES = 8  # LUT entries per component where weights are a softmax
 
 
-def spread(indices: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Some of the training images' indices, evenly."""
-    count = min(len(indices), IMAGES)
+def evenly_spaced(indices: NDArray[np.intp]) -> NDArray[np.intp]:
+    """At most 4,096 of the training images' indices, spread evenly."""
+    count = min(len(indices), MAX_IMAGES)
     return indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
 
 
-def quiet_channels(config: ModelConfig, count: int) -> Tensor:
+def dct_matrix(size: int) -> Tensor:
+    """The orthonormal DCT-II, float64 [size, size]: row k is the cosine of frequency k."""
+    index = torch.arange(size, dtype=torch.float64)
+    cosines = torch.cos(math.pi / size * (index[None] + 0.5) * index[:, None])
+    cosines[0] /= math.sqrt(2)
+    return cosines * math.sqrt(2 / size)
+
+
+def least_rotated_channels(config: ModelConfig, count: int) -> Tensor:
     """The channels that the rotary position turns least, at most D/2, least first.
 
-    Spec step 4: in each half of the channels the angle falls with the index, and the upper
-    part of a half keeps its own content, turned by small angles.
+    Spec step 4: in each half of the channels the angle falls with the index, so the upper part
+    of each half is turned by small angles.
     """
     half = config.width // 2
     upper = torch.arange(half - 1, half - 1 - half // 2, -1)
@@ -46,14 +55,14 @@ def quiet_channels(config: ModelConfig, count: int) -> Tensor:
 
 
 def principal_directions(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The patches' main directions about 0, orthonormal, the longest first.
+    """The principal components of patches about 0, the largest first.
 
     Args:
         patches: float64 [n, C·P·P].
         count: how many, at most C·P·P.
 
     Returns:
-        Directions [count, C·P·P] and the deviation of the patches along each, [count].
+        Orthonormal directions [count, C·P·P], and the patches' deviation along each, [count].
     """
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
     return directions.flip(1).T[:count], variances.flip(0)[:count].clamp_min(0).sqrt()
@@ -62,10 +71,10 @@ def principal_directions(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def separable_directions(
     patches: Tensor, config: ModelConfig, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of directions that are an outer product in each channel (spec step 8).
+    """The same for a dynamic LUT, whose entries are outer products in each channel (spec step 8).
 
-    Each is a colour times a two-dimensional cosine (DCT-II); the colours are the main
-    directions of the pixels.
+    Each direction is a colour times a two-dimensional cosine (DCT-II); the colours are the
+    principal components of the pixels.
 
     Returns:
         Directions [count, C·P·P]; their rows and columns as the LUT takes them, [count,
@@ -87,23 +96,23 @@ def separable_directions(
 
 @torch.no_grad()
 def start_as_copy(model: LutTransformer, images: Tensor) -> None:
-    """Set the weights so that x0 is x_t, as far as the LUT and the channels reach.
+    """Set the weights so that x0 is x_t, within what the LUT's entries and the channels can hold.
 
     Args:
         model: on the CPU; not one with a dynamic LUT and softmax weights.
-        images: uint8 [n, C, S, S], whose patches tell the directions.
+        images: uint8 [n, C, S, S], whose patches are decomposed.
     """
     config = model.config
     patches = image_to_tiles(images.float().div_(127.5).sub_(1), config).flatten(0, 1).double()
-    convex = config.weights == "softmax"
-    held = max(1, config.entries // CONVEX_ENTRIES) if convex else config.entries
+    softmax = config.weights == "softmax"
+    held = max(1, config.entries // SOFTMAX_ENTRIES) if softmax else config.entries
     count = min(config.entry_values, config.width // 2, held)
     if config.lut == "static":
         directions, deviations = principal_directions(patches, count)
     else:
         directions, factors, deviations = separable_directions(patches, config, count)
-    channels = quiet_channels(config, count)
-    _write(model, directions, channels)
+    channels = least_rotated_channels(config, count)
+    _set_stem(model, directions, channels)
     for block in model.blocks:
         assert isinstance(block, Block)
         for part in (block.out.weight, block.out.bias):
@@ -112,20 +121,20 @@ def start_as_copy(model: LutTransformer, images: Tensor) -> None:
             part[: config.width] = 0  # W0, which the gate is multiplied with
     model.head.weight.zero_()
     model.head.bias.zero_()
-    reach = (HEADROOM * deviations).clamp_min(SMALLEST)  # of a weight of ±1
-    if convex:
-        _lean(model, directions, reach, channels)
+    amplitudes = (AMPLITUDE_DEVIATIONS * deviations).clamp_min(MIN_AMPLITUDE)
+    if softmax:
+        _set_softmax_pairs(model, directions, amplitudes, channels)
         return
-    model.head.weight[torch.arange(count), channels] = (1 / reach).float()
+    model.head.weight[torch.arange(count), channels] = (1 / amplitudes).float()
     if isinstance(model.lut, StaticLut):
-        model.lut.entries.flatten(1)[:count] = (reach[:, None] * directions).float()
+        model.lut.entries.flatten(1)[:count] = (amplitudes[:, None] * directions).float()
     else:
         assert isinstance(model.lut, DynamicLut)
-        _compute(model.lut, factors * reach.sqrt()[:, None])
+        _set_dynamic_lut(model.lut, factors * amplitudes.sqrt()[:, None])
 
 
-def _write(model: LutTransformer, directions: Tensor, channels: Tensor) -> None:
-    """Let the stem write the patches' coefficients into the channels."""
+def _set_stem(model: LutTransformer, directions: Tensor, channels: Tensor) -> None:
+    """Make the stem write the patches' coefficients into the channels."""
     c, p = model.config.channels, model.config.patch_size
     stem = model.stem
     # The first C of the stem's channels are the pixels', whatever the time.
@@ -140,28 +149,31 @@ def _write(model: LutTransformer, directions: Tensor, channels: Tensor) -> None:
     stem.patch.weight[channels, :c] = kernels
 
 
-def _lean(model: LutTransformer, directions: Tensor, reach: Tensor, channels: Tensor) -> None:
-    """Let softmax weights lean to one entry of a pair or the other, and x0 be x_t nearly.
+def _set_softmax_pairs(
+    model: LutTransformer, directions: Tensor, amplitudes: Tensor, channels: Tensor
+) -> None:
+    """Set head and LUT so that softmax weights paint nearly x_t, by pairs of entries.
 
-    A direction's entries are ±R times itself, R the sum of all reach; their weights share its part
-    of that sum, p = reach/R, and their logits are ±z, z = coefficient/reach. What is painted along
-    it is reach·sinh(z)/Σ p·cosh(z), which is the coefficient but for terms of z² and higher.
+    The entries of a direction are ±R times the direction, with R the sum of all amplitudes.
+    Their prior weights sum to p = amplitude/R, and their logits are ±z, z = coefficient/amplitude.
+    What is painted along the direction is amplitude·sinh(z)/Σ p·cosh(z): the coefficient, up to
+    terms of z² and higher.
     """
     assert isinstance(model.lut, StaticLut)
     entry = torch.arange(model.config.entries)
-    which, sign = entry // 2 % len(reach), 1 - 2 * (entry % 2)
-    radius, sharers = reach.sum(), torch.bincount(which, minlength=len(reach))
-    prior = (reach / sharers)[which] / radius  # [K]
-    model.head.weight[entry, channels[which]] = (sign / reach[which]).float()
+    direction, sign = entry // 2 % len(amplitudes), 1 - 2 * (entry % 2)  # [K]
+    radius, sharers = amplitudes.sum(), torch.bincount(direction, minlength=len(amplitudes))
+    prior = (amplitudes / sharers)[direction] / radius  # [K]
+    model.head.weight[entry, channels[direction]] = (sign / amplitudes[direction]).float()
     model.head.bias.copy_(prior.log())
-    # Onto the noise that they start with, by which those of one direction can part.
+    # Added to the random entries, so that entries of one direction can part in training.
     entries = model.lut.entries.flatten(1)
-    entries += (radius * sign[:, None] * directions[which]).float()
-    entries -= (prior / prior.sum()).float() @ entries  # nothing seen, nothing painted
+    entries += (radius * sign[:, None] * directions[direction]).float()
+    entries -= (prior / prior.sum()).float() @ entries  # a grey patch stays grey
 
 
-def _compute(lut: DynamicLut, factors: Tensor) -> None:
-    """Let the LUT tokens, which the blocks do not change yet, give these factors [n, 2·P·C]."""
+def _set_dynamic_lut(lut: DynamicLut, factors: Tensor) -> None:
+    """Make the LUT tokens, which the blocks leave as they are, give these factors [n, 2·P·C]."""
     torch.nn.init.normal_(lut.tokens, std=0.5)
     tokens = lut.tokens[: len(factors)].double()
     wanted = factors - lut.factors.bias

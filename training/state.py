@@ -1,22 +1,48 @@
-"""All that a resumed run needs: weights, averages, moments, the number of steps."""
+"""All that a resumed run needs: weights, averages, optimiser state, the number of steps."""
 
 from __future__ import annotations
 
 import copy
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lutdeploy.artefacts import checkpoint, files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
-from lutdeploy.training import optimizers
 from lutdeploy.training.losses import Objective, Perceptual
+from lutdeploy.training.optimizers import open_optimizers, restore, state_tensors
 from lutdeploy.training.recipes import TrainSettings
 from lutdeploy.training.start import start_as_copy
+
+
+class Position(msgspec.Struct, frozen=True):
+    """How far a training is: the metadata of its saved state."""
+
+    step: int
+    images: int  # trained on
+    chosen: int  # index of the average that is the run's model
+
+
+def read_position(run: Run) -> Position:
+    """How far a run's saved state is.
+
+    Raises:
+        ArtefactError: there is none, or it is damaged.
+    """
+    try:
+        with safe_open(run.training_state, "pt") as file:
+            return msgspec.convert(file.metadata(), Position, strict=False)
+    except (SafetensorError, OSError, msgspec.ValidationError) as error:
+        raise _damaged(run, error) from error
+
+
+def _damaged(run: Run, error: Exception) -> ArtefactError:
+    return ArtefactError(f"{run.training_state} is damaged or of another run: {error}")
 
 
 class TrainingState:
@@ -33,24 +59,18 @@ class TrainingState:
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.step = 0
-        model = LutTransformer(settings.model)
+        self.model = LutTransformer(settings.model)
         if settings.start == "copy" and images is not None:
-            start_as_copy(model, images)
+            start_as_copy(self.model, images)
         self.averages = [
-            copy.deepcopy(model).to(device).eval().requires_grad_(False) for _ in settings.ema
+            copy.deepcopy(self.model).to(device).eval().requires_grad_(False) for _ in settings.ema
         ]
-        self.chosen = 0  # the average that people use
-        self.objective = Objective(model, settings, perceptual).to(device)
-        self.optimizers = optimizers.open_optimizers(self.objective, settings)
+        self.chosen = 0  # index of the average that is the run's model
+        self.objective = Objective(self.model, settings, perceptual).to(device)
+        self.optimizers = open_optimizers(self.objective, settings)
         # Looked up once: walking the modules takes its time in every step.
-        self.parameters: list[Tensor] = list(self.objective.parameters())
-        self._averaged: list[Tensor] = list(model.parameters())
+        self.parameters: list[Tensor] = list(self.model.parameters())
         self._averages: list[list[Tensor]] = [list(a.parameters()) for a in self.averages]
-
-    @property
-    def model(self) -> LutTransformer:
-        """The weights that the optimiser moves."""
-        return self.objective.model
 
     @property
     def ema(self) -> LutTransformer:
@@ -58,12 +78,16 @@ class TrainingState:
         return self.averages[self.chosen]
 
     @torch.no_grad()
-    def advance(self, lr: float) -> None:
+    def advance(self) -> None:
         """A step of the optimisers by the gradients that are there, then of the averages."""
-        optimizers.step(self.optimizers, lr)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         for decay, average in zip(self.settings.ema, self._averages, strict=True):
             torch._foreach_lerp_(
-                average, self._averaged, 1 - self.settings.ema_decay(decay, self.step)
+                average, self.parameters, 1 - self.settings.ema_decay(decay, self.step)
             )
         self.step += 1
 
@@ -72,21 +96,20 @@ class TrainingState:
         self.chosen = min(range(len(held_out)), key=held_out.__getitem__)
         return held_out[self.chosen]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name."""
+    def weights(self) -> dict[str, Tensor]:
+        """The model and its averages, by name."""
         named = dict(self.objective.state_dict())
         for decay, average in zip(self.settings.ema, self.averages, strict=True):
             named |= {f"ema-{decay:g}/{name}": v for name, v in average.state_dict().items()}
-        names = {parameter: name for name, parameter in self.objective.named_parameters()}
-        return named | dict(optimizers.moments(self.optimizers, names))
+        return named
 
     def save(self, run: Run, images: int) -> None:
-        """Write the state, then the models people use; each atomically.
+        """Write the state, then the models people use, each atomically.
 
-        Raises:
-            NonFiniteError: NaN or Inf in the state; nothing is written.
+        Where a number is NaN or Inf nothing is written, and an error says what is left.
         """
-        tensors = {name: value.detach().cpu() for name, value in self.tensors().items()}
+        tensors = self.weights() | state_tensors(self.optimizers)
+        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
         for name, value in tensors.items():  # the loss shows it only one step later
             if not value.isfinite().all():
                 raise NonFiniteError(f"NaN or Inf in {name} at step {self.step}; {kept(run)}")
@@ -104,27 +127,22 @@ class TrainingState:
         checkpoint.save_model(self.ema, run.model, about={**about, "ema": chosen})
 
     def restore(self, run: Run, images: int) -> None:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ArtefactError: damaged, or of a model of another shape.
-            UsageError: the number of training images is another.
-        """
-        path = run.training_state
+        """Read what :meth:`save` wrote; it must have been trained on as many images."""
+        position = read_position(run)
+        if position.images != images:
+            raise UsageError(
+                f"the data now has {images} images for training, {run.path} was trained "
+                f"on {position.images}: a resumed run needs the same images"
+            )
+        self.step, self.chosen = position.step, position.chosen
         try:
-            with safe_open(path, "pt") as file, torch.no_grad():
-                metadata = file.metadata()
-                if int(metadata["images"]) != images:
-                    raise UsageError(
-                        f"the data now has {images} images for training, {run.path} was trained "
-                        f"on {metadata['images']}: a resumed run needs the same images"
-                    )
-                self.step, self.chosen = int(metadata["step"]), int(metadata["chosen"])
-                optimizers.prepare(self.optimizers, self.step)
-                for name, value in self.tensors().items():
-                    value.copy_(file.get_tensor(name))
+            tensors = load_file(run.training_state)
+            with torch.no_grad():
+                for name, value in self.weights().items():
+                    value.copy_(tensors.pop(name))
+            restore(self.optimizers, tensors, self.step)
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
-            raise ArtefactError(f"{path} is damaged or of another run: {error}") from error
+            raise _damaged(run, error) from error
 
 
 def kept(run: Run) -> str:

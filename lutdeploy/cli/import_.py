@@ -34,7 +34,7 @@ def command(
         raise UsageError(f"{run.model} exists; choose another --out, or --overwrite")
     model = import_author_file(file, heads, weights, image_size)
     config = model.config
-    assumed = "as told" if weights else "assumed; --weights tells otherwise"
+    assumed = "--weights" if weights else "assumed; --weights says otherwise"
     note(
         f"inferred: preset {config.preset()}, width {config.width}, depth {config.depth}, "
         f"K {config.entries}, {config.heads} heads (--heads), {config.weights} weights ({assumed})"

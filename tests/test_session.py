@@ -1,0 +1,186 @@
+"""What surrounds a training run: requests, resumed settings, a longer run's learning rate."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import Run
+from lutdeploy.errors import LutDeployError, UsageError
+from lutdeploy.training import session
+from lutdeploy.training.data import ImageSet, draw_set
+from lutdeploy.training.processes import Processes
+from lutdeploy.training.recipes import TrainSettings
+from lutdeploy.training.session import Request, extended, new_settings, resumed_settings
+
+DEFAULTS: dict[str, Any] = {
+    "data": "faces",
+    "recipe": "modern",
+    "steps": 100,
+    "batch": 8,
+    "seed": 0,
+    "lr": None,
+    "t_mean": None,
+    "gram_weight": None,
+    "ema": (),
+    "held_out": 0.05,
+    "perceptual": None,
+    "precision": "fp32",
+}
+
+
+def request(
+    *overrides: str, compile: str = "off", warm_restart: bool = False, **given: Any
+) -> Request:
+    """A command line on which the ``given`` options stand."""
+    model = {name: given.pop(name, default) for name, default in MODEL.items()}
+    names = {*given, *(name for name in model if model[name] != MODEL[name])}
+    return Request(
+        given=frozenset({*names, "compile"}),
+        overrides=overrides,
+        compile=compile,
+        warm_restart=warm_restart,
+        fields={**DEFAULTS, **given},
+        **model,
+    )
+
+
+MODEL = {"preset": "static-tanh-64", "size": "tiny"}
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def test_options_and_overrides_make_the_settings(said: list[str]) -> None:
+    asked = request("width=32", "dropout=0.1", "clip_norm=null", "ema=[0.5]", lr=0.1, ema=(0.9,))
+    settings = new_settings(asked, said.append)
+    assert (settings.model.width, settings.model.depth) == (32, 2)
+    assert (settings.lr, settings.dropout, settings.clip_norm) == (0.1, 0.1, None)
+    assert settings.ema == (0.5,), "--set comes last"
+    assert new_settings(request(), said.append).ema == (0.99, 0.998, 0.9998)
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "compiler", "compiles"),
+    [(999, "g++", False), (1000, "g++", True), (1000, None, False)],
+)
+def test_long_runs_compile_where_there_is_a_compiler(
+    steps: int,
+    compiler: str | None,
+    compiles: bool,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session.shutil, "which", lambda name: compiler)
+    settings = new_settings(request(compile="auto", steps=steps), said.append)
+    assert settings.compile == compiles
+    assert bool(said) == (compiler is None)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run that was started and has saved nothing yet."""
+    run = Run(tmp_path / "run")
+    files.write_json(run.settings, new_settings(request("width=32"), print))
+    return run
+
+
+def test_a_resumed_run_keeps_its_settings(run: Run, said: list[str]) -> None:
+    stored = new_settings(request("width=32"), print)
+    assert resumed_settings(run, request(), said.append) == stored
+    same = request("width=32", "dropout=0", compile="auto", batch=8, size="small", steps=100)
+    with pytest.raises(UsageError, match=r"depth 8: .*run was started with 2"):
+        resumed_settings(run, same, said.append)
+    moved = resumed_settings(run, request("width=32", "ema=[0.99,0.998,0.9998]", data="b"), print)
+    assert moved == stored.changed(data="b")
+    with pytest.raises(UsageError, match=r"--batch 4: .*run was started with 8"):
+        resumed_settings(run, request(batch=4), said.append)
+    with pytest.raises(UsageError, match=r"--compile on: .*run was started with off"):
+        resumed_settings(run, request(compile="on"), said.append)
+    assert said == []
+
+
+def settings_of(**values: Any) -> TrainSettings:
+    return new_settings(request(), print).changed(warmup=10, **values)
+
+
+def test_a_longer_run_says_where_its_rate_jumps(said: list[str]) -> None:
+    settings = settings_of(steps=100)
+    longer = extended(settings, 200, 100, False, said.append)
+    assert longer == settings.changed(steps=200)
+    rate = longer.learning_rate(100)
+    assert rate > 0.4 * settings.lr > 1e-3 * settings.lr > settings.learning_rate(100)
+    (line,) = said
+    assert f"{rate:.3g} at step 101, where the run of 100 steps had 0;" in line
+    assert "--warm-restart" in line
+
+
+def test_a_warm_restart_warms_up_and_decays_over_what_is_left(said: list[str]) -> None:
+    settings = settings_of(steps=100)
+    restarted = extended(settings, 150, 100, True, said.append)
+    assert restarted == settings.changed(steps=150, restart=100)
+    rates = [restarted.learning_rate(step) for step in range(100, 151)]
+    assert rates[0] == settings.lr / 10
+    assert max(rates) == rates[10] == settings.lr
+    assert math.isclose(rates[-1], 0, abs_tol=1e-12)
+    assert "begin again and end at step 150" in said.pop()
+    assert extended(restarted, 150, 120, True, said.append) == restarted, "the command repeated"
+    assert extended(restarted, 150, 120, False, said.append) == restarted
+    assert said == []
+
+
+def test_nothing_is_said_where_the_rate_stays(said: list[str]) -> None:
+    settings = settings_of(steps=100)
+    assert extended(settings, 100, 50, False, said.append) == settings
+    assert extended(settings, 200, 5, False, said.append).steps == 200, "in the warm-up"
+    constant = settings.changed(cosine=False)
+    assert extended(constant, 200, 100, False, said.append).steps == 200
+    assert said == []
+
+
+def test_a_warm_restart_that_makes_no_sense(said: list[str]) -> None:
+    settings = settings_of(steps=100)
+    with pytest.raises(UsageError, match="beyond the run's 100"):
+        extended(settings, 100, 50, True, said.append)
+    with pytest.raises(UsageError, match="this run's is constant"):
+        extended(settings.changed(cosine=False), 200, 100, True, said.append)
+    with pytest.raises(UsageError, match="it needs --resume"):
+        new_settings(request(warm_restart=True), said.append)
+
+
+def test_a_description_names_unreadable_files_and_slow_bf16(said: list[str]) -> None:
+    data = ImageSet(draw_set(8, count=2).images, tuple(f"{k}.png: broken" for k in range(30)))
+    settings = settings_of(precision="bf16")
+    session.describe(settings, data, Processes("cpu"), lambda: 0.25, said.append)
+    assert said[0].startswith("data: 2 images, 30 unreadable; model: static-tanh-64, width 64")
+    assert said[1] == "  skipped 0.png: broken"
+    assert said[21] == "  … and 10 more"
+    assert "0.25 × the speed of float32; --precision fp32" in said[22]
+
+
+def test_processes_that_share_a_cpu_have_no_peak() -> None:
+    several = Processes("cpu")
+    assert session.peak_of(several, "fp32", lambda device, precision: 5.0) == 5
+    several.count = 2
+    assert session.peak_of(several, "fp32", lambda device, precision: 5.0) is None
+
+
+def test_a_signal_is_a_request_and_a_second_an_interrupt(run: Run) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with session.stoppable(run, Processes("cpu")) as should_stop:
+            assert not should_stop()
+            signal.raise_signal(signal.SIGTERM)
+            assert should_stop()
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(LutDeployError, match="x: No space; what was saved before is kept"):
+        with session.stoppable(run, Processes("cpu")):
+            raise OSError(28, "No space", "x")

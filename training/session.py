@@ -1,0 +1,250 @@
+"""What surrounds the loop of a training run: its settings, its folder, its end by a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import Run
+from lutdeploy.config import PRESETS, SIZES, model_config
+from lutdeploy.errors import LutDeployError, UsageError
+from lutdeploy.training.data import ImageSet
+from lutdeploy.training.processes import Processes, is_first
+from lutdeploy.training.recipes import RECIPE_FIELDS, TrainSettings, read_settings, train_settings
+from lutdeploy.training.state import read_position
+
+COMPILES_FROM = 1000  # steps; fewer do not repay the compiler's minute
+NAMED_FILES = 20  # unreadable files that are named
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line of `lutdeploy train` asks for.
+
+    Attributes:
+        given: names of the options that stand there; the others have their defaults.
+        overrides: FIELD=VALUE of --set.
+        compile: "auto", "on" or "off".
+        warm_restart: see :func:`extended`.
+        fields: the options that are fields of TrainSettings; None or () is the recipe's value.
+    """
+
+    given: frozenset[str]
+    preset: str
+    size: str
+    overrides: tuple[str, ...]
+    compile: str
+    warm_restart: bool
+    fields: dict[str, Any]
+
+
+def choose_device(name: str) -> str:
+    """The torch device for --device, which may be "auto"."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; see `lutdeploy doctor`")
+    return name
+
+
+@contextlib.contextmanager
+def hold_folder(run: Run, resume: bool) -> Iterator[None]:
+    """Hold the folder of a new or a resumed run; of several processes the first does so."""
+    if not is_first():
+        yield
+        return
+    if not resume and (run.settings.exists() or run.model.exists()):
+        raise UsageError(
+            f"{run.path} already holds a run: --resume continues it, or choose another --out"
+        )
+    if resume and not run.settings.exists():
+        raise UsageError(f"{run.path} holds no training run to resume")
+    new = not run.path.exists()
+    files.output_folder(run.path)
+    with files.lock(run.path, "`lutdeploy train`"):
+        try:
+            yield
+        except BaseException:
+            if new:  # a mistake found late leaves no empty run
+                files.remove_if_empty(run.path)
+            raise
+
+
+def parse_overrides(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the model and fields of the recipe, from FIELD=VALUE; VALUE is JSON or text."""
+    model: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair}: write FIELD=VALUE, such as --set width=96")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        (recipe if name in RECIPE_FIELDS else model)[name] = value
+    return model, recipe
+
+
+def new_settings(request: Request, note: Note) -> TrainSettings:
+    """The settings of a new run."""
+    fields = request.fields
+    if not fields["data"]:
+        raise UsageError("--data is needed: a folder of images, or 'synthetic'")
+    if request.warm_restart:
+        raise UsageError("--warm-restart is for a run that goes on: it needs --resume")
+    compiles = request.compile == "on"
+    if request.compile == "auto" and fields["steps"] >= COMPILES_FROM:
+        compiles = any(map(shutil.which, ("g++", "c++", "clang++")))
+        if not compiles:
+            note("no C++ compiler here: training without torch.compile, which is slower")
+    of_model, of_recipe = parse_overrides(request.overrides)
+    model = model_config(request.preset, request.size, **of_model)
+    fields = {**fields, "ema": fields["ema"] or None}
+    return train_settings(model, compile=compiles, **fields).changed(**of_recipe)
+
+
+def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
+    """A run's own settings, if what is asked for agrees; data's path and steps may differ."""
+    settings = read_settings(run)
+    values = msgspec.json.decode(msgspec.json.encode(settings))
+    of_model, of_recipe = parse_overrides(request.overrides)
+    of_preset = PRESETS[request.preset] if "preset" in request.given else {}
+    of_size = SIZES[request.size] if "size" in request.given else {}
+    model = {**of_preset, **of_size, **of_model}
+    asked = [(name, value, values["model"].get(name)) for name, value in model.items()]
+    asked += [(name, value, values[name]) for name, value in of_recipe.items()]
+    if "compile" in request.given and request.compile != "auto":
+        asked.append(("--compile", request.compile, "on" if settings.compile else "off"))
+    given = {name: request.fields[name] for name in request.fields if name in request.given}
+    changes = {name: given.pop(name) for name in ("data", "steps") if name in given}
+    for name, value in given.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        asked.append((f"--{name.replace('_', '-')}", plain, values[name]))
+    for name, value, held in asked:
+        if value != held:
+            raise UsageError(f"{name} {value}: {run.path} was started with {held}")
+    steps = changes.pop("steps", settings.steps)
+    reached = read_position(run).step if run.training_state.is_file() else 0
+    settings = msgspec.structs.replace(settings, **changes)
+    return extended(settings, steps, reached, request.warm_restart, note)
+
+
+def extended(
+    settings: TrainSettings, steps: int, reached: int, warm_restart: bool, note: Note
+) -> TrainSettings:
+    """A run's settings with another last step; says what the learning rate does.
+
+    By default the rate goes on as in a run that had this length from the beginning, which is a
+    jump where the run had nearly ended. A warm restart (Loshchilov & Hutter 2017) goes through
+    warm-up and decay again, over the steps that are left.
+
+    Args:
+        settings: with the old last step.
+        steps: the new one.
+        reached: steps that are done.
+        warm_restart: restart where the run is made longer. Asked for again at the same length, as
+            by a command that is repeated after a kill, it changes nothing.
+        note: gets the old and the new rate.
+    """
+    longer = steps > settings.steps
+    if warm_restart and not settings.cosine:
+        raise UsageError("--warm-restart needs a rate that falls; this run's is constant")
+    if warm_restart and not longer and not settings.restart:
+        raise UsageError(f"--warm-restart needs --steps beyond the run's {settings.steps}")
+    restart = reached if warm_restart and longer else settings.restart
+    changed = msgspec.structs.replace(settings, steps=steps, restart=restart)
+    before, after = settings.learning_rate(reached), changed.learning_rate(reached)
+    if before != after and reached < steps:
+        how = f"the cosine decay now ends at step {steps}"
+        if restart != settings.restart:
+            how = f"warm-up and cosine decay begin again and end at step {steps}"
+        elif longer:
+            how += "; --warm-restart begins a new one instead"
+        note(
+            f"learning rate: {after:.3g} at step {reached + 1}, where the run of "
+            f"{settings.steps} steps had {before:.3g}; {how}"
+        )
+    return changed
+
+
+def describe(
+    settings: TrainSettings,
+    data: ImageSet,
+    processes: Processes,
+    bf16_speedup: Callable[[], float],
+    note: Note,
+) -> None:
+    """Say what is trained on what, which files were skipped, and where bfloat16 does not pay.
+
+    Args:
+        bf16_speedup: measures the speed of bfloat16 on this CPU in multiples of float32's.
+    """
+    model, device = settings.model, processes.device.type
+    note(
+        f"data: {len(data.images)} images, {len(data.skipped)} unreadable; "
+        f"model: {model.preset()}, width {model.width}, depth {model.depth}; device: {device}"
+        + (f", {processes.count} processes" if processes.count > 1 else "")
+        + ("; compiling, which takes a minute" if settings.compile else "")
+    )
+    for line in data.skipped[:NAMED_FILES]:
+        note(f"  skipped {line}")
+    if len(data.skipped) > NAMED_FILES:
+        note(f"  … and {len(data.skipped) - NAMED_FILES} more")
+    if settings.precision == "bf16" and device == "cpu" and (speedup := bf16_speedup()) < 1:
+        note(
+            f"warning: this CPU multiplies bfloat16 at {speedup:.2g} × the speed of float32; "
+            "--precision fp32 trains faster here"
+        )
+
+
+def peak_of(
+    processes: Processes, precision: str, matmul_peak: Callable[[str, str], float]
+) -> float | None:
+    """FLOP/s of matrix products, all processes together; None where they share a CPU.
+
+    Args:
+        matmul_peak: measures it for one process, from device and precision.
+    """
+    device = processes.device.type
+    if device == "cpu" and processes.count > 1:
+        return None
+    return processes.count * matmul_peak(device, precision)
+
+
+@contextlib.contextmanager
+def stoppable(run: Run, processes: Processes) -> Iterator[Callable[[], bool]]:
+    """Around the loop: whether Ctrl-C or SIGTERM has asked it to stop, and help with a full disk.
+
+    A second Ctrl-C does not wait for the step's end, except under torchrun, which passes each on
+    twice.
+    """
+    requests: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if requests and processes.count == 1:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requests)
+    except OSError as error:
+        raise LutDeployError(
+            f"{error.filename or run.path}: {error.strerror or error}; what was saved before is "
+            f"kept, and --resume --out {run.path} continues from it"
+        ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
