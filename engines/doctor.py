@@ -13,9 +13,23 @@ from lutdeploy.artefacts.run import MODEL, RUNS, Run
 from lutdeploy.engines import require_tensorrt, tensorrt_machine
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import BackendError, LutDeployError
+from lutdeploy.machine import import_problem
 
 PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "safetensors", "pillow", "click", "rich")
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
+# What an extra makes possible: the extra, what must import for it, and what it is for.
+OPTIONAL = {
+    "evaluate": (
+        "evaluate",
+        ("torchmetrics.functional.image", "torchmetrics.image.fid", "jinja2"),
+        "for `evaluate`",
+    ),
+    "lpips": (
+        "train",
+        ("torchvision", "torchmetrics.image.lpip"),
+        "for `train --perceptual lpips`; its VGG16 weights come from the network",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -167,8 +181,7 @@ def examine() -> list[Finding]:
     compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     detail = "for `train --compile on`" if compiler else "install g++ for `train --compile on`"
     findings.append(Finding("C++ compiler", compiler is not None, detail, required=False))
-    lpips = _version("torchmetrics") and _version("torchvision")
-    detail = "for `train --perceptual lpips`; its VGG16 weights come from the network"
-    missing = "pip install 'lutdeploy[train]' for `train --perceptual lpips`"
-    findings.append(Finding("lpips", bool(lpips), detail if lpips else missing, required=False))
+    for name, (extra, modules, detail) in OPTIONAL.items():
+        problem = import_problem(extra, *modules)
+        findings.append(Finding(name, problem is None, problem or detail, required=False))
     return findings

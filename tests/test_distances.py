@@ -149,7 +149,7 @@ def test_nearest_two_finds_flips_and_copies() -> None:
     for q in range(2, 5):
         rms = np.sqrt(np.square(both - queries[q]).mean((2, 3, 4))).min(axis=1)
         assert found.first[q] == np.sort(rms)[0] and found.second[q] == np.sort(rms)[1]
-    assert found.to_dict()["share_copies"] == 0.4
+    assert found.summary().share_copies == 0.4
     assert (found.ratio[2:] > COPY_RATIO).all()
 
 

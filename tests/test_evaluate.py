@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
 from lutdeploy import images, sampling
-from lutdeploy.artefacts import files
+from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.run import EVALUATION, EVALUATION_PAGE, Run
 from lutdeploy.config import ModelConfig, model_config
 from lutdeploy.errors import UsageError
@@ -31,9 +35,8 @@ from lutdeploy.training.evaluation.data import (
     load_real,
     read_samples,
 )
-from lutdeploy.training.evaluation.distances import Features
 from lutdeploy.training.evaluation.evaluate import ErrorCurve, compare_sets, evaluate, x0_errors
-from lutdeploy.training.evaluation.features import open_extractor
+from lutdeploy.training.evaluation.features import Extractor, open_extractor
 from lutdeploy.training.evaluation.report import chart, metric_table, page
 from tests.command import fail, invoke, succeed
 from tests.conftest import golden_model
@@ -42,16 +45,12 @@ Pixels = NDArray[np.uint8]
 Runs = Callable[[str], Run]
 
 
-class Means:
-    """A cheap extractor: the mean of each quarter of an image."""
+def quarters(pixels: torch.Tensor) -> torch.Tensor:
+    """Cheap features: the mean of each quarter of an image."""
+    return F.avg_pool2d(pixels.float() / 255, pixels.shape[-1] // 2).flatten(1)
 
-    name, sha256 = "quarters", "0"
-    frechet_name, kernel_name = "FID", "KID"
 
-    def __call__(self, pixels: Pixels) -> Features:
-        n, c, s, _ = pixels.shape
-        cut = pixels.reshape(n, c, 2, s // 2, 2, s // 2).astype(np.float32) / 255
-        return cut.mean((3, 5)).reshape(n, -1)
+MEANS = Extractor(quarters, "cpu", "quarters", "0", frechet_name="FID", kernel_name="KID")
 
 
 def faces(count: int, seed: int = 0) -> Pixels:
@@ -258,12 +257,42 @@ def test_damaged_features_file(drawn: Path, data: Path, tmp_path: Path) -> None:
     assert "inception.pth" in fail(1, "evaluate", drawn, "--data", data, "--features", path)
 
 
-def test_without_the_extra(drawn: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("torchmetrics.image.fid", "jinja2"):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, module, None)
-            line = fail(1, "evaluate", drawn, "--data", data)
-        assert "pip install 'lutdeploy[evaluate]'" in line
+@pytest.mark.parametrize("module", ["torchmetrics.image.fid", "jinja2"])
+def test_without_the_extra(
+    module: str, drawn: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install 'lutdeploy[evaluate]'" in fail(1, "evaluate", drawn, "--data", data)
+
+
+def test_with_a_torchvision_for_another_torch(drawn: Path, data: Path, tmp_path: Path) -> None:
+    """It is installed, and its compiled part fails when torchmetrics imports it."""
+    site = tmp_path / "site"
+    about = site / "torchvision-0.15.2.dist-info"
+    (site / "torchvision").mkdir(parents=True)
+    about.mkdir()
+    reason = "operator torchvision::nms does not exist"
+    (site / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({reason!r})")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.15.2\n")
+
+    def lutdeploy(*arguments: object) -> tuple[str, str]:
+        code = "from lutdeploy.cli import cli; cli()"
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.stdout, done.stderr
+
+    evaluation = lutdeploy("evaluate", drawn, "--data", data)[1]
+    training = lutdeploy(
+        *("train", "--data", data, "--size", "tiny", "--perceptual", "lpips"),
+        *("--out", tmp_path / "run"),
+    )[1]
+    doctor = lutdeploy("doctor")[0]
+    for text in (evaluation, training, doctor):
+        assert f"does not import ({reason}); install the torchvision built for torch" in text
+        assert "pip install" not in text.split(reason)[0].splitlines()[-1]
+    findings = {line[8:].split()[0]: line.split()[0] for line in doctor.splitlines()}
+    assert findings["evaluate"] == findings["lpips"] == "-"
 
 
 # Splits
@@ -299,13 +328,13 @@ def test_a_model_of_the_package_knows_its_split(
     """By how many images it was trained on: a name of their folder it does not have."""
     training = {"held_out": 0.33, "seed": 5, "training_images": 43}
     monkeypatch.setattr("lutdeploy.artefacts.shipped.facts", lambda name: {"training": training})
-    trained = Trained.of_shipped("cats")
-    real = load_real(str(data), None, 64, 3, trained)
+    path = shipped.model_path()
+    real = load_real(str(data), None, 64, 3, Trained.of_model(path))
     chosen, held = load_folder(data, 64).split(0.33, 5)
     assert (len(real.training), len(real.held_out)) == (len(chosen), len(held)) == (43, 21)
     assert real.warnings == () and "as in the model's training" in real.split
     training["training_images"] = 44
-    real = load_real(str(data), None, 64, 3, Trained.of_shipped("cats"))
+    real = load_real(str(data), None, 64, 3, Trained.of_model(path))
     assert "the model saw 44" in real.warnings[0] and "split here" in real.split
 
 
@@ -330,22 +359,22 @@ def test_compare_sets_is_repeatable_and_zero_for_itself() -> None:
 def test_copies_raise_the_alarm_of_memorisation() -> None:
     real = RealImages(faces(64), faces(20, seed=1), "")
     copies = np.concatenate([real.training[:10], real.training[10:20, ..., ::-1]])
-    found = evaluate(copies, real, Means())
+    found = evaluate(copies, real, MEANS)
     assert sum("memorisation: 100.0% of the samples" in alarm for alarm in found.alarms) == 2
     assert found.memorisation[0].closest[0].distance == 0
-    assert not evaluate(faces(20, seed=2), real, Means()).alarms
+    assert not evaluate(faces(20, seed=2), real, MEANS).alarms
 
 
 def test_one_picture_again_and_again_raises_the_alarm_of_collapse() -> None:
     real = RealImages(faces(64), faces(20, seed=1), "")
-    found = evaluate(np.repeat(faces(1, seed=2), 20, axis=0), real, Means())
+    found = evaluate(np.repeat(faces(1, seed=2), 20, axis=0), real, MEANS)
     assert any(alarm.startswith("collapse: ") for alarm in found.alarms)
 
 
 class Recalling:
     """A denoiser that knows its training images by heart and blurs all others."""
 
-    table, whole_trajectory = None, False
+    schedule, whole_trajectory = None, False
 
     def __init__(self, known: Pixels) -> None:
         self.known = known.astype(np.float32) / 127.5 - 1
@@ -366,7 +395,7 @@ class Recalling:
 def test_a_model_that_knows_its_training_images_raises_the_alarm_of_overfitting() -> None:
     real = RealImages(faces(48), faces(20, seed=1), "")
     denoiser: Denoiser = Recalling(real.training)  # type: ignore[assignment]
-    found = evaluate(faces(20, seed=2), real, Means(), denoiser)
+    found = evaluate(faces(20, seed=2), real, MEANS, denoiser)
     assert any(alarm.startswith("overfitting: ") for alarm in found.alarms)
     assert found.errors is not None and found.errors.gap > 0
 
@@ -402,26 +431,26 @@ def test_samples_in_memory_are_those_of_the_folder(tmp_path: Path, golden_runs: 
 
 def test_too_few_held_out_images_are_said(data: Path) -> None:
     real = RealImages(faces(40), faces(3, seed=1), "")
-    found = evaluate(faces(16, seed=2), real, Means())
+    found = evaluate(faces(16, seed=2), real, MEANS)
     assert [row.what for row in found.rows] == ["samples", "real"]
     assert any("3 held-out images are too few" in note for note in found.notes)
     none = replace(real, held_out=real.held_out[:0])
     denoiser: Denoiser = Recalling(real.training)  # type: ignore[assignment]
-    found = evaluate(faces(16, seed=2), none, Means(), denoiser)
+    found = evaluate(faces(16, seed=2), none, MEANS, denoiser)
     assert found.errors is None and found.memorisation[0].held_out is None
     assert "no held-out images: no x0 error curve" in found.notes
 
 
 def test_held_out_images_that_were_trained_on_are_said() -> None:
     training = faces(40)
-    found = evaluate(faces(16, seed=2), RealImages(training, training[:16], ""), Means())
+    found = evaluate(faces(16, seed=2), RealImages(training, training[:16], ""), MEANS)
     assert "some held-out images are training images, to the last pixel" in found.notes
 
 
 def test_only_inception_is_called_fid() -> None:
     real = RealImages(faces(40), faces(16, seed=1), "")
-    found = evaluate(faces(16, seed=2), real, Means())
-    assert [line[0] for line in metric_table(found, Means())[1]][:2] == ["FID", "KID × 1000"]
+    found = evaluate(faces(16, seed=2), real, MEANS)
+    assert [row[0] for row in metric_table(found, MEANS).rows][:2] == ["FID", "KID × 1000"]
     own = page(found, open_extractor(), faces(16), real.training, "<title>", {"a": "<b>"})
     text = re.sub(r"base64,[^\"]*", "", own)
     assert "FID" not in text and "KID" not in text

@@ -80,16 +80,15 @@ def show_evaluation(evaluation: Evaluation, extractor: Extractor) -> None:
     from lutdeploy.training.evaluation import report
 
     console = Console(stderr=True)
-    heads, lines = report.metric_table(evaluation, extractor)
-    table = Table(title="Pictures against real images, and real ones as the floor")
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="right" if place else "left")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-    table = Table(*report.MEMORISATION_HEADS, title="Nearest training images, flips included")
-    for line in report.memorisation_rows(evaluation.memorisation):
-        table.add_row(*line)
-    console.print(table)
+    for found in (
+        report.metric_table(evaluation, extractor),
+        report.memorisation_table(evaluation),
+    ):
+        table = Table(title=found.title)
+        for column, head in enumerate(found.heads):
+            table.add_column(head, justify="left" if column < found.text_columns else "right")
+        for row in found.rows:
+            table.add_row(*row)
+        console.print(table)
     for sentence in report.sentences(evaluation):
         console.print(sentence, markup=False, highlight=False)

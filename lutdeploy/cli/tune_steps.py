@@ -222,7 +222,7 @@ def _real_pictures(data: str, config: ModelConfig, n: int) -> NDArray[np.uint8]:
     """
     import numpy as np
 
-    from lutdeploy.training.evaluation.data import load_images
+    from lutdeploy.training.data import load_images
 
     images = load_images(data, config.image_size, config.channels).images
     if len(images) < n:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from lutdeploy import images
-from lutdeploy.artefacts import shipped
-from lutdeploy.artefacts.run import MODEL, Run
+from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.run import MODEL, Run, locate
 from lutdeploy.artefacts.sample_folder import EXTRAS, MANIFEST
-from lutdeploy.errors import UsageError
+from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.sampling import Denoiser, finished_batches, noise_batches
 from lutdeploy.schedule import Schedule
-from lutdeploy.training.data import ImageSet, draw_set, find_images, load_folder
+from lutdeploy.training.data import ImageSet, OnProgress, find_images, load_images
 from lutdeploy.training.evaluation.distances import Pixels
-from lutdeploy.training.loop import resumable_settings
+from lutdeploy.training.state import read_position
 
 SPLIT = 0.05  # held out where nothing says what was
-NAMED = 5  # unreadable files that a message names
+NAMED_FILES = 5  # unreadable files that a message names
 
-Told = Callable[[int, int], None]  # how many are done, of how many
+
+def _silent(done: int, total: int) -> None:
+    """No progress to show."""
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images by what the model could see of them."""
+    """Real images, by whether the model was trained on them."""
 
     training: Pixels
     held_out: Pixels
@@ -45,75 +47,54 @@ class Samples:
 
     pixels: Pixels
     origin: dict[str, Any]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
-def _skipped(data: ImageSet) -> tuple[str, ...]:
-    if not data.skipped:
+def _skipped(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """A warning that names the files that could not be read, if there are any."""
+    if not paths:
         return ()
-    named = "; ".join(data.skipped[:NAMED]) + ("; …" if len(data.skipped) > NAMED else "")
-    return (f"{len(data.skipped)} unreadable files skipped: {named}",)
+    named = "; ".join(paths[:NAMED_FILES]) + ("; …" if len(paths) > NAMED_FILES else "")
+    return (f"{len(paths)} unreadable files skipped: {named}",)
 
 
-def load_images(source: str, size: int, channels: int, told: Told = lambda *_: None) -> ImageSet:
-    """A folder's images as the training decodes them, or the drawn ones of "synthetic".
+class Trained(msgspec.Struct, frozen=True):
+    """What a model's training says of its images."""
 
-    Raises:
-        UsageError: no folder, no image file, or none that is readable.
-    """
-    if source == "synthetic":
-        return draw_set(size, channels)
-    return load_folder(Path(source), size, channels, on_image=told)
+    held_out: float  # fraction and
+    seed: int  # seed of their split
+    data: str | None = None  # their folder or "synthetic"; None where only the images can tell
+    images: int | None = msgspec.field(name="training_images", default=None)  # trained on, if known
 
-
-def _same(source: str, other: str) -> bool:
-    return source == other or (
-        "synthetic" not in (source, other) and Path(source).resolve() == Path(other).resolve()
-    )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a model's training says of its images.
-
-    Attributes:
-        data: their folder or "synthetic"; None where only the images can tell.
-        held_out, seed: how they were split.
-        images: how many were trained on; None where nothing says.
-    """
-
-    data: str | None
-    held_out: float
-    seed: int
-    images: int | None
+    @classmethod
+    def of_model(cls, path: Path) -> Trained | None:
+        """From the facts of a model of the package, or a run's settings; None without either."""
+        if shipped.is_shipped(path):
+            return msgspec.convert(shipped.facts(path.stem)["training"], cls)
+        run = locate(path).run
+        return cls.of_run(run) if run else None
 
     @classmethod
     def of_run(cls, run: Run) -> Trained | None:
-        """From a run's settings and state; None when it was not trained here.
-
-        Raises:
-            ArtefactError: the settings are damaged.
-        """
+        """From a run's settings and state; None when it was not trained here."""
         if not run.settings.is_file():
             return None
-        settings = resumable_settings(run)
-        seen = _images_trained_on(run)
-        return cls(settings.data, settings.held_out, settings.seed, seen)
+        trained = files.read_record(run.settings, cls, f"evaluate {run.model} with --data")
+        with contextlib.suppress(ArtefactError):  # without a state the split is unverified
+            trained = msgspec.structs.replace(trained, images=read_position(run).images)
+        return trained
 
-    @classmethod
-    def of_shipped(cls, name: str) -> Trained:
-        """From what a model of the package is shipped with."""
-        training = shipped.facts(name)["training"]
-        return cls(None, training["held_out"], training["seed"], training["training_images"])
+    def is_from(self, data: str) -> bool | None:
+        """Whether the images are those of ``data``; None where nothing says."""
+        if self.data is None:
+            return None
+        if "synthetic" in (self.data, data):
+            return self.data == data
+        return Path(self.data).resolve() == Path(data).resolve()
 
-
-def _images_trained_on(run: Run) -> int | None:
-    """How many images a run's training saw, as its state says; None without one."""
-    try:
-        with safe_open(run.training_state, "pt") as file:
-            return int((file.metadata() or {})["images"])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None  # the weights alone are enough to evaluate; the split is then unverified
+    def fits(self, found: ImageSet) -> bool:
+        """Whether a set has as many images for training as the model was trained on."""
+        return self.images in (None, len(found.split(self.held_out, self.seed)[0]))
 
 
 def load_real(
@@ -122,7 +103,7 @@ def load_real(
     size: int,
     channels: int,
     trained: Trained | None = None,
-    told: Told = lambda *_: None,
+    on_progress: OnProgress = _silent,
 ) -> RealImages:
     """Training and held-out images.
 
@@ -134,44 +115,44 @@ def load_real(
         held_out: a folder of images that the model never saw.
         size, channels: of the pictures.
         trained: what the model's training says.
-
-    Raises:
-        UsageError: as :func:`load_images`.
     """
-    found = load_images(data, size, channels, told)
-    warnings = _skipped(found)
-    fraction, seed, split = SPLIT, 0, f"held out: {SPLIT:.0%} of {data}, seed 0, split here"
-    ours, fits = False, True
+    found = load_images(data, size, channels, on_progress=on_progress)
+    if held_out is None:
+        fraction, seed, split, warnings = _choose_split(data, found, trained)
+        chosen, held = found.split(fraction, seed)
+        warnings = _skipped(found.skipped) + warnings
+        return RealImages(found.images[chosen], found.images[held], split, warnings)
+    other = load_images(str(held_out), size, channels, on_progress=on_progress)
+    training = found.images
     if trained is not None:
-        count = len(found.split(trained.held_out, trained.seed)[0])
-        fits = trained.images in (None, count)
-        ours = fits if trained.data is None else _same(trained.data, data)
-    if held_out is not None:
-        other = load_images(str(held_out), size, channels, told)
-        training = found.images
-        if trained is not None and ours:
-            training = found.images[found.split(trained.held_out, trained.seed)[0]]
-        return RealImages(
-            training, other.images, f"held out: {held_out}", warnings + _skipped(other)
-        )
+        same = trained.is_from(data)
+        if trained.fits(found) if same is None else same:
+            training = training[found.split(trained.held_out, trained.seed)[0]]
+    warnings = _skipped(found.skipped) + _skipped(other.skipped)
+    return RealImages(training, other.images, f"held out: {held_out}", warnings)
+
+
+def _choose_split(
+    data: str, found: ImageSet, trained: Trained | None
+) -> tuple[float, int, str, tuple[str, ...]]:
+    """Fraction and seed of the split of a set, the same in words, and warnings."""
+    ours = f"held out: {SPLIT:.0%} of {data}, seed 0, split here"
     unknown = "the held-out images may have been trained on; --held-out names others"
     if trained is None:
-        warnings += (f"no training settings tell the split: {unknown}",)
-    elif trained.data is not None and not ours:
-        split += f"; the model was trained on {trained.data}"
-    elif trained.held_out == 0:
-        warnings += (f"the training held nothing out: {unknown}",)
-    else:
-        if not fits:
-            warnings += (
-                f"{data} gives {count} images for training, the model saw {trained.images}: "
-                f"{unknown}",
-            )
-        if fits or trained.data is not None:
-            fraction, seed = trained.held_out, trained.seed
-            split = f"held out: {fraction:.1%} of {data}, seed {seed}, as in the model's training"
-    chosen, held = found.split(fraction, seed)
-    return RealImages(found.images[chosen], found.images[held], split, warnings)
+        return SPLIT, 0, ours, (f"no training settings tell the split: {unknown}",)
+    if trained.is_from(data) is False:
+        return SPLIT, 0, f"{ours}; the model was trained on {trained.data}", ()
+    if trained.held_out == 0:
+        return SPLIT, 0, ours, (f"the training held nothing out: {unknown}",)
+    fraction, seed = trained.held_out, trained.seed
+    split = f"held out: {fraction:.1%} of {data}, seed {seed}, as in the model's training"
+    if trained.fits(found):
+        return fraction, seed, split, ()
+    count = len(found.split(fraction, seed)[0])
+    other = f"{data} gives {count} images for training, the model saw {trained.images}: {unknown}"
+    if trained.data is None:  # nothing says that this is the folder it was trained on
+        return SPLIT, 0, ours, (other,)
+    return fraction, seed, split, (other,)
 
 
 def draw_samples(
@@ -180,7 +161,7 @@ def draw_samples(
     schedule: Schedule,
     seed: int = 0,
     batch: int = 64,
-    told: Told = lambda *_: None,
+    on_progress: OnProgress = _silent,
 ) -> Pixels:
     """The pictures that `lutdeploy sample` writes, in memory: uint8 [n, C, S, S].
 
@@ -193,15 +174,15 @@ def draw_samples(
     batches = noise_batches(seed, range(n), batch, shape)
     done = 0
     for indices, ends in finished_batches(denoiser, batches, schedule, pixels=True):
-        made = ends if ends.dtype == np.uint8 else images.to_uint8(ends)
+        made = ends if ends.dtype == np.uint8 else images.to_uint8(ends)  # [B, S, S, C]
         pixels[indices[0] : indices[-1] + 1] = np.moveaxis(made, -1, 1)
         done += len(indices)
-        told(done, n)
+        on_progress(done, n)
     return pixels
 
 
 def _read_picture(path: Path) -> Pixels:
-    """A PNG, JPEG, WebP or npz of `lutdeploy sample`, as uint8 [C, S, S], never resized."""
+    """A PNG, JPEG, WebP or npz of `lutdeploy sample`, as uint8 [C, H, W], never resized."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             made: Pixels = images.to_uint8(arrays["image"])
@@ -211,31 +192,35 @@ def _read_picture(path: Path) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 
-def read_samples(folder: Path, n: int, told: Told = lambda *_: None) -> Samples:
-    """The first n pictures of a folder, by name; what `lutdeploy sample` wrote, or any others.
+def _read_origin(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder of `lutdeploy sample` says of all its pictures."""
+    try:
+        with (folder / MANIFEST).open(encoding="utf-8") as lines:
+            first = json.loads(next(lines))
+        return {k: v for k, v in first.items() if k not in ("image", "index", "format")}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, StopIteration, AttributeError):
+        return {"manifest": "unreadable"}
+
+
+def read_samples(folder: Path, n: int, on_progress: OnProgress = _silent) -> Samples:
+    """The first n pictures of a folder, by name: of `lutdeploy sample`, or any others.
 
     Raises:
         UsageError: no pictures, pictures of several sizes, or none that is readable.
     """
-    origin: dict[str, Any] = {"folder": str(folder)}
-    numbered = sorted(path for path in folder.glob("*.npz") if path.stem.isdigit())
-    try:
-        files = numbered or [path for path in find_images(folder) if path.name not in EXTRAS]
-    except UsageError:
-        files = []
-    if not files:
-        raise UsageError(f"{folder} holds neither a {MODEL} nor pictures to judge")
-    manifest = folder / MANIFEST
-    if manifest.is_file():
+    paths = sorted(path for path in folder.glob("*.npz") if path.stem.isdigit())
+    if not paths:
         try:
-            with manifest.open(encoding="utf-8") as lines:
-                first = json.loads(next(lines))
-            origin |= {k: v for k, v in first.items() if k not in ("image", "index", "format")}
-        except (ValueError, StopIteration, AttributeError):
-            origin["manifest"] = "unreadable"
+            paths = [path for path in find_images(folder) if path.name not in EXTRAS]
+        except UsageError:
+            paths = []
+    if not paths:
+        raise UsageError(f"{folder} holds neither a {MODEL} nor pictures to judge")
     kept: list[Pixels] = []
     skipped: list[str] = []
-    for done, path in enumerate(files[:n], start=1):
+    for done, path in enumerate(paths[:n], start=1):
         try:
             picture = _read_picture(path)
         except Exception as error:  # the decoders raise almost anything on bad bytes
@@ -249,11 +234,11 @@ def read_samples(folder: Path, n: int, told: Told = lambda *_: None) -> Samples:
         if picture.shape[1] != picture.shape[2]:
             raise UsageError(f"{path} is {_size(picture)}; square pictures are compared")
         kept.append(picture)
-        told(done, min(n, len(files)))
+        on_progress(done, min(n, len(paths)))
     if not kept:
         raise UsageError(f"{folder}: no picture is readable; first: {skipped[0]}")
-    lost = _skipped(ImageSet(np.empty(0, np.uint8), tuple(skipped)))
-    return Samples(np.stack(kept), origin, lost)
+    origin = {"folder": str(folder), **_read_origin(folder)}
+    return Samples(np.stack(kept), origin, _skipped(tuple(skipped)))
 
 
 def _size(picture: Pixels) -> str:
@@ -261,19 +246,16 @@ def _size(picture: Pixels) -> str:
     return f"{width}×{height}" + (" in grey" if channels == 1 else "")
 
 
-def require_resolution(source: str, pictures: Pixels) -> None:
-    """Refuse real images that are smaller than the pictures: blown up, they are no measure.
+def require_resolution(source: str, side: int) -> None:
+    """Refuse real images that are smaller than the pictures: enlarged, they would be blurred.
 
     Args:
-        source: a folder or "synthetic".
-        pictures: uint8 [n, C, S, S].
-
-    Raises:
-        UsageError: names the first real image and both sizes.
+        source: a folder, of which the first image is looked at, or "synthetic".
+        side: of the pictures, in pixels.
     """
     if source == "synthetic":
         return
-    first, side = find_images(Path(source))[0], pictures.shape[-1]
+    first = find_images(Path(source))[0]
     try:
         with Image.open(first) as file:
             width, height = file.size

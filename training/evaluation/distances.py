@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lutdeploy.errors import BackendError, UsageError
+from lutdeploy.machine import import_problem
 
 Features = NDArray[np.float32]  # [n, D]
 Pixels = NDArray[np.uint8]  # [n, C, S, S]
@@ -42,29 +43,18 @@ BLOCK = 1024  # rows at once, so that memory does not grow with the product of t
 
 
 def require_torchmetrics() -> Any:
-    """torchmetrics, with its image metrics imported.
+    """torchmetrics with its image metrics, or an error that says how to get it."""
+    image_metrics = ("functional.image", "image.fid", "image.kid")
+    problem = import_problem("evaluate", *(f"torchmetrics.{name}" for name in image_metrics))
+    if problem:
+        raise BackendError(problem)
+    import torchmetrics
 
-    Raises:
-        BackendError: it does not load; says how to get it.
-    """
-    try:
-        import torchmetrics.functional.image
-        import torchmetrics.image.fid
-        import torchmetrics.image.kid
-    except (ImportError, RuntimeError) as error:  # a torchvision for another torch, say
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BackendError(
-            f"torchmetrics does not load here ({reason}); pip install 'lutdeploy[evaluate]'"
-        ) from error
     return torchmetrics
 
 
 def require_size(name: str, count: int) -> None:
-    """Refuse a set that is too small to measure.
-
-    Raises:
-        UsageError: says how many are needed.
-    """
+    """Refuse a set that is too small to measure."""
     if count < SMALLEST_SET:
         raise UsageError(
             f"{name}: {count} images are too few; at least {SMALLEST_SET} are needed, and about a "
@@ -198,9 +188,6 @@ def sliced_wasserstein(a: Pixels, b: Pixels, seed: int = 0) -> dict[int, float]:
 
     Args:
         a, b: uint8 [n, C, S, S], as many of each; the first 4,096 count.
-
-    Raises:
-        UsageError: sets of other sizes than one another.
     """
     if a.shape != b.shape:
         raise UsageError(f"sliced Wasserstein needs two equal sets, not {a.shape} and {b.shape}")

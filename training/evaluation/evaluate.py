@@ -1,7 +1,7 @@
 """How good and how diverse pictures are, and whether they are copies: sets in, numbers out.
 
 :func:`compare_sets` measures one set against another; :func:`evaluate` makes the whole
-evaluation of a model or of a folder of pictures, with real-against-real rows as the floor.
+evaluation of a model or of a folder of pictures, with real images against real images as the floor.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lutdeploy.errors import UsageError
 from lutdeploy.sampling import Denoiser, batch_noise
@@ -31,7 +30,7 @@ from lutdeploy.training.evaluation.distances import (
     sliced_wasserstein,
 )
 from lutdeploy.training.evaluation.features import Extractor
-from lutdeploy.training.evaluation.memorisation import COPY_RATIO, Neighbours, nearest_two
+from lutdeploy.training.evaluation.memorisation import COPY_RATIO, Memorisation, memorisation
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 ERROR_IMAGES = 256  # of each kind, at every noise level
@@ -62,14 +61,10 @@ class Metrics:
     coverage: float
     sliced_wasserstein: dict[int, float]  # by the pyramid level's side
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """One set measured against another, both named for people."""
 
     what: str
     against: str
@@ -86,27 +81,6 @@ class ErrorCurve:
     training: tuple[float, ...]
     gap: float  # mean over the levels, held-out minus training
     gap_error: float  # its standard error over the images
-
-
-@dataclass(frozen=True)
-class Closest:
-    """A sample beside its nearest training image."""
-
-    sample: int
-    training: int
-    mirrored: bool
-    distance: float
-    ratio: float
-
-
-@dataclass(frozen=True)
-class Memorisation:
-    """Nearest training neighbours of samples and, as the floor, of held-out images."""
-
-    space: str  # "pixels" or "features"
-    samples: dict[str, Any]
-    held_out: dict[str, Any] | None
-    closest: tuple[Closest, ...]
 
 
 @dataclass(frozen=True)
@@ -129,12 +103,8 @@ class Evaluation:
     memorisation: tuple[Memorisation, ...]
     likeness: Likeness | None
     errors: ErrorCurve | None
-    alarms: tuple[str, ...] = field(default=())
-    notes: tuple[str, ...] = field(default=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
+    alarms: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def compare_sets(
@@ -148,10 +118,6 @@ def compare_sets(
         samples, reference: uint8 [n, C, S, S], at least 16.
         extractor: of the features, from features.open_extractor.
         seed: of the subsets, patches and projections.
-
-    Raises:
-        UsageError: too few images, or sets of different shape.
-        BackendError: torchmetrics is not installed.
     """
     if samples.shape != reference.shape:
         raise UsageError(
@@ -161,64 +127,71 @@ def compare_sets(
     return measure(with_features(samples, extractor), with_features(reference, extractor), seed)
 
 
-Set = tuple[Pixels, Features]
-Told = Callable[[str], None]
+OnPhase = Callable[[str], None]  # called with the name of what is done next
+
+
+@dataclass(frozen=True)
+class Set:
+    """Images and their features."""
+
+    pixels: Pixels  # [n, C, S, S]
+    features: Features  # [n, D]
+
+    def __getitem__(self, rows: Any) -> Set:
+        return Set(self.pixels[rows], self.features[rows])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
 
 
 def with_features(pixels: Pixels, extractor: Extractor) -> Set:
     """Images as :func:`measure` takes them."""
-    return pixels, extractor(pixels)
+    return Set(pixels, extractor(pixels))
 
 
 def measure(samples: Set, reference: Set, seed: int) -> Metrics:
-    """:func:`compare_sets` for sets whose features are there already."""
-    kernel, kernel_std = kernel_distance(samples[1], reference[1], seed)
+    """:func:`compare_sets` of sets with their features."""
+    features = samples.features, reference.features
+    kernel, kernel_std = kernel_distance(*features, seed)
     return Metrics(
-        images=len(samples[0]),
-        frechet_distance=frechet_distance(samples[1], reference[1]),
+        images=len(samples),
+        frechet_distance=frechet_distance(*features),
         kernel_distance=kernel,
         kernel_distance_std=kernel_std,
-        **dataclasses.asdict(neighbourhoods(samples[1], reference[1])),
-        sliced_wasserstein=sliced_wasserstein(samples[0], reference[0], seed),
+        **dataclasses.asdict(neighbourhoods(*features)),
+        sliced_wasserstein=sliced_wasserstein(samples.pixels, reference.pixels, seed),
     )
 
 
-def _chosen(set_: Set, rows: NDArray[np.intp] | slice) -> Set:
-    return set_[0][rows], set_[1][rows]
-
-
-def _digest(image: Pixels, seed: int) -> bytes:
-    """A number at random, of an image and a seed."""
-    return hashlib.sha256(seed.to_bytes(8, "big") + image.tobytes()).digest()
-
-
-def _rows(samples: Set, training: Set, held_out: Set, seed: int, told: Told) -> tuple[Row, ...]:
+def _rows(
+    samples: Set, training: Set, held_out: Set, seed: int, on_phase: OnPhase
+) -> tuple[Row, ...]:
     """Samples against real images, and other real images against the same ones."""
-    real: Set = (
-        np.concatenate([training[0], held_out[0]]),
-        np.concatenate([training[1], held_out[1]]),
+    real = Set(
+        np.concatenate([training.pixels, held_out.pixels]),
+        np.concatenate([training.features, held_out.features]),
     )
-    n = min(len(samples[0]), len(real[0]) // 2)
-    # By their pixels, so that the halves do not depend on names or on what was held out.
-    by_content = sorted(range(len(real[0])), key=lambda i: _digest(real[0][i], seed))
-    floor, reference = (
-        _chosen(real, np.array(half)) for half in (by_content[:n], by_content[n : 2 * n])
-    )
+    n = min(len(samples), len(real) // 2)
+    # Ordered by pixels, so that the halves do not depend on names or on what was held out.
+    salt = seed.to_bytes(8, "big")
+    hashes = [hashlib.sha256(salt + image.tobytes()).digest() for image in real.pixels]
+    order = sorted(range(len(real)), key=hashes.__getitem__)
+    reference = real[order[n : 2 * n]]
     pairs = [
-        ("samples", f"{n:,} real", _chosen(samples, slice(n)), reference),
-        ("real", f"the same {n:,}", floor, reference),
+        ("samples", f"{n:,} real", samples[:n], reference),
+        ("real", f"the same {n:,}", real[order[:n]], reference),
     ]
-    held = min(len(samples[0]), len(held_out[0]), len(training[0]))
+    held = min(len(samples), len(held_out), len(training))
     if held >= SMALLEST_SET:
-        some = np.random.default_rng(seed + 1).permutation(len(training[0]))[:held]
-        against = _chosen(training, np.sort(some))
+        some = np.random.default_rng(seed + 1).permutation(len(training))[:held]
+        against = training[np.sort(some)]
         pairs += [
-            ("samples", f"{held:,} training", _chosen(samples, slice(held)), against),
-            ("held-out", f"the same {held:,}", _chosen(held_out, slice(held)), against),
+            ("samples", f"{held:,} training", samples[:held], against),
+            ("held-out", f"the same {held:,}", held_out[:held], against),
         ]
     rows = []
     for what, name, first, second in pairs:
-        told(f"distances: {what} against {name}")
+        on_phase(f"distances: {what} against {name}")
         rows.append(Row(what, name, measure(first, second, seed)))
     return tuple(rows)
 
@@ -229,9 +202,6 @@ def x0_errors(denoiser: Denoiser, held_out: Pixels, training: Pixels) -> ErrorCu
     Args:
         denoiser: predicts x0 at any t.
         held_out, training: uint8 [n, C, S, S]; 256 of each are used at most, spread evenly.
-
-    Raises:
-        UsageError: a denoiser that holds its own timesteps alone.
     """
     count = min(len(held_out), len(training), ERROR_IMAGES)
     noise = batch_noise(ERROR_SEED, range(count), denoiser.config.image_shape)
@@ -260,28 +230,6 @@ def x0_errors(denoiser: Denoiser, held_out: Pixels, training: Pixels) -> ErrorCu
     )
 
 
-def _memorisation(
-    space: str, samples: NDArray[Any], held_out: NDArray[Any], training: tuple[NDArray[Any], ...]
-) -> Memorisation:
-    found = nearest_two(samples, *training)
-    floor = nearest_two(held_out, *training).to_dict() if len(held_out) else None
-    return Memorisation(space, found.to_dict(), floor, _closest(found))
-
-
-def _closest(found: Neighbours, count: int = 16) -> tuple[Closest, ...]:
-    order = np.argsort(found.first, kind="stable")[:count]
-    return tuple(
-        Closest(
-            sample=int(q),
-            training=int(found.index[q]),
-            mirrored=bool(found.mirrored[q]),
-            distance=float(found.first[q]),
-            ratio=float(found.ratio[q]),
-        )
-        for q in order
-    )
-
-
 def _likeness(samples: Pixels, real: Pixels, seed: int) -> Likeness | None:
     scales = ms_ssim_scales(samples.shape[-1])
     if scales == 0:
@@ -294,11 +242,7 @@ def _likeness(samples: Pixels, real: Pixels, seed: int) -> Likeness | None:
 
 
 def require_images(real: RealImages) -> None:
-    """Refuse real images that are too few for the floor.
-
-    Raises:
-        UsageError: says how many are needed.
-    """
+    """Refuse real images that are too few for the floor."""
     require_size("half of the real images", (len(real.training) + len(real.held_out)) // 2)
     require_size("training images", len(real.training))
 
@@ -310,7 +254,7 @@ def evaluate(
     denoiser: Denoiser | None = None,
     seed: int = 0,
     notes: tuple[str, ...] = (),
-    told: Told = lambda _: None,
+    on_phase: OnPhase = lambda _: None,
 ) -> Evaluation:
     """The whole evaluation.
 
@@ -321,71 +265,83 @@ def evaluate(
         denoiser: the model that made the samples, for its x0 errors; None where there is none.
         seed: of splits, subsets, patches, projections and pairs.
         notes: what a reader should know besides.
-        told: called with what is done next.
-
-    Raises:
-        UsageError: too few images.
-        BackendError: torchmetrics is not installed.
+        on_phase: called with what is done next.
     """
     require_size("samples", len(samples))
     require_images(real)
-    told("features")
+    on_phase("features")
     flipped = real.training[..., ::-1]
-    features = [extractor(set_) for set_ in (samples, real.training, flipped)]
-    held = (
-        extractor(real.held_out)
-        if len(real.held_out)
-        else np.empty((0, features[0].shape[1]), np.float32)
+    made, training = with_features(samples, extractor), with_features(real.training, extractor)
+    flipped_features = extractor(flipped)
+    width = flipped_features.shape[1]
+    held_out = Set(real.held_out, np.empty((0, width), np.float32))
+    if len(real.held_out):
+        held_out = with_features(real.held_out, extractor)
+    rows = _rows(made, training, held_out, seed, on_phase)
+    on_phase("nearest training images")
+    both_ways = training.features, flipped_features
+    copies = (
+        memorisation("pixels", samples, real.held_out, (real.training, flipped)),
+        memorisation("features", made.features, held_out.features, both_ways),
     )
-    rows = _rows(
-        (samples, features[0]),
-        (real.training, features[1]),
-        (real.held_out, held),
-        seed,
-        told,
-    )
-    told("nearest training images")
-    memorisation = (
-        _memorisation("pixels", samples, real.held_out, (real.training, flipped)),
-        _memorisation("features", features[0], held, (features[1], features[2])),
-    )
-    told("likeness of pairs")
+    on_phase("likeness of pairs")
     likeness = _likeness(samples, real.training, seed)
-    remarks = [*notes, *real.warnings]
-    few = sorted({row.metrics.images for row in rows if row.metrics.images < features[0].shape[1]})
+    errors = None
+    no_errors = _why_no_errors(denoiser, real)
+    if denoiser is not None and not no_errors:
+        on_phase("x0 errors by noise level")
+        errors = x0_errors(denoiser, real.held_out, real.training)
+    return Evaluation(
+        rows,
+        copies,
+        likeness,
+        errors,
+        alarms=_alarms(copies, likeness, errors),
+        notes=(*notes, *real.warnings, *_remarks(rows, copies, real, width), *no_errors),
+    )
+
+
+def _remarks(
+    rows: tuple[Row, ...], copies: tuple[Memorisation, ...], real: RealImages, features: int
+) -> list[str]:
+    """What limits the figures, as sentences."""
+    remarks = []
+    few = sorted({row.metrics.images for row in rows if row.metrics.images < features})
     if few:
         remarks.append(
-            f"{' and '.join(f'{n:,}' for n in few)} images are fewer than the "
-            f"{features[0].shape[1]:,} features: a Fréchet distance of so few is inflated, and "
-            "good for nothing but comparisons at the same number"
+            f"{' and '.join(f'{n:,}' for n in few)} images are fewer than the {features:,} "
+            "features: a Fréchet distance of so few is inflated, and good for nothing but "
+            "comparisons at the same number"
         )
     if len(rows) == 2:
         remarks.append(
             f"{len(real.held_out)} held-out images are too few for a row of their own; "
             f"{SMALLEST_SET} are needed"
         )
-    twins = memorisation[0].held_out
-    if twins is not None and twins["smallest_nearest"] == 0:
+    in_pixels = copies[0].held_out
+    if in_pixels is not None and in_pixels.smallest_nearest == 0:
         remarks.append("some held-out images are training images, to the last pixel")
-    errors = None
-    if denoiser is not None and len(real.held_out) < 2:
-        remarks.append("no held-out images: no x0 error curve")
-    elif denoiser is not None and denoiser.schedule is not None:
-        remarks.append(
+    return remarks
+
+
+def _why_no_errors(denoiser: Denoiser | None, real: RealImages) -> tuple[str, ...]:
+    """Why a model gets no x0 errors, as a sentence, if it gets none."""
+    if denoiser is None:
+        return ()
+    if len(real.held_out) < 2:
+        return ("no held-out images: no x0 error curve",)
+    if denoiser.schedule is not None:
+        return (
             "this export holds its own timesteps alone: no x0 error curve; a step export or "
-            "--backend torch gives one"
+            "--backend torch gives one",
         )
-    elif denoiser is not None:
-        told("x0 errors by noise level")
-        errors = x0_errors(denoiser, real.held_out, real.training)
-    alarms = _alarms(memorisation, likeness, errors)
-    return Evaluation(rows, memorisation, likeness, errors, alarms, tuple(remarks))
+    return ()
 
 
 def _alarms(
-    memorisation: tuple[Memorisation, ...], likeness: Likeness | None, errors: ErrorCurve | None
+    copies: tuple[Memorisation, ...], likeness: Likeness | None, errors: ErrorCurve | None
 ) -> tuple[str, ...]:
-    """What a reader must not overlook, as sentences."""
+    """Signs of overfitting, memorisation and collapse, as sentences."""
     alarms = []
     if errors is not None and errors.gap > STANDARD_ERRORS * errors.gap_error:
         share = errors.gap / (sum(errors.training) / len(errors.training))
@@ -393,11 +349,11 @@ def _alarms(
             f"overfitting: the x0 error on held-out images is {share:.0%} above that on training "
             f"images ({errors.gap / errors.gap_error:.1f} standard errors)"
         )
-    for found in memorisation:
-        floor = found.held_out["share_copies"] if found.held_out else 0.0
-        if found.samples["share_copies"] > floor + COPIES_MARGIN:
+    for found in copies:
+        floor = found.held_out.share_copies if found.held_out else 0.0
+        if found.samples.share_copies > floor + COPIES_MARGIN:
             alarms.append(
-                f"memorisation: {found.samples['share_copies']:.1%} of the samples have "
+                f"memorisation: {found.samples.share_copies:.1%} of the samples have "
                 f"d1/d2 < {COPY_RATIO:.2f} in {found.space}, {floor:.1%} of the held-out images"
             )
     if likeness is not None and likeness.samples - likeness.real > max(

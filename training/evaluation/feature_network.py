@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lutdeploy.artefacts import files
@@ -83,11 +83,7 @@ def save_network(network: FeatureNetwork, path: Path) -> None:
 
 
 def load_network(path: Path = WEIGHTS, sha256: str = SHA256) -> FeatureNetwork:
-    """Read the network into float32, in eval mode.
-
-    Raises:
-        ArtefactError: missing, another hash, or other tensors.
-    """
+    """Read the network into float32, in eval mode; another file than the expected is refused."""
     if not path.is_file():
         raise ArtefactError(f"{path} is missing: install lutdeploy again")
     found = files.sha256(path)
@@ -97,15 +93,10 @@ def load_network(path: Path = WEIGHTS, sha256: str = SHA256) -> FeatureNetwork:
             "distances would mean nothing; install lutdeploy again"
         )
     network = FeatureNetwork()
+    counts = {k: v for k, v in network.state_dict().items() if k.endswith("_tracked")}
     try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name).float() for name in file.keys()}
-        network.load_state_dict(
-            {
-                **{k: v for k, v in network.state_dict().items() if k.endswith("_tracked")},
-                **state,
-            }
-        )
+        state = {name: value.float() for name, value in load_file(path).items()}
+        network.load_state_dict(counts | state)
     except (SafetensorError, RuntimeError) as error:
         raise ArtefactError(f"{path} does not hold the feature network: {error}") from error
     return network.eval().requires_grad_(False)

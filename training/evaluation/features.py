@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_author_file
@@ -25,116 +25,86 @@ BATCH = 64
 PUBLISHED_INCEPTION = "6726825d"
 
 
-class Extractor(Protocol):
+@dataclass(frozen=True)
+class Extractor:
     """Images to features, and what the distances between those may be called."""
 
-    @property
-    def name(self) -> str:
-        """For people: whose features these are."""
-
-    @property
-    def sha256(self) -> str:
-        """Of the weights' file."""
-
-    @property
-    def frechet_name(self) -> str: ...
-
-    @property
-    def kernel_name(self) -> str: ...
-
-    def __call__(self, pixels: Pixels) -> Features:
-        """uint8 [n, C, S, S], C being 1 or 3, to float32 [n, D]."""
-
-
-def _batches(pixels: Pixels) -> Iterator[torch.Tensor]:
-    """uint8 [64, 3, S, S] at a time; grey becomes colour."""
-    for start in range(0, len(pixels), BATCH):
-        block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + BATCH]))
-        yield block.expand(-1, 3, -1, -1) if block.shape[1] == 1 else block
-
-
-def _joined(rows: list[torch.Tensor]) -> Features:
-    """[n, D] from batches of features.
-
-    Raises:
-        NonFiniteError: NaN or Inf, which only damaged weights give.
-    """
-    features = torch.cat(rows).float().cpu()
-    if not features.isfinite().all():
-        raise NonFiniteError("NaN or Inf in the features: the extractor's weights are damaged")
-    return features.numpy()
-
-
-@dataclass(frozen=True)
-class LutdeployFeatures:
-    """The network that comes with lutdeploy. Its distances are no FID and no KID.
-
-    Images of another side than 64 are resized (bilinear, antialiased).
-    """
-
-    network: Callable[[torch.Tensor], torch.Tensor]
+    network: Callable[[Tensor], Tensor]  # uint8 [B, 3, S, S] to [B, D]
     device: str
-    name: str = "lutdeploy features"
-    sha256: str = SHA256
-    frechet_name: str = "Fréchet distance (lutdeploy features)"
-    kernel_name: str = "kernel distance (lutdeploy features)"
+    name: str  # for people: whose features these are
+    sha256: str  # of the weights' file
+    frechet_name: str
+    kernel_name: str
 
     @torch.inference_mode()
     def __call__(self, pixels: Pixels) -> Features:
-        rows = []
-        for block in _batches(pixels):
-            x = block.to(self.device).float().div(127.5).sub(1)
-            if x.shape[-1] != SIDE:
-                x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
-            rows.append(self.network(x))
-        return _joined(rows)
+        """uint8 [n, C, S, S], C being 1 or 3, to float32 [n, D].
 
-
-@dataclass(frozen=True)
-class InceptionFeatures:
-    """Inception's 2048 pooled features, by its own resize and scaling."""
-
-    network: Callable[[torch.Tensor], torch.Tensor]
-    device: str
-    name: str
-    sha256: str
-    frechet_name: str = "FID"
-    kernel_name: str = "KID"
-
-    @torch.inference_mode()
-    def __call__(self, pixels: Pixels) -> Features:
-        return _joined([self.network(block.to(self.device)) for block in _batches(pixels)])
+        Raises:
+            NonFiniteError: NaN or Inf, which only damaged weights give.
+        """
+        found = []
+        for start in range(0, len(pixels), BATCH):
+            block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + BATCH]))
+            colour = block.expand(-1, 3, -1, -1)  # grey becomes colour
+            found.append(self.network(colour.to(self.device)))
+        features = torch.cat(found).float().cpu()
+        if not features.isfinite().all():
+            raise NonFiniteError("NaN or Inf in the features: the extractor's weights are damaged")
+        return features.numpy()
 
 
 def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
-    """The extractor of a file of Inception weights, or lutdeploy's own for None.
-
-    Raises:
-        UsageError: no such file.
-        ArtefactError: it does not hold Inception's weights, or lutdeploy's own are damaged.
-        BackendError: no such device.
-    """
-    if path is None:
-        return LutdeployFeatures(_placed(load_network(), device), device)
-    state = _read_state(path)
-    digest = files.sha256(path)
-    known = "as published" if digest.startswith(PUBLISHED_INCEPTION) else "not the published file"
-    name = f"Inception, weights {path.name} ({known})"
-    return InceptionFeatures(_placed(_inception(path, state), device), device, name, digest)
-
-
-def _placed(network: torch.nn.Module, device: str) -> torch.nn.Module:
-    """The network on a device."""
+    """The extractor of a file of Inception weights, or lutdeploy's own for None."""
     try:
-        return network.to(device)
-    except (AssertionError, RuntimeError) as error:  # as a torch without CUDA, and with it, says
+        if path is None:
+            return Extractor(
+                network=_own_features(load_network().to(device)),
+                device=device,
+                name="lutdeploy features",
+                sha256=SHA256,
+                frechet_name="Fréchet distance (lutdeploy features)",
+                kernel_name="kernel distance (lutdeploy features)",
+            )
+        state = {name: value.to(device) for name, value in _read_state(path).items()}
+    except (AssertionError, RuntimeError) as error:  # of a torch without CUDA, and of one with it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BackendError(
             f"device {device}: torch cannot use it ({reason}); see `lutdeploy doctor`"
         ) from error
+    try:
+        network = Inception(state)
+    except ArtefactError as error:
+        raise ArtefactError(
+            f"{path} does not hold the Inception weights that FID is defined by "
+            f"(pt_inception-2015-12-05-6726825d.pth): {error}"
+        ) from error
+    digest = files.sha256(path)
+    known = "as published" if digest.startswith(PUBLISHED_INCEPTION) else "not the published file"
+    return Extractor(
+        network=network,
+        device=device,
+        name=f"Inception, weights {path.name} ({known})",
+        sha256=digest,
+        frechet_name="FID",
+        kernel_name="KID",
+    )
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
+def _own_features(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """lutdeploy's network with its scaling; images of another side than 64 are resized."""
+
+    def features(pixels: Tensor) -> Tensor:
+        x = pixels.float().div(127.5).sub(1)
+        if x.shape[-1] != SIDE:
+            x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
+        found: Tensor = network(x)
+        return found
+
+    return features
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch.save file; no pickled code is executed."""
     if path.suffix != ".safetensors":
         return read_author_file(path)
@@ -144,26 +114,3 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         return load_tensors(path.read_bytes())
     except SafetensorError as error:
         raise ArtefactError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def _inception(path: Path, state: dict[str, torch.Tensor]) -> Inception:
-    """Inception with these weights."""
-    network = Inception()
-    expected = {k: v for k, v in network.state_dict().items() if not k.endswith("_tracked")}
-    given = {k: v for k, v in state.items() if not k.endswith("_tracked")}  # of no use here
-    for name in (*expected, *given):
-        if name not in expected:
-            wrong = f"key {name} is unknown"
-        elif name not in given:
-            wrong = f"key {name} is missing"
-        elif given[name].shape != expected[name].shape:
-            shapes = [list(s[name].shape) for s in (given, expected)]
-            wrong = f"key {name} has shape {shapes[0]}, expected {shapes[1]}"
-        else:
-            continue
-        raise ArtefactError(
-            f"{path} does not hold the Inception weights that FID is defined by "
-            f"(pt_inception-2015-12-05-6726825d.pth): {wrong}"
-        )
-    network.load_state_dict(given, strict=False)
-    return network.eval().requires_grad_(False)

@@ -16,8 +16,40 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True)
+class Summary:
+    """The neighbours of a set in figures: d1 and d1/d2 over its images."""
+
+    images: int
+    median_nearest: float
+    smallest_nearest: float
+    median_ratio: float
+    share_copies: float
+
+
+@dataclass(frozen=True)
+class Closest:
+    """A sample beside its nearest training image."""
+
+    sample: int
+    training: int
+    mirrored: bool
+    distance: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Nearest training neighbours of samples and, as the floor, of held-out images."""
+
+    space: str  # "pixels" or "features"
+    samples: Summary
+    held_out: Summary | None
+    closest: tuple[Closest, ...]
+
+
+@dataclass(frozen=True)
 class Neighbours:
-    """Of each query: its two nearest training images, nearest first."""
+    """The two nearest training images of each query, nearest first."""
 
     index: NDArray[np.intp]  # [q]
     mirrored: NDArray[np.bool_]  # [q], the nearest is nearer when flipped
@@ -31,15 +63,20 @@ class Neighbours:
             self.first, self.second, out=np.zeros_like(self.first), where=self.second > 0
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a report says of them."""
-        return {
-            "images": len(self.index),
-            "median_nearest": float(np.median(self.first)),
-            "smallest_nearest": float(self.first.min()),
-            "median_ratio": float(np.median(self.ratio)),
-            "share_copies": float((self.ratio < COPY_RATIO).mean()),
-        }
+    def summary(self) -> Summary:
+        return Summary(
+            images=len(self.index),
+            median_nearest=float(np.median(self.first)),
+            smallest_nearest=float(self.first.min()),
+            median_ratio=float(np.median(self.ratio)),
+            share_copies=float((self.ratio < COPY_RATIO).mean()),
+        )
+
+    def closest(self, count: int = 16) -> tuple[Closest, ...]:
+        """The queries that lie nearest to a training image."""
+        columns = (self.index, self.mirrored, self.first, self.ratio)
+        order = np.argsort(self.first, kind="stable")[:count]
+        return tuple(Closest(int(q), *(column[q].item() for column in columns)) for q in order)
 
 
 def nearest_two(
@@ -63,17 +100,15 @@ def nearest_two(
             block = np.ascontiguousarray(set_[start : start + BLOCK])
             r = torch.from_numpy(block.reshape(len(block), -1)).float()
             squares.append(lengths + r.square().sum(1) - 2 * (x @ r.T))
-        nearer = torch.minimum(*squares)
-        values = torch.cat([best, nearer], 1)
+        nearer = torch.minimum(*squares)  # [q, b]
         rows = torch.arange(start, start + nearer.shape[1]).expand(len(x), -1)
-        candidates = torch.cat([index, rows], 1)
-        best, order = values.topk(2, largest=False)
-        index = candidates.gather(1, order)
-    # The product rounds; the two that are left are measured by their differences.
-    exact = np.empty((2, 2, len(queries)))
-    for k in range(2):
+        best, order = torch.cat([best, nearer], 1).topk(2, largest=False)
+        index = torch.cat([index, rows], 1).gather(1, order)
+    # The product rounds, so the two that are left are measured again by their differences.
+    exact = np.empty((2, 2, len(queries)))  # nearest two, image and flip
+    for q, pair in enumerate(index.tolist()):
         for side, set_ in enumerate((training, mirrored)):
-            for q, row in enumerate(index[:, k].tolist()):
+            for k, row in enumerate(pair):
                 difference = queries[q].astype(np.float64) - set_[row]
                 exact[k, side, q] = np.sqrt(np.square(difference).mean())
     distances = exact.min(axis=1)  # [2, q]
@@ -85,3 +120,12 @@ def nearest_two(
         first=distances[pick, everywhere],
         second=distances[ranked[1], everywhere],
     )
+
+
+def memorisation(
+    space: str, samples: NDArray[Any], held_out: NDArray[Any], training: tuple[NDArray[Any], ...]
+) -> Memorisation:
+    """Samples and held-out images beside the training images, which come with their flips."""
+    found = nearest_two(samples, *training)
+    floor = nearest_two(held_out, *training).summary() if len(held_out) else None
+    return Memorisation(space, found.summary(), floor, found.closest())
