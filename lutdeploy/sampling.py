@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
-from lutdeploy.schedule import Schedule, Step, solver_schedule
+from lutdeploy.schedule import Schedule, ScheduleRequest, Step
 
 Images = NDArray[np.float32]  # [B, C, S, S]
 Batch = tuple[Sequence[int], Images]  # the images' indices, and their noise
@@ -300,7 +300,7 @@ def sample(
     if noise is not None and noise.shape != (n, *shape):
         raise UsageError(f"noise must have shape {(n, *shape)}, not {noise.shape}")
     if schedule is None:
-        schedule = choose_schedule(denoiser.schedule, solver, steps, shift)
+        schedule = ScheduleRequest(solver, steps, shift).resolve(denoiser.schedule)
     elif (steps, solver, shift) != (None, None, None):
         raise UsageError("table says solver, steps and shift; give either")
     check_schedule(denoiser, schedule)
@@ -313,52 +313,3 @@ def sample(
     for indices, ends in finished_batches(denoiser, batches, schedule):
         images[indices[0] : indices[-1] + 1] = ends
     return images
-
-
-def choose_schedule(
-    held: Schedule | None,
-    solver: str | None,
-    steps: int | None,
-    shift: float | None,
-    grid: str | None = None,
-    tuned: Callable[[], Sequence[Schedule]] = tuple,
-) -> Schedule:
-    """The schedule asked for; what is not said (None) is as in ``held``, else the reference's.
-
-    Args:
-        held: the only schedule that a denoiser can follow, if so.
-        solver: its name. None with a tuned grid: the best of those there are.
-        steps: network evaluations.
-        shift: of a uniform grid.
-        grid: "uniform" or "tuned".
-        tuned: gives the model's tuned schedules, better ones first; called when one is wanted.
-
-    Raises:
-        UsageError: no such tuned schedule, which lists those there are; a shift of a tuned grid.
-        ConfigError: as :func:`lutdeploy.schedule.solver_schedule`.
-    """
-    if held is not None and held.grid == "tuned" and grid is None and shift is None:
-        grid = "tuned"
-    if grid != "tuned":
-        return solver_schedule(
-            solver if solver is not None else (held.solver if held else "euler"),
-            steps if steps is not None else (held.steps if held else 64),
-            shift if shift is not None else (held.shift if held else 1.0),
-        )
-    if shift is not None:
-        raise UsageError("--shift warps a uniform grid; a tuned one has its times")
-    if held is not None and held.grid == "tuned":
-        if solver in (None, held.solver) and steps in (None, held.steps):
-            return held
-    there = tuned()
-    wanted = steps if steps is not None else (held.steps if held else 64)
-    for schedule in there:
-        if schedule.steps == wanted and solver in (None, schedule.solver):
-            return schedule
-    counts = [str(n) for n in dict.fromkeys(t.steps for t in there if solver in (None, t.solver))]
-    owner = f" for {solver}" if solver else ""
-    raise UsageError(
-        f"no tuned grid of {wanted} steps{owner}; "
-        + (f"there are some of {', '.join(counts)} steps" if counts else "this model has none")
-        + f"; `lutdeploy tune-steps --steps {wanted}` searches one"
-    )

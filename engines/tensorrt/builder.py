@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import tensorrt as trt
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.verdicts import store_verdict, verdict_of
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.engine import (
@@ -38,6 +38,7 @@ from lutdeploy.errors import BackendError
 from lutdeploy.model import LutTransformer
 from lutdeploy.parity import Report, compare
 from lutdeploy.sampling import Denoiser, batch_noise
+from lutdeploy.schedule import solver_schedule
 from lutdeploy.signature import Signature, graph_signature
 
 Notify = Callable[[str], None]
@@ -310,16 +311,18 @@ def inspect_engine(record: plan.PlanRecord, manifest: Manifest, graph: GraphRepo
 
 
 def judge(
+    run: Run,
     records: list[plan.PlanRecord],
     graphs: list[GraphReport],
     manifest: Manifest,
     device: CudaDevice,
     model: LutTransformer,
     reference: Denoiser,
-) -> tuple[list[plan.PlanRecord], LayerReport, Report | None]:
-    """Check the engines of one build and write the verdict into their records.
+) -> tuple[LayerReport, Report | None]:
+    """Check the engines of one build and store a verdict on each.
 
     Args:
+        run: keeps the verdicts.
         records, graphs: an engine and its graph's report, for each graph of the export.
         manifest: of their export.
         device: the GPU.
@@ -327,8 +330,8 @@ def judge(
         reference: what is right: float32 on the CPU.
 
     Returns:
-        The records with their verdict, all layers together, and the parity report: None
-        when the layers already show another precision than the export's.
+        All layers together, and the parity report: None when the layers already show another
+        precision than the export's.
 
     Raises:
         ArtefactError: an engine that TensorRT refuses, or with other tensors.
@@ -338,16 +341,20 @@ def judge(
         for record, graph in zip(records, graphs, strict=True)
     ]
     together = merge_reports(layers)
-    report = None
+    report, schedule = None, manifest.schedule or solver_schedule("euler", 64)
     if not together.failures:
-        with TensorRTDenoiser(manifest, device, records, unverified=True) as engine:
+        with TensorRTDenoiser(manifest, device, records) as engine:
             noise = batch_noise(0, range(IMAGES), manifest.config.image_shape)
             report = compare(model, engine, manifest.precision, noise=noise, reference=reference)
-    parity = report.to_dict() if report else None
-    judged = [
-        replace(record, layers=layer.to_dict(), parity=parity)
-        for record, layer in zip(records, layers, strict=True)
-    ]
-    for record in judged:
-        record.write()
-    return judged, together, report
+    found = report or Report.without_checks(manifest.precision, schedule)
+    for record, layer in zip(records, layers, strict=True):
+        identity = {
+            "backend": "tensorrt",
+            "device": device.gpu,
+            "export": manifest.name,
+            "engine_sha256": record.plan_sha256,
+            "model_sha256": manifest.source_sha256,
+        }
+        verdict = verdict_of(found, identity, "build", together.failures, layer.to_dict())
+        store_verdict(run, verdict)
+    return together, report

@@ -74,7 +74,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write a record, or plain JSON values, as readable JSON, atomically."""
     import msgspec
 
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+    encoded = msgspec.json.encode(value, enc_hook=_plain)
+    write_atomic(path, msgspec.json.format(encoded, indent=1) + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """Text and numbers of other types, such as NumPy's, as Python's own."""
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise NotImplementedError(f"{type(value).__name__} has no place in a JSON file")
 
 
 def read_record(path: Path, kind: type[T], remedy: str) -> T:
