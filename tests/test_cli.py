@@ -376,11 +376,12 @@ def test_shipped_models_are_fp16_told_of_and_paint(name: str) -> None:
     found = json.loads(run("inspect", path, "--json").stdout)
     assert found["dtypes"] == ["F16"]
     assert found["config"] == shipped.facts(name)["training"]["model"]
-    card = path.with_suffix(".md").read_text()
+    docs = Path(__file__).parent.parent / "docs" / "models"
+    card = (docs / f"{name}.md").read_text()
     for word in ("Data", "Recipe", "Steps", "Images seen", "Fréchet"):
         assert word in card
     for picture in ("samples", "trajectory", "lut", "gram"):
-        assert path.with_suffix(f".{picture}.png").is_file()
+        assert (docs / f"{name}.{picture}.png").is_file()
     made = lutdeploy.sample(lutdeploy.load(path), 4, steps=16, solver="dpmpp-2m")
     assert np.isfinite(made).all()
     assert 0.2 < made.std() < 1
