@@ -20,7 +20,7 @@ from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.checkpoint import load_model, save_model
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
-from lutdeploy.cli import cli
+from lutdeploy.cli import COMMANDS, cli
 from lutdeploy.sampling import batch_noise
 from tests.conftest import golden_model, read_golden
 
@@ -407,11 +407,16 @@ def test_doctor_fails_when_something_needed_is_missing(monkeypatch: pytest.Monke
     assert "pip install no-such-package" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "import", "export", "parity", "sample", "inspect", "doctor"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    assert "Usage: " in run(command, "--help").stdout
+    text = run(command, "--help").stdout
+    assert f"Usage: cli {command} " in text
+    assert "..." not in text
+
+
+def test_the_short_help_is_whole() -> None:
+    text = run("--help").stdout
+    assert all(short in text for short in COMMANDS.values())
 
 
 def test_it_runs_as_a_program() -> None:

@@ -188,6 +188,28 @@ def test_a_model_that_was_trained_on_makes_them_stale(run: Run, tmp_path: Path) 
     assert not {e.schedule for e in found.entries} & {e.schedule for e in known.entries}
 
 
+def test_sample_follows_the_best_unless_told(run: Run, tmp_path: Path) -> None:
+    best = read_tuned_steps(run.tuned_steps).best
+    assert best is not None
+
+    def made(*options: object) -> tuple[str, int, str]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        options = (*options, "--backend", "torch", "-n", 1, "--no-grid", "--out", out)
+        said = succeed("sample", run.path, *options).stderr
+        line = json.loads((out / "manifest.jsonl").read_text())
+        return line["solver"], line["steps"], said
+
+    solver, steps, said = made()
+    assert (solver, steps) == (best.solver, best.steps)
+    assert f"schedule: {best.describe()}, the best that tune-steps found" in said
+    assert made("--solver", "euler")[:2] == ("euler", 64)
+    assert made("--steps", 2)[:2] == ("euler", 2)
+    TunedSteps("other", (), None).write(run.tuned_steps)
+    solver, steps, said = made()
+    assert (solver, steps) == ("euler", 64)
+    assert "warning: " in said and "was tuned for another model" in said
+
+
 def test_tuning_again_adds(run: Run) -> None:
     before = {e.schedule.steps for e in read_tuned_steps(run.tuned_steps).entries}
     assert 5 not in before
