@@ -43,9 +43,6 @@ def measured_choices(run: Run, request: EngineRequest) -> list[Choice]:
     Args:
         run: with its bench.json and verdicts.
         request: only engines on its device and of its export, where it names them.
-
-    Raises:
-        ArtefactError: a damaged bench.json or verdict.
     """
     if not run.bench.is_file():
         return []

@@ -27,11 +27,7 @@ def _about_model(config: ModelConfig) -> dict[str, Any]:
 
 
 def inspect_export(folder: Path) -> dict[str, Any]:
-    """An export folder, its files verified by size and hash.
-
-    Raises:
-        ArtefactError: names the file that is damaged.
-    """
+    """An export folder, its files verified by size and hash."""
     manifest = read_manifest(folder)
     manifest.verify()
     schedule = manifest.schedule
@@ -56,11 +52,7 @@ def inspect_export(folder: Path) -> dict[str, Any]:
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
-    """A model.safetensors.
-
-    Raises:
-        ArtefactError, UsageError: damaged, foreign or missing.
-    """
+    """A model.safetensors."""
     from safetensors import safe_open
 
     config, about = read_metadata(path)
@@ -136,9 +128,6 @@ def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, A
     Args:
         path: of one of the three.
         machine: see :func:`inspect_engines`.
-
-    Raises:
-        ArtefactError, UsageError: damaged, foreign or missing.
     """
     located = locate(path)
     if located.export is not None:

@@ -55,9 +55,6 @@ class Judge:
             schedule: of the trajectories.
             count, seed: images 0 … count−1 of a seed are compared.
             note: told which run stands for a model of the package.
-
-        Raises:
-            UsageError: there is no model beside the export.
         """
         if is_shipped(path) and (RUNS / path.stem).is_dir():
             path = find_run(path, note).path
@@ -94,11 +91,7 @@ class Judge:
 
 
 def request_to_judge(judge: Judge, request: EngineRequest, fp16: bool) -> EngineRequest:
-    """The request with its export found: the named one, the newest, or the newest of fp16.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The request with its export found: the named one, the newest, or the newest of fp16."""
     located, export = judge.located, request.export
     if request.backend == "torch":
         if fp16 or export:
@@ -142,11 +135,7 @@ class Judged:
 
 
 def judge_everything(judge: Judge, threads: int | None) -> Iterator[Judged]:
-    """Judge every engine that `lutdeploy bench` could measure here.
-
-    Raises:
-        UsageError: there is nothing to judge.
-    """
+    """Judge every engine that `lutdeploy bench` could measure here."""
     located, run = judge.located, judge.run
     assert located.model is not None
     exports = [located.export] if located.export else run.exports() if run else []

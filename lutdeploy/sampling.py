@@ -59,10 +59,6 @@ class StreamingDenoiser(Denoiser, Protocol):
             schedule: the steps.
             pixels: uint8 [n, S, S, C] as :func:`lutdeploy.images.to_uint8` makes them,
                 instead of float32 [n, C, S, S].
-
-        Raises:
-            UsageError: it holds other steps, or a batch does not fit.
-            NonFiniteError: NaN or Inf; names the step and the image.
         """
 
 
@@ -71,9 +67,6 @@ def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Images:
 
     Philox is a counter-based generator (Salmon et al. 2011); seed and index are its key,
     so no two images share a stream and none depends on a batch.
-
-    Raises:
-        ConfigError: seed or index outside [0, 2^64).
     """
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 2**64:
@@ -109,22 +102,14 @@ def noise_batches(
 
 
 def held_row(schedule: Schedule, row: Step) -> int:
-    """Which row of a denoiser's own schedule is asked for.
-
-    Raises:
-        UsageError: none of them.
-    """
+    """Which row of a denoiser's own schedule is asked for."""
     if row not in schedule.rows:
         raise UsageError(f"this export holds no step {row}; it holds {schedule.describe()}")
     return schedule.rows.index(row)
 
 
 def predict_by_row(denoiser: Denoiser, x: Images, t: NDArray[np.float32]) -> Images:
-    """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its schedule alone.
-
-    Raises:
-        UsageError: it does not hold these timesteps, or whole trajectories alone.
-    """
+    """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its schedule alone."""
     if denoiser.whole_trajectory:
         raise UsageError("a loop export holds whole trajectories, no single prediction")
     schedule, t = denoiser.schedule, np.asarray(t, np.float32)
@@ -164,11 +149,7 @@ class State:
 
 
 def check_schedule(denoiser: Denoiser, schedule: Schedule) -> None:
-    """Refuse a schedule that the denoiser's graphs do not hold.
-
-    Raises:
-        UsageError: says which schedule it holds.
-    """
+    """Refuse a schedule that the denoiser's graphs do not hold."""
     held = denoiser.schedule
     if held is not None and held != schedule:
         raise UsageError(
@@ -215,9 +196,6 @@ def resume(
         state: from a trajectory whose first ``state.step`` rows were those of ``schedule``.
         schedule: the steps.
         indices: the images' numbers for messages.
-
-    Raises:
-        NonFiniteError: as :func:`trajectory`.
     """
     for row in schedule.rows[state.step :]:
         x, x0 = denoiser.step(state.x, row, history(row, state.x0, state.x0_prev))

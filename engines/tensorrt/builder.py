@@ -78,11 +78,7 @@ class TimingCache:
         self._data = path.read_bytes() if path.is_file() else b""
 
     def attach(self, config: Any) -> None:
-        """Give a build what is known; what is foreign is reported and left out.
-
-        Raises:
-            BackendError: TensorRT makes no timing cache at all.
-        """
+        """Give a build what is known; what is foreign is reported and left out."""
         cache = config.create_timing_cache(self._data)
         if cache is None or not config.set_timing_cache(cache, False):
             self._note(
@@ -123,9 +119,6 @@ def parse_graph(
 
     Returns:
         The network, and the parser, which owns its weights until the build is done.
-
-    Raises:
-        BackendError: with every error of the parser: node, operator, text.
     """
     # The flag's value differs between versions; 11 ignores it, 10 is weakly typed without.
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -144,11 +137,7 @@ def parse_graph(
 def configure(
     builder: Any, options: plan.BuildOptions, signature: Signature, progress: BuildProgress
 ) -> Any:
-    """The builder's configuration: one optimization profile, TF32 off, details on.
-
-    Raises:
-        BackendError: TensorRT refuses the profile.
-    """
+    """The builder's configuration: one optimization profile, TF32 off, details on."""
     config = builder.create_builder_config()
     # float32 here is either the reference or an island that was kept wide on purpose.
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -196,9 +185,6 @@ def build_plan(
         device: the GPU to build for.
         cache: read and written.
         on_phase: told the name of each phase.
-
-    Raises:
-        BackendError: what TensorRT says.
     """
     log, progress = EngineLog(), BuildProgress(on_phase)
     builder = trt.Builder(log)
@@ -251,9 +237,6 @@ def build_export(
 
     Returns:
         A record for each graph, and whether it was there already.
-
-    Raises:
-        BackendError, ArtefactError: what went wrong; engines finished before it stay.
     """
     manifest.verify()
     for names in ("*.plan", "*.json", run.timing_cache.name):
@@ -295,11 +278,7 @@ def build_export(
 
 
 def inspect_engine(record: plan.PlanRecord, manifest: Manifest, graph: GraphReport) -> LayerReport:
-    """Tensors, profile and layers of a built engine against its graph.
-
-    Raises:
-        ArtefactError: refused by TensorRT, or with other tensors than the signature's.
-    """
+    """Tensors, profile and layers of a built engine against its graph."""
     log = EngineLog()
     runtime = open_runtime(log, record)
     engine = load_engine(runtime, log, record)
@@ -332,9 +311,6 @@ def judge(
     Returns:
         All layers together, and the parity report: None when the layers already show another
         precision than the export's.
-
-    Raises:
-        ArtefactError: an engine that TensorRT refuses, or with other tensors.
     """
     layers = [
         inspect_engine(record, manifest, graph)

@@ -67,11 +67,7 @@ def open_runtime(log: EngineLog, record: plan.PlanRecord) -> Any:
 
 
 def load_engine(runtime: Any, log: EngineLog, record: plan.PlanRecord) -> Any:
-    """Deserialise a recorded plan.
-
-    Raises:
-        ArtefactError: the plan is not the recorded one, or TensorRT refuses it.
-    """
+    """Deserialise a recorded plan."""
     data = record.read_plan()
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
@@ -80,11 +76,7 @@ def load_engine(runtime: Any, log: EngineLog, record: plan.PlanRecord) -> Any:
 
 
 def check_engine(engine: Any, signature: Signature, profile: plan.BatchProfile, what: str) -> None:
-    """Hold an engine's tensors and optimization profile against the signature.
-
-    Raises:
-        ArtefactError: got and expected, for the first that differs.
-    """
+    """Hold an engine's tensors and optimization profile against the signature."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found: dict[Any, dict[str, tuple[str, str, tuple[str | int | None, ...]]]] = {
         trt.TensorIOMode.INPUT: {},
@@ -132,9 +124,6 @@ class TensorRTProgram:
         graph: the export's kind.
         batch: B.
         steps: rows of the coefficient schedule of a "step" export.
-
-    Raises:
-        BackendError: TensorRT refuses a shape or makes no context.
     """
 
     def __init__(
@@ -193,11 +182,7 @@ class TensorRTProgram:
             self._table[:, :, : self.batch].copy_(torch.from_numpy(values))
 
     def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
-        """See :class:`lutdeploy.engines.cuda.loop.Program`.
-
-        Raises:
-            BackendError: TensorRT refuses an address or the launch.
-        """
+        """See :class:`lutdeploy.engines.cuda.loop.Program`."""
         tensors = {"x": x, "x0_prev": x0_prev, "x_next": x_next, "x0": x0}
         index = 0
         if self.graph == "loop":
@@ -277,11 +262,7 @@ def usable_plans(
 
 
 def require_passed(states: Sequence[plan.PlanState]) -> None:
-    """Refuse engines that have not passed their checks.
-
-    Raises:
-        ParityError: names the engine and what it failed.
-    """
+    """Refuse engines that have not passed their checks."""
     for state in states:
         name = f"engine {state.path.with_suffix('.plan').name}"
         if state.verdict is None:
@@ -302,9 +283,6 @@ class TensorRTDenoiser(DeviceDenoiser):
         manifest: of the export that they were built from.
         device: the GPU.
         records: an engine for each graph, such as :func:`usable_plans` finds.
-
-    Raises:
-        ArtefactError: a changed plan, one that TensorRT refuses, or with other tensors.
     """
 
     def __init__(

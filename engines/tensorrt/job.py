@@ -116,9 +116,6 @@ def build_checked(
 
     Returns:
         The plans.
-
-    Raises:
-        ParityError: an engine failed its checks; the verdict is stored.
     """
     from lutdeploy.engines.tensorrt.builder import build_export, judge
 

@@ -31,11 +31,7 @@ AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """The batch sizes of an engine; one size alone makes a static engine.
-
-    Raises:
-        UsageError: not 1 ≤ min ≤ opt ≤ max.
-    """
+    """The batch sizes of an engine; one size alone makes a static engine."""
 
     min: int
     opt: int
@@ -47,11 +43,7 @@ class BatchProfile:
 
     @classmethod
     def parse(cls, text: str) -> BatchProfile:
-        """From "N" or "MIN:OPT:MAX".
-
-        Raises:
-            UsageError: neither of the two.
-        """
+        """From "N" or "MIN:OPT:MAX"."""
         try:
             sizes = [int(part) for part in text.split(":")]
         except ValueError:
@@ -70,11 +62,7 @@ class BatchProfile:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user asks of the builder; all of it decides the plan and is in its key.
-
-    Raises:
-        UsageError: a value out of range.
-    """
+    """What a user asks of the builder; all of it decides the plan and is in its key."""
 
     batch: BatchProfile = BatchProfile(1, 64, 256)
     workspace_mib: int | None = None  # None: what TensorRT takes by itself
@@ -240,11 +228,7 @@ def find_plan(run: Run, fields: Mapping[str, Any]) -> PlanRecord | None:
 
 
 def plan_version(data: bytes) -> str:
-    """The TensorRT version in a plan's header, "major.minor.patch".
-
-    Raises:
-        ArtefactError: not a plan.
-    """
+    """The TensorRT version in a plan's header, "major.minor.patch"."""
     if len(data) < HEADER_BYTES or struct.unpack_from("<I", data)[0] != PLAN_TAG:
         raise ArtefactError("not a TensorRT plan: its header has another tag")
     return ".".join(str(part) for part in data[24:27])

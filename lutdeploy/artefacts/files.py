@@ -108,11 +108,7 @@ def read_record(path: Path, kind: type[T], remedy: str) -> T:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        ArtefactError: missing, unreadable or no JSON.
-    """
+    """Read JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -128,11 +124,7 @@ def sha256(path: Path) -> str:
 
 
 def output_folder(path: Path) -> None:
-    """Make the folder that --out names, where there is none.
-
-    Raises:
-        UsageError: it is a file, or cannot be made or written.
-    """
+    """Make the folder that --out names, where there is none."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; --out names a folder")
     try:

@@ -70,11 +70,7 @@ class Manifest(
         files.write_json(folder / MANIFEST, record)
 
     def verify(self) -> None:
-        """Check every file's size and hash.
-
-        Raises:
-            ArtefactError: names the first file that is missing or differs.
-        """
+        """Check every file's size and hash."""
         for name, expected in self.files.items():
             path = self.folder / name
             if not path.is_file():

@@ -147,11 +147,7 @@ class Located:
 
 
 def locate(path: Path) -> Located:
-    """Tell a run folder, an export folder and a model file apart.
-
-    Raises:
-        UsageError: nothing there, or none of the three; says what is near.
-    """
+    """Tell a run folder, an export folder and a model file apart."""
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():

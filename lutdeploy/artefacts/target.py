@@ -23,11 +23,7 @@ def find(path: Path | None, note: Callable[[str], None]) -> Path:
 
 
 def find_run(path: Path, note: Callable[[str], None]) -> Run:
-    """A run to write into; a model of the package gets a run of its own.
-
-    Raises:
-        UsageError: no run there, or one that was trained where the package's model would go.
-    """
+    """A run to write into; a model of the package gets a run of its own."""
     if shipped.is_shipped(path):
         return _run_of_shipped(path, note)
     if path.name == MODEL and path.is_file():

@@ -115,11 +115,7 @@ class TunedSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_tuned_steps(path: Path) -> TunedSteps:
-    """Read and check a file of :meth:`TunedSteps.write`.
-
-    Raises:
-        ArtefactError: missing, of another format, or damaged.
-    """
+    """Read and check a file of :meth:`TunedSteps.write`."""
     remedy = "delete it and run `lutdeploy tune-steps`"
     found = files.read_record(path, TunedSteps, remedy)
     if found.format != FORMAT:
@@ -160,11 +156,7 @@ def stored_tuned_steps(path: Path, model_sha256: str) -> TunedSteps | None:
 
 
 def tuned_schedules(path: Path, model_sha256: str) -> Sequence[Schedule]:
-    """The tuned schedules of a run, a model file or an export folder, the best first.
-
-    Raises:
-        ArtefactError, UsageError: as :func:`stored_tuned_steps`.
-    """
+    """The tuned schedules of a run, a model file or an export folder, the best first."""
     known = stored_tuned_steps(path, model_sha256)
     if known is not None:
         return known.schedules
@@ -186,9 +178,6 @@ def resolve_schedule(
         denoiser: must be able to follow it.
         note: told of the choice where nothing was asked for, which then is the model's best
             tuned schedule, if it has one. None keeps to 64 Euler steps.
-
-    Raises:
-        UsageError: the denoiser holds another schedule, or there is no such tuned one.
     """
     model = denoiser.identity["model_sha256"]
     held = denoiser.schedule

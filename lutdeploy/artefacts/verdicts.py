@@ -119,11 +119,7 @@ def store_verdict(run: Run, verdict: Verdict) -> None:
 
 
 def read_verdicts(run: Run) -> list[Verdict]:
-    """All verdicts of a run, also those that an earlier version kept in parity.json.
-
-    Raises:
-        ArtefactError: a damaged file.
-    """
+    """All verdicts of a run, also those that an earlier version kept in parity.json."""
     found = {}
     if run.old_verdicts.is_file():
         old = files.read_record(run.old_verdicts, dict[str, Verdict], REMEDY)
@@ -143,9 +139,6 @@ def require_passed(path: Path, identity: dict[str, Any], note: Callable[[str], N
         path: where it was opened from.
         identity: of the engine.
         note: told what has not been judged.
-
-    Raises:
-        ParityError: it failed.
     """
     if identity["export"] is None:
         return

@@ -79,10 +79,6 @@ def tune_schedules(
         settings: what is asked for.
         note: told what cannot be used of what is stored.
         on_progress: told what is done, of how many, and what now.
-
-    Raises:
-        UsageError: the engine holds a schedule of its own, or there are too few real images.
-        ArtefactError: the model changed meanwhile.
     """
     if engine.schedule is not None:
         raise UsageError(
@@ -151,11 +147,7 @@ def tune_schedules(
 
 
 def _real_pictures(data: str, config: ModelConfig, n: int) -> NDArray[np.uint8]:
-    """n of the real images, uint8 [n, C, S, S].
-
-    Raises:
-        UsageError: there are not so many.
-    """
+    """n of the real images, uint8 [n, C, S, S]."""
     images = load_images(data, config.image_size, config.channels).images
     if len(images) < n:
         raise UsageError(f"--data {data} has {len(images)} images; --pictures {n} needs as many")
@@ -256,9 +248,6 @@ def _store(
     """Put the entries in the place of those of ``jobs``.
 
     What is there is read again: another process may have added to it meanwhile.
-
-    Raises:
-        ArtefactError: the model is not the one any more that was tuned for.
     """
     with files.lock(run.exports_folder, "`lutdeploy export` or tune-steps", on_wait=note):
         if files.sha256(run.model) != model:
