@@ -10,7 +10,7 @@ from typing import Any
 
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import Run
-from lutdeploy.engines import Engine, newest_built_export, open_engine
+from lutdeploy.engines import Engine, EngineRequest, newest_built_export, open_engine
 from lutdeploy.errors import BackendError, UsageError
 
 ORIGINAL = "original"
@@ -157,11 +157,13 @@ def open_contender(contender: Contender, threads: int | None) -> Any:
 
 def _open_engine(contender: Contender, threads: int | None) -> Engine:
     return open_engine(
-        contender.path,
-        contender.backend,
-        contender.device,
-        threads=threads,
-        precision=contender.arithmetic,
+        EngineRequest(
+            contender.path,
+            contender.backend,
+            contender.device,
+            threads=threads,
+            precision=contender.arithmetic,
+        )
     )
 
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lutdeploy.artefacts import files
+from lutdeploy.artefacts.target import find
 from lutdeploy.cli.console import INTERRUPTED, note, progress_bar, stop_with
-from lutdeploy.cli.options import POSITIVE, RUN, SHIFT, SOLVER, STEPS, THREADS
-from lutdeploy.cli.targets import find
+from lutdeploy.cli.requests import POSITIVE, RUN, THREADS, schedule_request
 from lutdeploy.config import PRESETS, SIZES, model_config
 from lutdeploy.errors import UsageError
+from lutdeploy.schedule import ScheduleRequest
 
 if TYPE_CHECKING:
     from lutdeploy.engines.benchmark.benchmark import Benchmark
@@ -44,9 +45,7 @@ WIDE = 160  # columns, where no terminal sets a limit
 @click.option("--only", multiple=True, metavar="NAME", help="A contender, beside the original.")
 @click.option("--batch", "batches", type=POSITIVE, multiple=True, help="Instead of the sweep.")
 @click.option("--max-batch", type=POSITIVE, help="Where the sweep ends at the latest.")
-@SOLVER
-@STEPS
-@SHIFT
+@schedule_request
 @THREADS
 @click.option(
     "--seconds",
@@ -71,9 +70,7 @@ def command(
     only: tuple[str, ...],
     batches: tuple[int, ...],
     max_batch: int | None,
-    solver: str | None,
-    steps: int | None,
-    shift: float | None,
+    schedule: ScheduleRequest,
     threads: int | None,
     seconds: float | None,
     end_to_end: int,
@@ -102,13 +99,12 @@ def command(
     from lutdeploy.engines.benchmark.contenders import choose, list_contenders
     from lutdeploy.engines.benchmark.findings import Settings
     from lutdeploy.machine import this_machine
-    from lutdeploy.sampling import choose_schedule
 
     options: dict[str, Any] = dict(QUICK) if quick else {}
     given = {"max_batch": max_batch, "seconds": seconds}
     options.update({name: value for name, value in given.items() if value is not None})
     settings = Settings(
-        schedule=choose_schedule(None, solver, steps, shift),
+        schedule=schedule.resolve(),
         threads=threads,
         batches=tuple(sorted(set(batches))),
         end_to_end=end_to_end,
@@ -175,7 +171,7 @@ def _subject(run: Path | None, preset: str | None, size: str | None) -> Iterator
         with bench_subject.random(model_config(preset, size), name) as subject:
             yield subject
         return
-    with bench_subject.given(find(run), note) as subject:
+    with bench_subject.given(find(run, note), note) as subject:
         yield subject
 
 

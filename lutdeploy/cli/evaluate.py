@@ -12,42 +12,29 @@ from lutdeploy import __version__
 from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.manifest import MANIFEST
 from lutdeploy.artefacts.run import EVALUATION, EVALUATION_PAGE, Run, locate
+from lutdeploy.artefacts.target import find_run
+from lutdeploy.artefacts.tuned_steps import resolve_schedule
+from lutdeploy.artefacts.verdicts import require_passed
 from lutdeploy.cli.console import note, progress_bar, show_evaluation
-from lutdeploy.cli.options import (
-    BACKEND,
-    DEVICE,
-    EXPORT,
-    POSITIVE,
-    PRECISION,
-    PROVIDER,
-    SEED,
-    SHIFT,
-    SOLVER,
-    STEPS,
-    THREADS,
-    TIME_GRID,
-    run_or_model,
-)
-from lutdeploy.cli.sample import require_verdict
-from lutdeploy.cli.targets import find, find_run, open_reported, place, schedule_for
+from lutdeploy.cli.requests import POSITIVE, SEED, engine_request, schedule_request
+from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from lutdeploy.engines import Engine
-    from lutdeploy.schedule import Schedule
+    from lutdeploy.schedule import Schedule, ScheduleRequest
     from lutdeploy.training.evaluation.data import RealImages, Told, Trained
     from lutdeploy.training.evaluation.distances import Pixels
     from lutdeploy.training.evaluation.features import Extractor
 
 PATH = click.Path(path_type=Path)
 FORMAT = 1  # of the JSON
-OF_A_RUN = ("backend", "provider", "precision", "export", "steps", "solver", "shift", "time_grid")
 
 
 @click.command("evaluate")
-@run_or_model("[RUN|DIR]")
+@engine_request("[RUN|DIR]")
 @click.option(
     "--data",
     help="Folder of real images, or 'synthetic'. Default: what the run was trained on.",
@@ -59,32 +46,18 @@ OF_A_RUN = ("backend", "provider", "precision", "export", "steps", "solver", "sh
 @click.option("--features", type=PATH, help="Inception weights; the distances are FID and KID.")
 @click.option("--json", "json_file", type=PATH, help="Default: evaluation.json in --out.")
 @click.option("--out", type=PATH, help="Folder of the results. Default: the RUN, or the DIR.")
-@click.option("--batch", type=POSITIVE, default=64, show_default=True)
-@STEPS
-@SOLVER
-@SHIFT
-@TIME_GRID
+@schedule_request
 @SEED
-@BACKEND
-@DEVICE
-@PROVIDER
-@PRECISION
-@EXPORT
-@THREADS
-@click.option("--unverified", is_flag=True, help="Use what failed or never had its checks.")
 def command(
-    run: Path | None,
+    engine: EngineRequest,
+    schedule: ScheduleRequest,
     data: str | None,
     held_out: Path | None,
     count: int,
     features: Path | None,
     json_file: Path | None,
     out: Path | None,
-    batch: int,
     seed: int,
-    device: str | None,
-    unverified: bool,
-    **options: Any,
 ) -> None:
     """Measure how good and how diverse pictures are, and whether they are copies.
 
@@ -98,20 +71,22 @@ def command(
 
     require_torchmetrics()
     require_jinja2()
-    on_gpu = device is not None and device.startswith("cuda")
-    extractor = open_extractor(features, device if on_gpu and device else "cpu")
-    if run is not None and _holds_pictures(run):
-        for name in OF_A_RUN:
-            if options[name] not in (None, "auto"):
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} is for a RUN; {run} holds pictures that are made")
+    on_gpu = engine.device is not None and engine.device.startswith("cuda")
+    extractor = open_extractor(features, engine.device if on_gpu and engine.device else "cpu")
+    path = engine.path
+    if _holds_pictures(path):
+        if engine != EngineRequest(path, batch=engine.batch, device=engine.device) or (
+            schedule != ScheduleRequest()
+        ):
+            raise UsageError(
+                f"options of an engine or a schedule are for a RUN; {path} holds pictures that "
+                "are made"
+            )
         if data is None:
             raise UsageError("--data is needed: a folder of real images, or 'synthetic'")
-        folder = _results(out or run, json_file)
-        _finish(_read(run, data, held_out, count), extractor, seed, folder, json_file)
+        folder = _results(out or path, json_file)
+        _finish(_read(path, data, held_out, count), extractor, seed, folder, json_file)
         return
-    backend, device = place(options["backend"], device, options["provider"])
-    path = find(run)
     located = locate(path)
     trained = None
     if shipped.is_shipped(path):
@@ -123,20 +98,15 @@ def command(
         raise UsageError(f"--data is needed: {path} does not say what it was trained on")
     if out is None and located.run is None and not shipped.is_shipped(path):
         raise UsageError(f"{path} belongs to no run folder; --out names a folder for the results")
-    folder = _results(out or find_run(path).path, json_file)
-    opened = open_reported(
-        *(path, backend, device, options["export"], options["threads"]),
-        batch=batch,
-        unverified=unverified,
-        precision=options["precision"],
-    )
-    with opened as engine:
-        if not unverified:
-            require_verdict(path, engine.identity)
-        asked = (options[name] for name in ("solver", "steps", "shift", "time_grid"))
-        schedule = schedule_for(engine, path, *asked)
+    folder = _results(out or find_run(path, note).path, json_file)
+    with open_engine(engine, note) as opened:
+        if not engine.unverified:
+            require_passed(path, opened.identity, note)
+        followed = resolve_schedule(schedule, path, opened, note)
         title = str(located.run.path) if located.run else path.stem
-        subject = _draw(engine, title, trained, schedule, data, held_out, count, seed, batch)
+        subject = _draw(
+            opened, title, trained, followed, data, held_out, count, seed, engine.batch or 64
+        )
         _finish(subject, extractor, seed, folder, json_file)
 
 
