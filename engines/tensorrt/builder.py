@@ -41,14 +41,14 @@ from lutdeploy.sampling import Denoiser, batch_noise
 from lutdeploy.schedule import solver_schedule
 from lutdeploy.signature import Signature, graph_signature
 
-Notify = Callable[[str], None]
+Note = Callable[[str], None]
 IMAGES = 4  # of the parity check after a build
 
 
 class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has no types
     """Hands on the name of each phase; cancels the build when told to."""
 
-    def __init__(self, on_phase: Notify) -> None:
+    def __init__(self, on_phase: Note) -> None:
         trt.IProgressMonitor.__init__(self)
         self.cancelled = False
         self._on_phase = on_phase
@@ -73,7 +73,7 @@ class TimingCache:
         note: told when what is there cannot be used.
     """
 
-    def __init__(self, path: Path, note: Notify) -> None:
+    def __init__(self, path: Path, note: Note) -> None:
         self.path, self._note = path, note
         self._data = path.read_bytes() if path.is_file() else b""
 
@@ -174,7 +174,7 @@ def build_plan(
     options: plan.BuildOptions,
     device: CudaDevice,
     cache: TimingCache,
-    on_phase: Notify,
+    on_phase: Note,
 ) -> bytes:
     """Build one graph. Ctrl-C cancels the build at its next step.
 
@@ -218,7 +218,7 @@ def build_export(
     timing_cache: Path | None = None,
     force: bool = False,
     on_phase: Callable[[int, str], None] = lambda k, phase: None,
-    note: Notify = lambda text: None,
+    note: Note = lambda text: None,
 ) -> list[tuple[plan.PlanRecord, bool]]:
     """The engines of an export, one per graph, each built unless it is there already.
 
