@@ -10,42 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import lutdeploy
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import MODEL, Run
 from lutdeploy.engines.auto import has_passed, measured_choices, nearest, rank
+from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
 from lutdeploy.machine import this_machine
+from tests.bench_records import make_result, row
 from tests.command import fail, succeed
 
 Exported = Callable[..., Path]
 SAMPLE = ("-n", 1, "--steps", 2, "--no-grid")
 
 
-def row(path: str, batch: int = 16, seconds: float = 1.0, **others: Any) -> dict[str, Any]:
-    """A row of bench.json, of an engine called as its backend and precision are."""
-    backend, _, precision = path.partition("-")
-    place = {"onnxruntime": "CPUExecutionProvider", "openvino": f"CPU {precision}"}
-    return {
-        "path": path,
-        "backend": backend,
-        "precision": precision,
-        "device": "cpu",
-        "export": None if backend == "torch" else "step-fp32",
-        "engine_sha256": "e",
-        "computes_on": place.get(backend, "cpu"),
-        "sample_options": ["--precision", "bf16"] if precision == "bf16" else [],
-        "batch": batch,
-        "stable": True,
-        "step_seconds": seconds,
-        **others,
-    }
-
-
-def verdict(of: dict[str, Any], passed: bool = True) -> dict[str, Any]:
-    named = {key: of[key] for key in ("backend", "export", "engine_sha256")}
-    return {**named, "device": of["computes_on"], "passed": passed}
+def verdict(of: Row, passed: bool = True) -> dict[str, Any]:
+    named = {key: getattr(of, key) for key in ("backend", "export", "engine_sha256")}
+    return {**named, "device": of.computes_on, "passed": passed}
 
 
 def test_the_fastest_that_passed_is_first() -> None:
@@ -71,8 +54,8 @@ def test_the_batch_size_decides() -> None:
     verdicts = [verdict(large[0])]
     assert rank([*small, *large], verdicts, 1)[0].name == "torch-eager"
     assert rank([*small, *large], verdicts, 100)[0].name == "onnxruntime-fp32"
-    assert nearest(small, 63)["batch"] == 1
-    assert nearest([row("torch-eager", 8)], 2)["batch"] == 8
+    assert nearest(small, 63).batch == 1
+    assert nearest([row("torch-eager", 8)], 2).batch == 8
 
 
 @pytest.mark.parametrize("key", ["backend", "export", "device", "engine_sha256"])
@@ -92,22 +75,18 @@ def run(exported: Exported, tmp_path: Path) -> Run:
     shutil.copy(source.parent.parent / MODEL, run.model)
     rows = [row("openvino-fp32", seconds=1), row("onnxruntime-fp32", seconds=2)]
     write_bench(run, *rows)
-    found = files.read_json(run.bench)
-    machine = {"machine": found["fingerprint"]}
-    files.write_json(run.parity, {r["path"]: verdict(r) | machine for r in found["rows"]})
+    found = files.read_record(run.bench, Result, REMEDY)
+    machine = {"machine": found.fingerprint}
+    files.write_json(run.parity, {r.path: verdict(r) | machine for r in found.rows})
     return run
 
 
-def write_bench(run: Run, *rows: dict[str, Any], **changes: Any) -> None:
-    sha = read_manifest(run.export_folder("step-fp32")).weights_sha256
+def write_bench(run: Run, *rows: Row, **changes: Any) -> None:
     model = files.sha256(run.model)
-    of = {None: model, "step-fp32": sha}
-    result = {
-        "model": {"sha256": model},
-        "fingerprint": this_machine().fingerprint(),
-        "rows": [{**r, "engine_sha256": of[r["export"]]} for r in rows],
-    }
-    files.write_json(run.bench, {**result, **changes})
+    of = {None: model, "step-fp32": read_manifest(run.export_folder("step-fp32")).weights_sha256}
+    measured = [replace(row, engine_sha256=of[row.export]) for row in rows]
+    here = {"sha256": model, "fingerprint": this_machine().fingerprint()}
+    files.write_json(run.bench, make_result(measured, **{**here, **changes}))
 
 
 def sampled_by(run: Run, out: Path, *options: object) -> tuple[str, str]:
@@ -133,9 +112,8 @@ def test_sample_takes_it_and_says_why(run: Run, tmp_path: Path) -> None:
 
 def test_what_was_measured_elsewhere_does_not_count(run: Run, tmp_path: Path) -> None:
     fast = row("openvino-fp32")
-    for number, changes in enumerate(
-        ({"fingerprint": {"cpu": "another"}}, {"model": {"sha256": "another"}})
-    ):
+    elsewhere: list[dict[str, Any]] = [{"fingerprint": {"cpu": "another"}}, {"sha256": "another"}]
+    for number, changes in enumerate(elsewhere):
         write_bench(run, fast, **changes)
         backend, said = sampled_by(run, tmp_path / str(number))
         assert backend == "onnxruntime"
