@@ -6,19 +6,17 @@ Both count for the very files that they were found on, on this machine with thes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import Verdict, read_verdicts
 from lutdeploy.engines import EngineRequest
-from lutdeploy.errors import ArtefactError
+from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
 from lutdeploy.machine import this_machine
 
-Row = Mapping[str, Any]
 # Judged elsewhere: PyTorch is what the others are compared with, and TensorRT's engines carry
 # the verdict of their build, without which they do not open.
 JUDGED = ("torch", "tensorrt")
@@ -47,26 +45,19 @@ def measured_choices(run: Run, request: EngineRequest) -> list[Choice]:
     if not run.bench.is_file():
         return []
     machine = this_machine().fingerprint()
-    result = files.read_json(run.bench)
-    try:
-        if result["model"]["sha256"] != files.sha256(run.model):
-            return []
-        if result["fingerprint"] != machine:
-            return []
-        rows = [
-            row
-            for row in result["rows"]
-            if row["sample_options"] is not None
-            and request.device in (None, row["device"])
-            and request.export in (None, row["export"])
-            and (row["export"] is None or run.export_folder(row["export"]).is_dir())
-        ]
-        verdicts = [v for v in read_verdicts(run) if v.machine == machine]
-        return rank(run, rows, verdicts, request)
-    except (KeyError, TypeError) as error:
-        raise ArtefactError(
-            f"{run.bench} is damaged; delete it and run `lutdeploy bench`"
-        ) from error
+    result = files.read_record(run.bench, Result, REMEDY)
+    if result.model.sha256 != files.sha256(run.model) or result.fingerprint != machine:
+        return []
+    rows = [
+        row
+        for row in result.rows
+        if row.sample_options is not None
+        and request.device in (None, row.device)
+        and request.export in (None, row.export)
+        and (row.export is None or run.export_folder(row.export).is_dir())
+    ]
+    verdicts = [v for v in read_verdicts(run) if v.machine == machine]
+    return rank(run, rows, verdicts, request)
 
 
 def rank(
@@ -81,8 +72,8 @@ def rank(
         request: what "auto" was asked for; of its batch, 64 by default.
     """
     batch = request.batch or AUTO_BATCH
-    ordered = sorted(rows, key=lambda row: str(row["path"]))
-    telling = [nearest(list(own), batch) for _, own in groupby(ordered, lambda row: row["path"])]
+    ordered = sorted(rows, key=lambda row: row.path)
+    telling = [nearest(list(own), batch) for _, own in groupby(ordered, lambda row: row.path)]
     telling.sort(key=seconds_per_image)
     passed = [row for row in telling if has_passed(row, verdicts)]
     return [_choice(run, row, telling, passed, request) for row in passed]
@@ -90,15 +81,15 @@ def rank(
 
 def nearest(rows: Sequence[Row], batch: int) -> Row:
     """The row of the largest batch that is not above ``batch``; else of the smallest."""
-    below = [row for row in rows if row["batch"] <= batch]
+    below = [row for row in rows if row.batch <= batch]
     if below:
-        return max(below, key=lambda row: int(row["batch"]))
-    return min(rows, key=lambda row: int(row["batch"]))
+        return max(below, key=lambda row: row.batch)
+    return min(rows, key=lambda row: row.batch)
 
 
 def seconds_per_image(row: Row) -> float:
     """Of one step."""
-    return float(row["step_seconds"]) / int(row["batch"])
+    return row.step_seconds / row.batch
 
 
 def has_passed(row: Row, verdicts: Iterable[Verdict]) -> bool:
@@ -106,8 +97,8 @@ def has_passed(row: Row, verdicts: Iterable[Verdict]) -> bool:
 
     The check after an export looks at single steps alone and does not count.
     """
-    told = (row["backend"], row["export"], row["computes_on"], row["engine_sha256"])
-    return row["backend"] in JUDGED or any(
+    told = (row.backend, row.export, row.computes_on, row.engine_sha256)
+    return row.backend in JUDGED or any(
         verdict.passed
         and verdict.check != "export"
         and (verdict.backend, verdict.export, verdict.device, verdict.engine_sha256) == told
@@ -118,24 +109,24 @@ def has_passed(row: Row, verdicts: Iterable[Verdict]) -> bool:
 def _choice(
     run: Run, row: Row, telling: Sequence[Row], passed: Sequence[Row], request: EngineRequest
 ) -> Choice:
-    speed = f"{1000 * seconds_per_image(row):.3g} ms an image and step at batch {row['batch']}"
-    speed += "" if row["stable"] else " in an unstable measurement"
-    why = f"{row['path']}, {speed}"
+    speed = f"{1000 * seconds_per_image(row):.3g} ms an image and step at batch {row.batch}"
+    speed += "" if row.stable else " in an unstable measurement"
+    why = f"{row.path}, {speed}"
     if row is passed[0]:
-        why = f"{row['path']}, the fastest of {len(passed)} that passed parity here: {speed}"
-    faster = [str(r["path"]) for r in telling[: telling.index(row)] if r not in passed]
+        why = f"{row.path}, the fastest of {len(passed)} that passed parity here: {speed}"
+    faster = [r.path for r in telling[: telling.index(row)] if r not in passed]
     if faster:
         why += f"; faster, but not passed: {', '.join(faster)} (`lutdeploy parity --all` judges)"
     return Choice(
-        name=row["path"],
+        name=row.path,
         request=replace(
             request,
             path=run.path,
-            backend=row["backend"],
-            device=row["device"],
-            export=row["export"],
-            precision="bf16" if "--precision" in row["sample_options"] else None,
+            backend=row.backend,
+            device=row.device,
+            export=row.export,
+            precision="bf16" if "--precision" in (row.sample_options or ()) else None,
         ),
-        engine_sha256=row["engine_sha256"],
+        engine_sha256=row.engine_sha256,
         why=why,
     )

@@ -418,7 +418,7 @@ def export_model(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
             versions={
                 "lutdeploy": lutdeploy.__version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "onnx": onnx.__version__,
                 "onnxscript": onnxscript.__version__,
                 "onnx_ir": ir.__version__,
