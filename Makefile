@@ -1,16 +1,16 @@
-# What a person types daily. PYTHON picks the interpreter (3.11 to 3.13) of the environment.
+# PYTHON picks the interpreter (3.11 to 3.13) of the environment; one that is there already is kept.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
 .PHONY: sample test format clean
 
-# Set everything up and make 64 pictures and a grid with the embedded model.
+# Set everything up, then make 64 pictures and a grid with the default model.
 sample: $(VENV)/installed
 	$(RUN)/lutdeploy sample -n 64 --out samples
 	@echo "see samples/grid.png"
 
-# Set everything up and run format, lint, type checks and tests.
+# Set everything up, then run format, lint, types, layers and tests.
 test: $(VENV)/installed
 	PATH="$(abspath $(RUN)):$$PATH" bash ci/check.sh
 
@@ -22,6 +22,6 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

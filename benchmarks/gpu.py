@@ -82,7 +82,7 @@ def daily_commands(run: Run, batches: tuple[int, ...], images: int) -> list[dict
 def contenders(run: Run, batch: int) -> dict[str, Callable[[], Any]]:
     """What can be timed: names, and what opens each."""
     from lutdeploy.artefacts.checkpoint import load_model
-    from lutdeploy.engines import open_engine
+    from lutdeploy.engines import EngineRequest, open_engine
     from lutdeploy.engines.cuda.device import CudaDevice
     from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 
@@ -95,8 +95,12 @@ def contenders(run: Run, batch: int) -> dict[str, Callable[[], Any]]:
         "PyTorch fp16, eager": torch_step(False, False),
         "PyTorch fp16, eager, CUDA graph": torch_step(False, True),
         "PyTorch fp16, compiled, CUDA graph": torch_step(True, True),
-        "ONNX Runtime fp16, CUDA": lambda: open_engine(run.path, "onnxruntime", "cuda"),
-        "TensorRT fp16, CUDA graph": lambda: open_engine(run.path, "tensorrt", batch=batch),
+        "ONNX Runtime fp16, CUDA": lambda: open_engine(
+            EngineRequest(run.path, "onnxruntime", "cuda")
+        ),
+        "TensorRT fp16, CUDA graph": lambda: open_engine(
+            EngineRequest(run.path, "tensorrt", batch=batch)
+        ),
     }
 
 

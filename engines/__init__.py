@@ -6,6 +6,7 @@ A backend's module is imported only when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,6 @@ from lutdeploy.errors import ArtefactError, BackendError, LutDeployError, UsageE
 from lutdeploy.sampling import Denoiser
 
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino", "tensorrt")
-AUTO_BATCH = 64  # what "auto" chooses for, where nobody says how many images a pass has
 
 
 class Engine(Denoiser, Protocol):
@@ -35,34 +35,41 @@ class Engine(Denoiser, Protocol):
     def __exit__(self, *exception: Any) -> None: ...
 
 
-def open_engine(
-    path: str | Path,
-    backend: str = "auto",
-    device: str | None = None,
-    export: str | None = None,
-    threads: int | None = None,
-    batch: int | None = None,
-    unverified: bool = False,
-    precision: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Engine:
-    """Open a run folder, an export folder or a model.safetensors with a backend.
+@dataclass(frozen=True)
+class EngineRequest:
+    """Which engine somebody asks for; None where nothing was said.
+
+    ``path``: a run folder (its newest export, unless ``export`` names one), an export folder or
+    a model.safetensors.
+    ``backend``: "torch" runs the model file, "onnxruntime" and "openvino" an export, "tensorrt"
+    the engines that were built from an export, "auto" the fastest that passed parity on this
+    machine (``engines.auto``); where nothing was measured, an export in ONNX Runtime if there
+    is one, else the model file.
+    ``device``: "cpu", "cuda" or "cuda:N"; for onnxruntime also the name of an execution provider.
+    By default "cuda" for tensorrt, "cpu" for the others.
+    ``threads``: of one operator; with torch, of every operator in the process.
+    ``batch``: images per pass that tensorrt and auto choose for.
+    ``unverified``: take TensorRT engines that have not passed the check after their build.
+    ``precision``: of openvino's arithmetic: "fp32", the default, or "bf16"; of an int8 export
+    that of all but its int8 matrix products.
+    """
+
+    path: Path
+    backend: str = "auto"
+    device: str | None = None
+    export: str | None = None
+    threads: int | None = None
+    batch: int | None = None
+    unverified: bool = False
+    precision: str | None = None
+
+
+def open_engine(request: EngineRequest, note: Callable[[str], None] = lambda text: None) -> Engine:
+    """Open the engine that is asked for.
 
     Args:
-        path: what to open; of a run folder the newest export, unless ``export`` names one.
-        backend: "torch" runs the model file, "onnxruntime" and "openvino" an export,
-            "tensorrt" the engines that were built from an export, "auto" the fastest that
-            passed parity on this machine (``engines.auto``); where nothing was measured, an
-            export in ONNX Runtime if there is one, else the model file.
-        device: "cpu", "cuda" or "cuda:N"; for onnxruntime also "tensorrt" or an execution
-            provider's name. By default "cuda" for tensorrt, "cpu" for the others.
-        export: the name of an export of the run, such as "step-fp16".
-        threads: of one operator; with torch, of every operator in the process.
-        batch: for tensorrt and auto, the batch size to choose for.
-        unverified: for tensorrt, use engines that have not passed their checks.
-        precision: for openvino, of the arithmetic: "fp32", the default, or "bf16"; of an int8
-            export that of all but its int8 products.
-        say: told what "auto" takes and why.
+        request: which one.
+        note: told what was opened, and what "auto" takes and why.
 
     Raises:
         UsageError: nothing there, or nothing that this backend can run.
@@ -70,85 +77,95 @@ def open_engine(
         BackendError: a backend, device or provider that is not there.
         ParityError: TensorRT engines that have not passed their checks.
     """
-    if backend not in BACKENDS:
+    if request.backend not in BACKENDS:
         raise BackendError(
-            f"no backend {backend!r} in this version; there are {', '.join(BACKENDS)}"
+            f"no backend {request.backend!r} in this version; there are {', '.join(BACKENDS)}"
         )
-    if precision is not None and backend != "openvino":
-        raise UsageError(f"precision {precision} is for backend openvino; elsewhere the export's")
-    located = locate(Path(path))
-    if backend == "auto":
-        options = {"threads": threads, "batch": batch, "unverified": unverified}
-        return _open_fastest(located, path, device, export, say, options)
-    if backend == "tensorrt" and export is None and located.export is None and located.run:
-        export = newest_built_export(located.run)
-    folder = choose_export(located, export)
-    if backend in ("onnxruntime", "openvino", "tensorrt"):
-        if folder is None:
-            raise UsageError(f"{path} has no export; run `lutdeploy export {path}` first")
-        manifest = read_manifest(folder)
-        require_same_model(manifest, located.model)
-        if backend == "tensorrt":
-            return _open_tensorrt(located.run, manifest, device or "cuda", batch, unverified)
-        if backend == "openvino":
-            return _open_openvino(manifest, device or "cpu", precision or "fp32", threads)
-        return _open_onnxruntime(located.run, manifest, device or "cpu", threads)
-    if export is not None:
-        raise UsageError(f"export {export}: backend torch runs the model and no export")
-    if located.model is None:
-        raise UsageError(f"{path} has no {MODEL} beside it, which backend torch runs")
-    if located.export is not None:
-        require_same_model(read_manifest(located.export), located.model)
-    from lutdeploy.engines.torch import TorchEngine
-
-    return TorchEngine(located.model, device or "cpu", threads)
+    if request.precision is not None and request.backend != "openvino":
+        raise UsageError(
+            f"precision {request.precision} is for backend openvino; elsewhere the export's"
+        )
+    located = locate(Path(request.path))
+    engine = _open_measured(request, located, note) if request.backend == "auto" else None
+    if engine is None:
+        if request.backend == "auto":
+            folder = choose_export(located, request.export)
+            backend = "onnxruntime" if folder else "torch"
+            if located.run is not None:
+                note(f"auto: {backend}; `lutdeploy bench` has measured nothing else here that fits")
+            request = replace(request, backend=backend)
+        engine = _open(request, located)
+    made = engine.identity
+    name = f", export {made['export']}" if made["export"] else ""
+    note(f"backend: {made['backend']} on {made['device']}{name}")
+    return engine
 
 
-def _open_fastest(
-    located: Located,
-    path: str | Path,
-    device: str | None,
-    export: str | None,
-    say: Callable[[str], None],
-    options: dict[str, Any],
-) -> Engine:
-    """The first of the measured choices that opens, else what needs no measurement."""
+def _open_measured(
+    request: EngineRequest, located: Located, note: Callable[[str], None]
+) -> Engine | None:
+    """The fastest measured engine that opens and is still what was measured."""
     from lutdeploy.engines.auto import measured_choices
 
-    run, named = located.run, located.export.name if located.export else export
-    batch = options["batch"] or AUTO_BATCH
-    for choice in measured_choices(run, batch, device, named) if run else []:
+    if located.run is None:
+        return None
+    named = replace(request, export=located.export.name if located.export else request.export)
+    for choice in measured_choices(located.run, named):
         try:
-            engine = open_engine(
-                *(run.path if run else path, choice.backend, choice.device, choice.export),
-                precision=choice.precision,
-                **options,
-            )
+            engine = _open(choice.request, locate(located.run.path))
         except LutDeployError as error:
-            say(f"auto: not {choice.name}: {error}")
+            note(f"auto: not {choice.name}: {error}")
             continue
         if engine.identity["engine_sha256"] == choice.engine_sha256:
-            say(f"auto: {choice.why}")
+            note(f"auto: {choice.why}")
             return engine
         engine.close()
-        say(f"auto: not {choice.name}, which has changed since `lutdeploy bench` measured it")
+        note(f"auto: not {choice.name}, which has changed since `lutdeploy bench` measured it")
+    return None
+
+
+def _open(request: EngineRequest, located: Located) -> Engine:
+    """Open with the backend that the request names."""
+    run, backend, device = located.run, request.backend, request.device
+    if backend == "torch":
+        return _open_torch(request, located)
+    export = request.export
+    if backend == "tensorrt" and export is None and located.export is None and run:
+        export = newest_built_export(run)
     folder = choose_export(located, export)
-    backend = "onnxruntime" if folder else "torch"
-    if run is not None:
-        say(f"auto: {backend}; `lutdeploy bench` has measured nothing else here that fits")
-    return open_engine(path, backend, device, export, **options)
+    if folder is None:
+        raise UsageError(
+            f"{request.path} has no export; run `lutdeploy export {request.path}` first"
+        )
+    manifest = read_manifest(folder)
+    require_same_model(manifest, located.model)
+    if backend == "tensorrt":
+        return _open_tensorrt(run, manifest, request)
+    if backend == "openvino":
+        return _open_openvino(manifest, device or "cpu", request)
+    return _open_onnxruntime(manifest, device or "cpu", request)
 
 
-def _open_onnxruntime(
-    run: Run | None, manifest: Manifest, device: str, threads: int | None
-) -> Engine:
+def _open_torch(request: EngineRequest, located: Located) -> Engine:
+    from lutdeploy.engines.torch import TorchEngine
+
+    if request.export is not None:
+        raise UsageError(f"export {request.export}: backend torch runs the model and no export")
+    if located.model is None:
+        raise UsageError(f"{request.path} has no {MODEL} beside it, which backend torch runs")
+    if located.export is not None:
+        require_same_model(read_manifest(located.export), located.model)
+    return TorchEngine(located.model, request.device or "cpu", request.threads)
+
+
+def _open_onnxruntime(manifest: Manifest, device: str, request: EngineRequest) -> Engine:
     from lutdeploy.engines.onnxruntime import PROVIDERS, OnnxRuntimeDenoiser, execution_provider
 
     provider = execution_provider(device)
     if manifest.precision == "int8" and provider != PROVIDERS["cpu"]:
         raise UsageError(f"{manifest.name} is an int8 export, which is for CPUs, not {provider}")
-    if provider not in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
-        return OnnxRuntimeDenoiser(manifest, device, threads)
+    if provider != PROVIDERS["cuda"]:
+        return OnnxRuntimeDenoiser(manifest, device, request.threads)
     from lutdeploy.engines.cuda.device import CudaDevice
     from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
 
@@ -159,27 +176,20 @@ def _open_onnxruntime(
             f"{provider} cannot run here, {PROVIDERS['cpu']} can: it computes on torch's CUDA "
             f"streams, and there is {error}"
         ) from error
-    cache = run.provider_cache if run else None
-    return OnnxRuntimeDeviceDenoiser(manifest, device, cuda, cache)
+    return OnnxRuntimeDeviceDenoiser(manifest, device, cuda)
 
 
-def _open_openvino(manifest: Manifest, device: str, precision: str, threads: int | None) -> Engine:
+def _open_openvino(manifest: Manifest, device: str, request: EngineRequest) -> Engine:
     try:
         from lutdeploy.engines.openvino import OpenVinoDenoiser
     except ImportError as error:
         raise BackendError(
             f"OpenVINO is not installed here ({error}); pip install 'lutdeploy[openvino]'"
         ) from error
-    return OpenVinoDenoiser(manifest, device, precision, threads)
+    return OpenVinoDenoiser(manifest, device, request.precision or "fp32", request.threads)
 
 
-def _open_tensorrt(
-    run: Run | None,
-    manifest: Manifest,
-    device: str,
-    batch: int | None,
-    unverified: bool,
-) -> Engine:
+def _open_tensorrt(run: Run | None, manifest: Manifest, request: EngineRequest) -> Engine:
     if run is None:
         raise UsageError(
             f"{manifest.folder} lies in no run folder, where `lutdeploy build` keeps its engines"
@@ -188,9 +198,10 @@ def _open_tensorrt(
     from lutdeploy.engines.cuda.device import CudaDevice
     from lutdeploy.engines.tensorrt.engine import TensorRTDenoiser, this_machine, usable_plans
 
-    gpu = CudaDevice(device)
-    records = usable_plans(run, manifest, this_machine(gpu), batch)
-    return TensorRTDenoiser(manifest, gpu, records, unverified)
+    gpu = CudaDevice(request.device or "cuda")
+    machine = this_machine(gpu)
+    records = usable_plans(run, manifest, machine, request.batch, request.unverified)
+    return TensorRTDenoiser(manifest, gpu, records)
 
 
 def require_tensorrt() -> None:

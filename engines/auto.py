@@ -6,124 +6,127 @@ Both count for the very files that they were found on, on this machine with thes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
-from lutdeploy.errors import ArtefactError
+from lutdeploy.artefacts.verdicts import Verdict, read_verdicts
+from lutdeploy.engines import EngineRequest
+from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
 from lutdeploy.machine import this_machine
 
-Row = Mapping[str, Any]
 # Judged elsewhere: PyTorch is what the others are compared with, and TensorRT's engines carry
 # the verdict of their build, without which they do not open.
 JUDGED = ("torch", "tensorrt")
 
 
+AUTO_BATCH = 64  # images per pass that "auto" chooses for, where nobody says how many
+
+
 @dataclass(frozen=True)
 class Choice:
-    """An engine to open, in the words of :func:`engines.open_engine`, and why this one."""
+    """An engine to open, and why this one."""
 
     name: str  # such as "openvino-bf16"
-    backend: str
-    device: str | None
-    export: str | None
-    precision: str | None
+    request: EngineRequest
     engine_sha256: str  # of what was measured
     why: str
 
 
-def measured_choices(run: Run, batch: int, device: str | None, export: str | None) -> list[Choice]:
+def measured_choices(run: Run, request: EngineRequest) -> list[Choice]:
     """What could be opened, the fastest first; empty when nothing was measured here.
 
     Args:
-        run: with its bench.json and parity.json.
-        batch: images per pass.
-        device, export: only engines on this device, of this export.
-
-    Raises:
-        ArtefactError: a damaged bench.json or parity.json.
+        run: with its bench.json and verdicts.
+        request: only engines on its device and of its export, where it names them.
     """
     if not run.bench.is_file():
         return []
     machine = this_machine().fingerprint()
-    result = files.read_json(run.bench)
-    try:
-        if result["model"]["sha256"] != files.sha256(run.model):
-            return []
-        if result["fingerprint"] != machine:
-            return []
-        rows = [
-            row
-            for row in result["rows"]
-            if row["sample_options"] is not None
-            and device in (None, row["device"])
-            and (export is None or row["export"] == export)
-            and (row["export"] is None or run.export_folder(row["export"]).is_dir())
-        ]
-        verdicts = [v for v in run.verdicts().values() if v.get("machine") == machine]
-        return rank(rows, verdicts, batch)
-    except (KeyError, TypeError) as error:
-        raise ArtefactError(
-            f"{run.bench} is damaged; delete it and run `lutdeploy bench`"
-        ) from error
+    result = files.read_record(run.bench, Result, REMEDY)
+    if result.model.sha256 != files.sha256(run.model) or result.fingerprint != machine:
+        return []
+    rows = [
+        row
+        for row in result.rows
+        if row.sample_options is not None
+        and request.device in (None, row.device)
+        and request.export in (None, row.export)
+        and (row.export is None or run.export_folder(row.export).is_dir())
+    ]
+    verdicts = [v for v in read_verdicts(run) if v.machine == machine]
+    return rank(run, rows, verdicts, request)
 
 
-def rank(rows: Iterable[Row], verdicts: Sequence[Mapping[str, Any]], batch: int) -> list[Choice]:
+def rank(
+    run: Run, rows: Iterable[Row], verdicts: Sequence[Verdict], request: EngineRequest
+) -> list[Choice]:
     """The engines that passed, the fastest first.
 
     Args:
-        rows: of bench.json; of each engine the one that tells most about ``batch`` counts.
-        verdicts: of parity.json.
-        batch: images per pass.
+        run: whose engines they are.
+        rows: of bench.json; of each engine the one that tells most about the batch counts.
+        verdicts: found on this machine.
+        request: what "auto" was asked for; of its batch, 64 by default.
     """
-    ordered = sorted(rows, key=lambda row: str(row["path"]))
-    telling = [nearest(list(own), batch) for _, own in groupby(ordered, lambda row: row["path"])]
+    batch = request.batch or AUTO_BATCH
+    ordered = sorted(rows, key=lambda row: row.path)
+    telling = [nearest(list(own), batch) for _, own in groupby(ordered, lambda row: row.path)]
     telling.sort(key=seconds_per_image)
     passed = [row for row in telling if has_passed(row, verdicts)]
-    return [_choice(row, telling, passed) for row in passed]
+    return [_choice(run, row, telling, passed, request) for row in passed]
 
 
 def nearest(rows: Sequence[Row], batch: int) -> Row:
     """The row of the largest batch that is not above ``batch``; else of the smallest."""
-    below = [row for row in rows if row["batch"] <= batch]
+    below = [row for row in rows if row.batch <= batch]
     if below:
-        return max(below, key=lambda row: int(row["batch"]))
-    return min(rows, key=lambda row: int(row["batch"]))
+        return max(below, key=lambda row: row.batch)
+    return min(rows, key=lambda row: row.batch)
 
 
 def seconds_per_image(row: Row) -> float:
     """Of one step."""
-    return float(row["step_seconds"]) / int(row["batch"])
+    return row.step_seconds / row.batch
 
 
-def has_passed(row: Row, verdicts: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether just what the row measured has passed parity."""
-    told = (row["backend"], row["export"], row["computes_on"], row["engine_sha256"])
-    return row["backend"] in JUDGED or any(
-        verdict.get("passed") is True
-        and tuple(verdict.get(k) for k in ("backend", "export", "device", "engine_sha256")) == told
+def has_passed(row: Row, verdicts: Iterable[Verdict]) -> bool:
+    """Whether just what the row measured has passed parity.
+
+    The check after an export looks at single steps alone and does not count.
+    """
+    told = (row.backend, row.export, row.computes_on, row.engine_sha256)
+    return row.backend in JUDGED or any(
+        verdict.passed
+        and verdict.check != "export"
+        and (verdict.backend, verdict.export, verdict.device, verdict.engine_sha256) == told
         for verdict in verdicts
     )
 
 
-def _choice(row: Row, telling: Sequence[Row], passed: Sequence[Row]) -> Choice:
-    speed = f"{1000 * seconds_per_image(row):.3g} ms an image and step at batch {row['batch']}"
-    speed += "" if row["stable"] else " in an unstable measurement"
-    why = f"{row['path']}, {speed}"
+def _choice(
+    run: Run, row: Row, telling: Sequence[Row], passed: Sequence[Row], request: EngineRequest
+) -> Choice:
+    speed = f"{1000 * seconds_per_image(row):.3g} ms an image and step at batch {row.batch}"
+    speed += "" if row.stable else " in an unstable measurement"
+    why = f"{row.path}, {speed}"
     if row is passed[0]:
-        why = f"{row['path']}, the fastest of {len(passed)} that passed parity here: {speed}"
-    faster = [str(r["path"]) for r in telling[: telling.index(row)] if r not in passed]
+        why = f"{row.path}, the fastest of {len(passed)} that passed parity here: {speed}"
+    faster = [r.path for r in telling[: telling.index(row)] if r not in passed]
     if faster:
         why += f"; faster, but not passed: {', '.join(faster)} (`lutdeploy parity --all` judges)"
     return Choice(
-        name=row["path"],
-        backend=row["backend"],
-        device=row["device"],
-        export=row["export"],
-        precision="bf16" if "--precision" in row["sample_options"] else None,
-        engine_sha256=row["engine_sha256"],
+        name=row.path,
+        request=replace(
+            request,
+            path=run.path,
+            backend=row.backend,
+            device=row.device,
+            export=row.export,
+            precision="bf16" if "--precision" in (row.sample_options or ()) else None,
+        ),
+        engine_sha256=row.engine_sha256,
         why=why,
     )

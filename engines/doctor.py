@@ -116,7 +116,7 @@ def _tensorrt() -> list[Finding]:
         findings = [Finding("tensorrt", False, detail, required=False)]
     for path in sorted(RUNS.glob(f"*/{MODEL}")):
         for state in plan.survey(Run(path.parent), machine):
-            verdict = state.record.verdict if state.record else "damaged"
+            verdict = state.outcome if state.record else "damaged"
             reasons = "; ".join(state.reasons) or f"fits, {verdict}"
             if machine is None and not state.reasons:
                 reasons = f"fits its export ({verdict}); no TensorRT here to compare with"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import Run, locate
 from lutdeploy.artefacts.tuned_steps import read_tuned_steps
+from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import ArtefactError
@@ -24,11 +27,7 @@ def _about_model(config: ModelConfig) -> dict[str, Any]:
 
 
 def inspect_export(folder: Path) -> dict[str, Any]:
-    """An export folder, its files verified by size and hash.
-
-    Raises:
-        ArtefactError: names the file that is damaged.
-    """
+    """An export folder, its files verified by size and hash."""
     manifest = read_manifest(folder)
     manifest.verify()
     schedule = manifest.schedule
@@ -44,20 +43,16 @@ def inspect_export(folder: Path) -> dict[str, Any]:
         "created": manifest.created,
         "versions": manifest.versions,
         "graphs": len(manifest.graphs),
-        "bytes": sum(file["bytes"] for file in manifest.files.values()),
+        "bytes": sum(file.bytes for file in manifest.files.values()),
         "engine_sha256": manifest.weights_sha256,
         "model_sha256": manifest.source_sha256,
-        "files": manifest.files,
+        "files": msgspec.to_builtins(manifest.files),
         **_about_model(manifest.config),
     }
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
-    """A model.safetensors.
-
-    Raises:
-        ArtefactError, UsageError: damaged, foreign or missing.
-    """
+    """A model.safetensors."""
     from safetensors import safe_open
 
     config, about = read_metadata(path)
@@ -99,12 +94,12 @@ def inspect_engines(run: Run, machine: plan.Machine | None) -> list[dict[str, An
             about |= {
                 "export": state.record.export,
                 "graph_file": state.record.graph_file,
-                "verdict": state.record.verdict,
+                "verdict": state.outcome,
                 "bytes": state.record.plan_bytes,
                 "created": state.record.created,
                 "build_seconds": state.record.build_seconds,
                 "fields": state.record.fields,
-                "layers": state.record.layers,
+                "layers": state.verdict.layers if state.verdict else None,
             }
         reasons = list(state.reasons)
         if state.record is not None and not reasons:
@@ -133,9 +128,6 @@ def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, A
     Args:
         path: of one of the three.
         machine: see :func:`inspect_engines`.
-
-    Raises:
-        ArtefactError, UsageError: damaged, foreign or missing.
     """
     located = locate(path)
     if located.export is not None:
@@ -154,6 +146,6 @@ def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, A
         "model": model,
         "exports": exports,
         "engines": inspect_engines(run, machine),
-        "parity": run.verdicts(),
+        "verdicts": [msgspec.to_builtins(verdict) for verdict in read_verdicts(run)],
         "tuned_steps": _inspect_tuned_steps(run, model["model_sha256"]),
     }

@@ -138,7 +138,7 @@ def sessions_that_fit(manifest: Manifest) -> int:
     Each has the weights to itself, in float32 and in the layout of the CPU's kernels.
     """
     weights = sum(
-        file["bytes"] for name, file in manifest.files.items() if name not in manifest.graphs
+        file.bytes for name, file in manifest.files.items() if name not in manifest.graphs
     )
     in_memory = max(1, weights * (2 if manifest.precision == "fp16" else 1))
     return max(1, int(psutil.virtual_memory().total / 2 / (SESSION_OVERHEAD * in_memory)))

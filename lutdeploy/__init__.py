@@ -22,8 +22,8 @@ def load(path: str | Path, backend: str = "torch", device: str | None = None) ->
     Args:
         path: a run folder (its newest export), a model.safetensors, or one export folder.
         backend: "torch", "onnxruntime", "openvino", "tensorrt", or "auto".
-        device: "cpu", "cuda", or for onnxruntime "tensorrt" or an execution provider's name;
-            by default the CPU, for tensorrt "cuda".
+        device: "cpu", "cuda", or for onnxruntime an execution provider's name; by default the
+            CPU, for tensorrt "cuda".
 
     Returns:
         An engine with ``config``, ``predict_x0(x, t)`` (float32 [B, C, S, S] and [B] to
@@ -32,9 +32,11 @@ def load(path: str | Path, backend: str = "torch", device: str | None = None) ->
     Raises:
         LutDeployError: one of its children says what is wrong.
     """
-    from lutdeploy.engines import open_engine
+    from pathlib import Path
 
-    return open_engine(path, backend, device)
+    from lutdeploy.engines import EngineRequest, open_engine
+
+    return open_engine(EngineRequest(Path(path), backend, device))
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -118,31 +118,11 @@ class Report:
             if not c.passed
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; infinities become strings."""
-
-        def plain(value: float) -> float | str:
-            return value if math.isfinite(value) else str(value)
-
-        return {
-            "passed": self.passed,
-            "precision": self.precision,
-            "solver": self.schedule.describe(),
-            "images": self.images,
-            "final": {name: plain(value) for name, value in asdict(self.final).items()},
-            "drift_rms": [plain(value) for value in self.drift],
-            "checks": [
-                {
-                    "level": c.level,
-                    "what": c.what,
-                    "measure": c.measure,
-                    "value": plain(c.value),
-                    "limit": plain(c.limit),
-                    "passed": c.passed,
-                }
-                for c in self.checks
-            ],
-        }
+    @classmethod
+    def without_checks(cls, precision: str, schedule: Schedule) -> Report:
+        """Of a denoiser that was refused before it was compared."""
+        nothing = Difference(math.inf, math.inf, -math.inf, -1.0)
+        return cls(precision, schedule, 0, (), (), nothing)
 
 
 def _limits(reference: NDArray[Any], half: NDArray[Any] | None) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
-from lutdeploy.schedule import Schedule, Step, solver_schedule
+from lutdeploy.schedule import Schedule, ScheduleRequest, Step
 
 Images = NDArray[np.float32]  # [B, C, S, S]
 Batch = tuple[Sequence[int], Images]  # the images' indices, and their noise
@@ -59,10 +59,6 @@ class StreamingDenoiser(Denoiser, Protocol):
             schedule: the steps.
             pixels: uint8 [n, S, S, C] as :func:`lutdeploy.images.to_uint8` makes them,
                 instead of float32 [n, C, S, S].
-
-        Raises:
-            UsageError: it holds other steps, or a batch does not fit.
-            NonFiniteError: NaN or Inf; names the step and the image.
         """
 
 
@@ -71,9 +67,6 @@ def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Images:
 
     Philox is a counter-based generator (Salmon et al. 2011); seed and index are its key,
     so no two images share a stream and none depends on a batch.
-
-    Raises:
-        ConfigError: seed or index outside [0, 2^64).
     """
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 2**64:
@@ -109,22 +102,14 @@ def noise_batches(
 
 
 def held_row(schedule: Schedule, row: Step) -> int:
-    """Which row of a denoiser's own schedule is asked for.
-
-    Raises:
-        UsageError: none of them.
-    """
+    """Which row of a denoiser's own schedule is asked for."""
     if row not in schedule.rows:
         raise UsageError(f"this export holds no step {row}; it holds {schedule.describe()}")
     return schedule.rows.index(row)
 
 
 def predict_by_row(denoiser: Denoiser, x: Images, t: NDArray[np.float32]) -> Images:
-    """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its schedule alone.
-
-    Raises:
-        UsageError: it does not hold these timesteps, or whole trajectories alone.
-    """
+    """:meth:`Denoiser.predict_x0` of a denoiser that holds the timesteps of its schedule alone."""
     if denoiser.whole_trajectory:
         raise UsageError("a loop export holds whole trajectories, no single prediction")
     schedule, t = denoiser.schedule, np.asarray(t, np.float32)
@@ -164,11 +149,7 @@ class State:
 
 
 def check_schedule(denoiser: Denoiser, schedule: Schedule) -> None:
-    """Refuse a schedule that the denoiser's graphs do not hold.
-
-    Raises:
-        UsageError: says which schedule it holds.
-    """
+    """Refuse a schedule that the denoiser's graphs do not hold."""
     held = denoiser.schedule
     if held is not None and held != schedule:
         raise UsageError(
@@ -215,9 +196,6 @@ def resume(
         state: from a trajectory whose first ``state.step`` rows were those of ``schedule``.
         schedule: the steps.
         indices: the images' numbers for messages.
-
-    Raises:
-        NonFiniteError: as :func:`trajectory`.
     """
     for row in schedule.rows[state.step :]:
         x, x0 = denoiser.step(state.x, row, history(row, state.x0, state.x0_prev))
@@ -300,7 +278,7 @@ def sample(
     if noise is not None and noise.shape != (n, *shape):
         raise UsageError(f"noise must have shape {(n, *shape)}, not {noise.shape}")
     if schedule is None:
-        schedule = choose_schedule(denoiser.schedule, solver, steps, shift)
+        schedule = ScheduleRequest(solver, steps, shift).resolve(denoiser.schedule)
     elif (steps, solver, shift) != (None, None, None):
         raise UsageError("table says solver, steps and shift; give either")
     check_schedule(denoiser, schedule)
@@ -313,52 +291,3 @@ def sample(
     for indices, ends in finished_batches(denoiser, batches, schedule):
         images[indices[0] : indices[-1] + 1] = ends
     return images
-
-
-def choose_schedule(
-    held: Schedule | None,
-    solver: str | None,
-    steps: int | None,
-    shift: float | None,
-    grid: str | None = None,
-    tuned: Callable[[], Sequence[Schedule]] = tuple,
-) -> Schedule:
-    """The schedule asked for; what is not said (None) is as in ``held``, else the reference's.
-
-    Args:
-        held: the only schedule that a denoiser can follow, if so.
-        solver: its name. None with a tuned grid: the best of those there are.
-        steps: network evaluations.
-        shift: of a uniform grid.
-        grid: "uniform" or "tuned".
-        tuned: gives the model's tuned schedules, better ones first; called when one is wanted.
-
-    Raises:
-        UsageError: no such tuned schedule, which lists those there are; a shift of a tuned grid.
-        ConfigError: as :func:`lutdeploy.schedule.solver_schedule`.
-    """
-    if held is not None and held.grid == "tuned" and grid is None and shift is None:
-        grid = "tuned"
-    if grid != "tuned":
-        return solver_schedule(
-            solver if solver is not None else (held.solver if held else "euler"),
-            steps if steps is not None else (held.steps if held else 64),
-            shift if shift is not None else (held.shift if held else 1.0),
-        )
-    if shift is not None:
-        raise UsageError("--shift warps a uniform grid; a tuned one has its times")
-    if held is not None and held.grid == "tuned":
-        if solver in (None, held.solver) and steps in (None, held.steps):
-            return held
-    there = tuned()
-    wanted = steps if steps is not None else (held.steps if held else 64)
-    for schedule in there:
-        if schedule.steps == wanted and solver in (None, schedule.solver):
-            return schedule
-    counts = [str(n) for n in dict.fromkeys(t.steps for t in there if solver in (None, t.solver))]
-    owner = f" for {solver}" if solver else ""
-    raise UsageError(
-        f"no tuned grid of {wanted} steps{owner}; "
-        + (f"there are some of {', '.join(counts)} steps" if counts else "this model has none")
-        + f"; `lutdeploy tune-steps --steps {wanted}` searches one"
-    )

@@ -11,19 +11,19 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from lutdeploy.errors import ConfigError
+import msgspec
+
+from lutdeploy.errors import ConfigError, UsageError
 
 GRIDS = ("uniform", "tuned")  # equal steps, warped by a shift; times found by a search
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One row: evaluate the network at t, then x' = a·x + b·x0 + c·x0_prev + d·x0_prev2.
 
     Raises:
-        ConfigError: d without c, which no graph could be given (see ``history_ratio``).
+        ConfigError: d without c, which no graph can compute (see ``history_ratio``).
     """
 
     t: float
@@ -38,13 +38,14 @@ class Step:
 
     @property
     def history_ratio(self) -> float:
-        """d/c: graphs hold one history term, c·(x0_prev + d/c·x0_prev2)."""
+        """d/c: graphs have one history term, c·(x0_prev + d/c·x0_prev2)."""
         return self.d / self.c if self.d else 0.0
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A whole trajectory: the solver's name, the shift of its time grid, its rows, its grid.
+class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A whole trajectory: a row of coefficients for each network evaluation.
+
+    ``solver`` and ``shift`` say where the rows come from; ``grid`` is one of ``GRIDS``.
 
     Raises:
         ConfigError: no such grid.
@@ -68,28 +69,6 @@ class Schedule:
     def times(self) -> tuple[float, ...]:
         """t_0 = 0 … t_steps = 1."""
         return (*(row.t for row in self.rows), 1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; floats survive exactly. What is usual is left out: d, the grid."""
-        rows = [[row.t, row.a, row.b, row.c, row.d] for row in self.rows]
-        if not any(row.d for row in self.rows):
-            rows = [row[:4] for row in rows]
-        grid = {} if self.grid == "uniform" else {"grid": self.grid}
-        return {"solver": self.solver, "shift": self.shift, **grid, "rows": rows}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Schedule:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            ConfigError: not such a schedule.
-        """
-        try:
-            rows = tuple(Step(*(float(v) for v in row)) for row in values["rows"])
-            grid = str(values.get("grid", "uniform"))
-            return cls(str(values["solver"]), float(values["shift"]), rows, grid)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"not a solver schedule: {error}") from error
 
     def describe(self) -> str:
         """For people and folder names: ``euler-64``, ``dpmpp-2m-16-shift2``, …``-tuned``."""
@@ -224,3 +203,58 @@ def tuned_schedule(solver: str, times: Sequence[float]) -> Schedule:
     if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or not rising:
         raise ConfigError(f"times must rise from 0 to 1, not {', '.join(f'{t:g}' for t in grid)}")
     return Schedule(solver, 1.0, tuple(SOLVERS[solver](grid)), "tuned")
+
+
+@dataclass(frozen=True)
+class ScheduleRequest:
+    """The schedule that somebody asks for; None where nothing was said."""
+
+    solver: str | None = None
+    steps: int | None = None
+    shift: float | None = None
+    grid: str | None = None  # one of GRIDS
+
+    @property
+    def empty(self) -> bool:
+        return self == ScheduleRequest()
+
+    def resolve(
+        self, held: Schedule | None = None, tuned: Callable[[], Sequence[Schedule]] = tuple
+    ) -> Schedule:
+        """Find the schedule; what was not said is as in ``held``, else 64 steps of "euler".
+
+        Args:
+            held: the only schedule that a denoiser can follow, if that is so.
+            tuned: gives the model's tuned schedules, for one number of steps the best first;
+                called only when a tuned grid is asked for.
+
+        Raises:
+            UsageError: no such tuned schedule, with those there are; a shift of a tuned grid.
+            ConfigError: as :func:`solver_schedule`.
+        """
+        grid = self.grid
+        if held is not None and held.grid == "tuned" and grid is None and self.shift is None:
+            grid = "tuned"
+        steps = self.steps if self.steps is not None else (held.steps if held else 64)
+        if grid != "tuned":
+            return solver_schedule(
+                self.solver or (held.solver if held else "euler"),
+                steps,
+                self.shift if self.shift is not None else (held.shift if held else 1.0),
+            )
+        if self.shift is not None:
+            raise UsageError("--shift warps a uniform grid; a tuned one has its times")
+        if held is not None and held.grid == "tuned" and steps == held.steps:
+            if self.solver in (None, held.solver):
+                return held
+        fitting = [found for found in tuned() if self.solver in (None, found.solver)]
+        for found in fitting:
+            if found.steps == steps:
+                return found
+        counts = ", ".join(dict.fromkeys(str(found.steps) for found in fitting))
+        owner = f" for {self.solver}" if self.solver else ""
+        there = f"there are some of {counts} steps" if counts else "this model has none"
+        raise UsageError(
+            f"no tuned grid of {steps} steps{owner}; {there}; "
+            f"`lutdeploy tune-steps --steps {steps}` searches one"
+        )

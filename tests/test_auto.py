@@ -9,43 +9,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 import lutdeploy
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import MODEL, Run
-from lutdeploy.engines.auto import has_passed, measured_choices, nearest, rank
+from lutdeploy.artefacts.verdicts import Verdict, read_verdicts, store_verdict
+from lutdeploy.engines import EngineRequest
+from lutdeploy.engines.auto import Choice, has_passed, measured_choices, nearest
+from lutdeploy.engines.auto import rank as rank_all
+from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
 from lutdeploy.machine import this_machine
+from tests.bench_records import make_result, row
 from tests.command import fail, succeed
 
 Exported = Callable[..., Path]
 SAMPLE = ("-n", 1, "--steps", 2, "--no-grid")
 
 
-def row(path: str, batch: int = 16, seconds: float = 1.0, **others: Any) -> dict[str, Any]:
-    """A row of bench.json, of an engine called as its backend and precision are."""
-    backend, _, precision = path.partition("-")
-    place = {"onnxruntime": "CPUExecutionProvider", "openvino": f"CPU {precision}"}
-    return {
-        "path": path,
-        "backend": backend,
-        "precision": precision,
-        "device": "cpu",
-        "export": None if backend == "torch" else "step-fp32",
-        "engine_sha256": "e",
-        "computes_on": place.get(backend, "cpu"),
-        "sample_options": ["--precision", "bf16"] if precision == "bf16" else [],
-        "batch": batch,
-        "stable": True,
-        "step_seconds": seconds,
-        **others,
+def verdict(of: Row, passed: bool = True, **changes: Any) -> Verdict:
+    """What `lutdeploy parity` would have found of a measured engine on this machine."""
+    values = {
+        **{key: getattr(of, key) for key in ("backend", "export", "engine_sha256")},
+        "device": of.computes_on,
+        "model_sha256": "m",
+        "lutdeploy": lutdeploy.__version__,
+        "machine": this_machine().fingerprint(),
+        "passed": passed,
+        "precision": of.precision,
+        "solver": "euler-64",
+        "images": 4,
+        "final": {},
+        "drift_rms": (),
+        "checks": (),
     }
+    return Verdict(**{**values, **changes})
 
 
-def verdict(of: dict[str, Any], passed: bool = True) -> dict[str, Any]:
-    named = {key: of[key] for key in ("backend", "export", "engine_sha256")}
-    return {**named, "device": of["computes_on"], "passed": passed}
+def rank(rows: list[Row], verdicts: list[Verdict], batch: int) -> list[Choice]:
+    request = EngineRequest(Path("run"), batch=batch)
+    return rank_all(Run(Path("run")), rows, verdicts, request)
 
 
 def test_the_fastest_that_passed_is_first() -> None:
@@ -62,7 +68,7 @@ def test_the_fastest_that_passed_is_first() -> None:
     (shaky,) = rank([row("torch-eager", stable=False)], [], 16)
     assert shaky.why.endswith("at batch 16 in an unstable measurement")
     (*_, narrow) = rank(rows, [verdict(rows[3])], 16)[:1]
-    assert (narrow.name, narrow.precision) == ("openvino-bf16", "bf16")
+    assert (narrow.name, narrow.request.precision) == ("openvino-bf16", "bf16")
 
 
 def test_the_batch_size_decides() -> None:
@@ -71,15 +77,18 @@ def test_the_batch_size_decides() -> None:
     verdicts = [verdict(large[0])]
     assert rank([*small, *large], verdicts, 1)[0].name == "torch-eager"
     assert rank([*small, *large], verdicts, 100)[0].name == "onnxruntime-fp32"
-    assert nearest(small, 63)["batch"] == 1
-    assert nearest([row("torch-eager", 8)], 2)["batch"] == 8
+    assert nearest(small, 63).batch == 1
+    assert nearest([row("torch-eager", 8)], 2).batch == 8
 
 
 @pytest.mark.parametrize("key", ["backend", "export", "device", "engine_sha256"])
 def test_a_verdict_counts_for_what_it_judged_alone(key: str) -> None:
     measured = row("onnxruntime-fp32")
     assert has_passed(measured, [verdict(measured)])
-    assert not has_passed(measured, [verdict(measured) | {key: "another"}])
+    assert not has_passed(
+        measured, [msgspec.structs.replace(verdict(measured), **{key: "another"})]
+    )
+    assert not has_passed(measured, [verdict(measured, check="export")])
     assert not has_passed(measured, [])
 
 
@@ -92,22 +101,17 @@ def run(exported: Exported, tmp_path: Path) -> Run:
     shutil.copy(source.parent.parent / MODEL, run.model)
     rows = [row("openvino-fp32", seconds=1), row("onnxruntime-fp32", seconds=2)]
     write_bench(run, *rows)
-    found = files.read_json(run.bench)
-    machine = {"machine": found["fingerprint"]}
-    files.write_json(run.parity, {r["path"]: verdict(r) | machine for r in found["rows"]})
+    for measured in files.read_record(run.bench, Result, REMEDY).rows:
+        store_verdict(run, verdict(measured))
     return run
 
 
-def write_bench(run: Run, *rows: dict[str, Any], **changes: Any) -> None:
-    sha = read_manifest(run.export_folder("step-fp32")).weights_sha256
+def write_bench(run: Run, *rows: Row, **changes: Any) -> None:
     model = files.sha256(run.model)
-    of = {None: model, "step-fp32": sha}
-    result = {
-        "model": {"sha256": model},
-        "fingerprint": this_machine().fingerprint(),
-        "rows": [{**r, "engine_sha256": of[r["export"]]} for r in rows],
-    }
-    files.write_json(run.bench, {**result, **changes})
+    of = {None: model, "step-fp32": read_manifest(run.export_folder("step-fp32")).weights_sha256}
+    measured = [replace(row, engine_sha256=of[row.export]) for row in rows]
+    here = {"sha256": model, "fingerprint": this_machine().fingerprint()}
+    files.write_json(run.bench, make_result(measured, **{**here, **changes}))
 
 
 def sampled_by(run: Run, out: Path, *options: object) -> tuple[str, str]:
@@ -119,7 +123,7 @@ def sampled_by(run: Run, out: Path, *options: object) -> tuple[str, str]:
 
 
 def test_sample_takes_it_and_says_why(run: Run, tmp_path: Path) -> None:
-    run.parity.unlink()
+    shutil.rmtree(run.verdicts)
     succeed("parity", run.path, "--backend", "openvino", "-n", 1, "--steps", 2)
     succeed("parity", run.path, "--backend", "onnxruntime", "-n", 1, "--steps", 2)
     backend, said = sampled_by(run, tmp_path / "out")
@@ -127,23 +131,20 @@ def test_sample_takes_it_and_says_why(run: Run, tmp_path: Path) -> None:
     assert said.startswith("auto: openvino-fp32, the fastest of 2 that passed parity here")
     with lutdeploy.load(run.path, "auto") as engine:
         assert engine.identity["backend"] == "openvino"
-    assert measured_choices(run, 1, "cuda", None) == []
-    assert measured_choices(run, 1, None, "step-fp16") == []
+    assert measured_choices(run, EngineRequest(run.path, device="cuda")) == []
+    assert measured_choices(run, EngineRequest(run.path, export="step-fp16")) == []
 
 
 def test_what_was_measured_elsewhere_does_not_count(run: Run, tmp_path: Path) -> None:
     fast = row("openvino-fp32")
-    for number, changes in enumerate(
-        ({"fingerprint": {"cpu": "another"}}, {"model": {"sha256": "another"}})
-    ):
+    elsewhere: list[dict[str, Any]] = [{"fingerprint": {"cpu": "another"}}, {"sha256": "another"}]
+    for number, changes in enumerate(elsewhere):
         write_bench(run, fast, **changes)
         backend, said = sampled_by(run, tmp_path / str(number))
         assert backend == "onnxruntime"
         assert "has measured nothing else here" in said
-    verdicts = run.verdicts()
-    for judged in verdicts.values():
-        judged["machine"] = {"cpu": "another"}
-    files.write_json(run.parity, verdicts)
+    for judged in read_verdicts(run):
+        store_verdict(run, msgspec.structs.replace(judged, machine={"cpu": "another"}))
     write_bench(run, fast)
     assert sampled_by(run, tmp_path / "verdicts")[0] == "onnxruntime"
 
@@ -159,12 +160,11 @@ def test_what_changed_or_does_not_open_is_passed_over(
     assert backend == "torch"
     assert "auto: not openvino-fp32: OpenVINO is not installed" in said
     result = files.read_json(run.bench)
-    verdicts = run.verdicts()
-    for entry in (*result["rows"], *verdicts.values()):
-        if entry["backend"] == "openvino":
-            entry["engine_sha256"] = "of another export"
+    for measured in result["rows"]:
+        if measured["backend"] == "openvino":
+            measured["engine_sha256"] = "of another export"
+            store_verdict(run, verdict(msgspec.convert(measured, Row)))
     files.write_json(run.bench, result)
-    files.write_json(run.parity, verdicts)
     backend, said = sampled_by(run, tmp_path / "changed")
     assert backend == "torch"
     assert "auto: not openvino-fp32, which has changed" in said

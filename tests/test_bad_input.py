@@ -515,8 +515,11 @@ def test_stale_export(export_run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"step-fp32 onnxruntime CPU": 1}'])
 def test_damaged_verdicts(text: str, export_run: Path) -> None:
-    (export_run / "parity.json").write_text(text)
-    refused(export_run, "parity.json is ")
+    for path in (Run(export_run).old_verdicts, Run(export_run).verdicts / "0a.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        refused(export_run, f"{path.name} is ")
+        path.unlink()
 
 
 def test_steps_that_an_export_does_not_hold(model_run: Path, exported: Exports) -> None:

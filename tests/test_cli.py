@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -18,7 +19,8 @@ from lutdeploy import images
 from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.checkpoint import load_model, save_model
 from lutdeploy.artefacts.run import Run
-from lutdeploy.cli import cli
+from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
+from lutdeploy.cli import COMMANDS, cli
 from lutdeploy.sampling import batch_noise
 from tests.conftest import golden_model, read_golden
 
@@ -87,9 +89,9 @@ def test_parity_is_recorded_and_shown(trained: Path) -> None:
         result = run("parity", trained, "-n", 2, "--steps", 8, *flag, *export)
         assert "parity: passed" in result.stdout
         assert "trajectory" in result.stderr
-    verdicts = json.loads(Run(trained).parity.read_text())
-    assert {name.split()[0] for name in verdicts} == {"step-fp32", "step-fp16"}
-    assert all(verdict["passed"] for verdict in verdicts.values())
+    verdicts = [v for v in read_verdicts(Run(trained)) if v.check == "parity"]
+    assert {verdict.export for verdict in verdicts} == {"step-fp32", "step-fp16"}
+    assert all(verdict.passed for verdict in verdicts)
 
 
 def test_torch_backend_has_parity_with_itself(trained: Path) -> None:
@@ -218,16 +220,12 @@ def test_per_step_and_loop_exports_bring_their_own_steps(trained: Path, tmp_path
 def test_failed_parity_stops_sampling_unless_told(trained: Path, tmp_path: Path) -> None:
     command = ("sample", trained, "--export", "step-fp32", "-n", 1, "--steps", 1)
     run("parity", trained, "--export", "step-fp32", "-n", 1, "--steps", 2)
-    path = Run(trained).parity
-    kept = path.read_text()
-    verdicts = json.loads(kept)
-    name = next(name for name in verdicts if name.startswith("step-fp32"))
-    verdicts[name]["passed"] = False
-    path.write_text(json.dumps(verdicts))
+    verdict = next(v for v in read_verdicts(Run(trained)) if v.export == "step-fp32")
+    store_verdict(Run(trained), msgspec.structs.replace(verdict, passed=False))
     result = run(*command, "--out", tmp_path / "a", code=1)
     assert "failed parity" in result.stderr
     run(*command, "--out", tmp_path / "b", "--unverified")
-    path.write_text(kept)
+    store_verdict(Run(trained), verdict)
 
 
 def test_inspect_says_what_things_are(trained: Path) -> None:
@@ -332,7 +330,7 @@ def test_model_stands_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "runs" / name / "onnx" / "step-fp32").is_dir()
     assert not (tmp_path / "runs" / "newer" / "onnx").exists()
     run("parity", "--model", name, "-n", 1, "--steps", 2)
-    assert (tmp_path / "runs" / name / "parity.json").is_file(), "of the export that --model made"
+    assert read_verdicts(Run(tmp_path / "runs" / name)), "of the export that --model made"
     line = run("sample", "runs/newer", "--model", name, code=2).output
     assert f"--model {name} stands for a RUN; leave out runs/newer" in line
     assert "Invalid value for '--model'" in run("sample", "--model", "dogs", code=2).output
@@ -378,11 +376,12 @@ def test_shipped_models_are_fp16_told_of_and_paint(name: str) -> None:
     found = json.loads(run("inspect", path, "--json").stdout)
     assert found["dtypes"] == ["F16"]
     assert found["config"] == shipped.facts(name)["training"]["model"]
-    card = path.with_suffix(".md").read_text()
+    docs = Path(__file__).parent.parent / "docs" / "models"
+    card = (docs / f"{name}.md").read_text()
     for word in ("Data", "Recipe", "Steps", "Images seen", "Fréchet"):
         assert word in card
     for picture in ("samples", "trajectory", "lut", "gram"):
-        assert path.with_suffix(f".{picture}.png").is_file()
+        assert (docs / f"{name}.{picture}.png").is_file()
     made = lutdeploy.sample(lutdeploy.load(path), 4, steps=16, solver="dpmpp-2m")
     assert np.isfinite(made).all()
     assert 0.2 < made.std() < 1
@@ -408,11 +407,16 @@ def test_doctor_fails_when_something_needed_is_missing(monkeypatch: pytest.Monke
     assert "pip install no-such-package" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "import", "export", "parity", "sample", "inspect", "doctor"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    assert "Usage: " in run(command, "--help").stdout
+    text = run(command, "--help").stdout
+    assert f"Usage: cli {command} " in text
+    assert "..." not in text
+
+
+def test_the_short_help_is_whole() -> None:
+    text = run("--help").stdout
+    assert all(short in text for short in COMMANDS.values())
 
 
 def test_it_runs_as_a_program() -> None:

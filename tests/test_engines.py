@@ -19,7 +19,7 @@ from lutdeploy import images
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import hash_files, read_manifest
 from lutdeploy.artefacts.run import Run
-from lutdeploy.engines import Engine, open_engine
+from lutdeploy.engines import Engine, EngineRequest, open_engine
 from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
 from lutdeploy.engines.onnxruntime import execution_provider, misplaced_products, open_session
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
@@ -176,17 +176,17 @@ def test_a_run_opens_its_newest_export_unless_told(
     source = golden_runs("static-tanh-64")
     files.write_atomic(run.model, source.model.read_bytes())
     with pytest.raises(UsageError, match="has no export"):
-        open_engine(run.path, "onnxruntime")
-    assert open_engine(run.path).identity["backend"] == "torch"
+        open_engine(EngineRequest(run.path, "onnxruntime"))
+    assert open_engine(EngineRequest(run.path)).identity["backend"] == "torch"
     for export in (exported(), exported(precision="fp16")):
         shutil.copytree(export, run.export_folder(export.name))
     newest = run.exports()[0].name
     other = run.exports()[1].name
-    assert open_engine(run.path).identity["export"] == newest
-    assert open_engine(run.path, export=other).identity["export"] == other
+    assert open_engine(EngineRequest(run.path)).identity["export"] == newest
+    assert open_engine(EngineRequest(run.path, export=other)).identity["export"] == other
     assert lutdeploy.load(run.path).identity["backend"] == "torch"
     with pytest.raises(UsageError, match=f"no export 'step-int8'; it has {newest}, {other}"):
-        open_engine(run.path, export="step-int8")
+        open_engine(EngineRequest(run.path, export="step-int8"))
 
 
 def test_an_export_of_another_model_is_refused(
@@ -198,18 +198,18 @@ def test_an_export_of_another_model_is_refused(
     for path in (run.path, run.export_folder("step-fp32")):
         for backend in ("onnxruntime", "auto"):
             with pytest.raises(ArtefactError, match="exported from another"):
-                open_engine(path, backend)
+                open_engine(EngineRequest(path, backend))
     with pytest.raises(ArtefactError, match="exported from another"):
-        open_engine(run.export_folder("step-fp32"), "torch")
-    assert open_engine(run.path, "torch").config.lut == "dynamic"
+        open_engine(EngineRequest(run.export_folder("step-fp32"), "torch"))
+    assert open_engine(EngineRequest(run.path, "torch")).config.lut == "dynamic"
 
 
 def test_an_export_folder_works_alone(tmp_path: Path, exported: Exported) -> None:
     alone = tmp_path / "carried" / "away"
     shutil.copytree(exported(), alone)
-    assert open_engine(alone).identity["backend"] == "onnxruntime"
+    assert open_engine(EngineRequest(alone)).identity["backend"] == "onnxruntime"
     with pytest.raises(UsageError, match="backend torch"):
-        open_engine(alone, "torch")
+        open_engine(EngineRequest(alone, "torch"))
 
 
 def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Exported) -> None:
@@ -222,7 +222,7 @@ def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Expor
     values["files"] = hash_files(mixed)
     files.write_json(mixed / "manifest.json", values)
     with pytest.raises(ArtefactError, match=r"got inputs \['noise'\]"):
-        open_engine(mixed)
+        open_engine(EngineRequest(mixed))
 
 
 def test_unknown_backend_lists_what_there_is(golden_runs: RunOf) -> None:
@@ -278,7 +278,10 @@ def test_absent_torch_device_is_an_error(golden_runs: RunOf) -> None:
 
 
 def test_threads_are_passed_on(exported: Exported) -> None:
-    with open_engine(exported(), threads=1) as one, open_engine(exported(), threads=2) as two:
+    with (
+        open_engine(EngineRequest(exported(), threads=1)) as one,
+        open_engine(EngineRequest(exported(), threads=2)) as two,
+    ):
         x = batch_noise(0, range(2), one.config.image_shape)
         t = np.zeros(2, np.float32)
         assert np.abs(one.predict_x0(x, t) - two.predict_x0(x, t)).max() < 1e-5
@@ -295,11 +298,11 @@ def test_sessions_that_do_not_fit_are_opened_again(
         return open_session(graph, *more, **options)
 
     monkeypatch.setattr("lutdeploy.engines.onnxruntime.open_session", count)
-    with open_engine(exported(graph="per-step"), "onnxruntime") as engine:
+    with open_engine(EngineRequest(exported(graph="per-step"), "onnxruntime")) as engine:
         expected = lutdeploy.sample(engine, 2)
     opened.clear()
     monkeypatch.setattr("lutdeploy.engines.onnxruntime.sessions_that_fit", lambda manifest: room)
-    with open_engine(exported(graph="per-step"), "onnxruntime") as engine:
+    with open_engine(EngineRequest(exported(graph="per-step"), "onnxruntime")) as engine:
         for _ in range(2):
             assert np.array_equal(lutdeploy.sample(engine, 2), expected)
     assert opened == [f"step-{k:03d}.onnx" for k in (*range(5), *again)]

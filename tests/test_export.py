@@ -208,9 +208,9 @@ def test_per_step_graphs_share_one_weights_file(exported: Exported) -> None:
     many, one = exported(graph="per-step"), exported()
     files = read_manifest(many).files
     assert sorted(files) == [*(f"step-{k:03d}.onnx" for k in range(5)), "weights.bin"]
-    weights = read_manifest(one).files["weights.bin"]["bytes"]
-    assert files["weights.bin"]["bytes"] <= weights
-    assert max(files[name]["bytes"] for name in files if name.endswith(".onnx")) < weights / 5
+    weights = read_manifest(one).files["weights.bin"].bytes
+    assert files["weights.bin"].bytes <= weights
+    assert max(files[name].bytes for name in files if name.endswith(".onnx")) < weights / 5
 
 
 def test_same_name_is_same_bytes_in_every_graph_of_an_export(exported: Exported) -> None:
@@ -251,7 +251,7 @@ def test_exports_hold_no_path_of_this_machine(exported: Exported) -> None:
 def test_same_export_twice_is_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
     write_graphs(golden_model("static-tanh-64"), ExportPlan(), tmp_path)
     for name, file in read_manifest(exported()).files.items():
-        assert files.sha256(tmp_path / name) == file["sha256"], name
+        assert files.sha256(tmp_path / name) == file.sha256, name
 
 
 def test_fused_network_equals_the_model(preset: str) -> None:

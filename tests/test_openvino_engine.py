@@ -18,7 +18,8 @@ import lutdeploy.engines.openvino
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import hash_files, read_manifest
 from lutdeploy.artefacts.run import Run
-from lutdeploy.engines import open_engine
+from lutdeploy.artefacts.verdicts import read_verdicts
+from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.openvino import OpenVinoDenoiser
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from tests.command import fail, invoke, succeed
@@ -48,9 +49,9 @@ def test_parity_judges_it_by_the_export(exported_run: Runs) -> None:
     run = exported_run()
     result = succeed("parity", run.path, "--backend", "openvino", "-n", 2)
     assert result.stdout == "parity: passed\n"
-    (verdict,) = run.verdicts().values()
-    assert (verdict["backend"], verdict["device"]) == ("openvino", "CPU fp32")
-    assert verdict["precision"] == "fp16"
+    (verdict,) = [verdict for verdict in read_verdicts(run) if verdict.check == "parity"]
+    assert (verdict.backend, verdict.device) == ("openvino", "CPU fp32")
+    assert verdict.precision == "fp16"
 
 
 @needs_bf16
@@ -58,10 +59,10 @@ def test_bf16_has_a_verdict_of_its_own(exported_run: Runs, tmp_path: Path) -> No
     run = exported_run(precision="fp32")
     result = succeed("parity", run.path, "--backend", "openvino", "--precision", "bf16", "-n", 2)
     assert result.stdout == "parity: passed\n"
-    (verdict,) = run.verdicts().values()
-    assert verdict["device"] == "CPU bf16"
-    assert verdict["precision"] == "bf16"
-    assert float(verdict["final"]["max_abs"]) > 1e-3, "so it was bfloat16 that ran"
+    (verdict,) = [verdict for verdict in read_verdicts(run) if verdict.check == "parity"]
+    assert verdict.device == "CPU bf16"
+    assert verdict.precision == "bf16"
+    assert float(verdict.final["max_abs"]) > 1e-3, "so it was bfloat16 that ran"
     succeed(
         *("sample", run.path, "--backend", "openvino", "--precision", "bf16", "-n", 1),
         *("--steps", 2, "--out", tmp_path / "out"),
@@ -91,9 +92,9 @@ def test_a_precision_that_the_cpu_lacks_is_an_error(
     with pytest.raises(BackendError, match="no precision 'int4'"):
         OpenVinoDenoiser(manifest, precision="int4")
     with pytest.raises(BackendError, match="cpu alone"):
-        open_engine(exported(), "openvino", "cuda")
+        open_engine(EngineRequest(exported(), "openvino", "cuda"))
     with pytest.raises(UsageError, match="for backend openvino"):
-        open_engine(exported(), "onnxruntime", precision="bf16")
+        open_engine(EngineRequest(exported(), "onnxruntime", precision="bf16"))
 
 
 def test_another_precision_than_asked_for_is_an_error(
@@ -120,12 +121,12 @@ def test_a_graph_of_other_inputs_is_refused(exported: Exported, tmp_path: Path) 
     values["files"] = hash_files(mixed)
     files.write_json(mixed / "manifest.json", values)
     with pytest.raises(ArtefactError, match=r"got inputs \['noise'\]"):
-        open_engine(mixed, "openvino")
+        open_engine(EngineRequest(mixed, "openvino"))
     (mixed / "step.onnx").write_bytes(b"no graph")
     values["files"] = hash_files(mixed)
     files.write_json(mixed / "manifest.json", values)
     with pytest.raises(ArtefactError, match="OpenVINO cannot compile"):
-        open_engine(mixed, "openvino")
+        open_engine(EngineRequest(mixed, "openvino"))
 
 
 def test_without_openvino_there_is_one_line(

@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import MANIFEST, hash_files, read_manifest
 from lutdeploy.artefacts.run import MODEL, Run
-from lutdeploy.engines import open_engine
+from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict, verdict_of
+from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.model import LutTransformer
 from lutdeploy.parity import MIN_PSNR, Check, Report, compare, difference
 from lutdeploy.reference import TorchDenoiser
@@ -32,7 +33,7 @@ def judge(folder: Path, preset: str = "static-tanh-64", steps: int = 6) -> Repor
     """Parity of an export folder against the golden model."""
     model = golden_model(preset)
     noise = batch_noise(0, range(2), model.config.image_shape)
-    with open_engine(folder, "onnxruntime") as engine:
+    with open_engine(EngineRequest(folder, "onnxruntime")) as engine:
         schedule = engine.schedule or solver_schedule("dpmpp-2m", steps)
         precision = read_manifest(folder).precision
         return compare(model, engine, precision, schedule, noise)
@@ -58,7 +59,7 @@ def test_third_order_passes_in_every_graph(exported: Exported, graph: str, preci
     schedule = solver_schedule("dpmpp-3m", 6)
     assert sum(row.d != 0 for row in schedule.rows) == 2
     folder = exported("static-tanh-64", graph, precision, "dpmpp-3m", 6)
-    with open_engine(folder, "onnxruntime") as engine:
+    with open_engine(EngineRequest(folder, "onnxruntime")) as engine:
         report = compare(model, engine, precision, schedule, noise)
     assert report.passed, report.failures()
 
@@ -67,7 +68,9 @@ def test_a_forgotten_x0_fails(exported: Exported, monkeypatch: pytest.MonkeyPatc
     """The second history term is large enough to be missed."""
     model = golden_model("static-tanh-64")
     noise = batch_noise(0, range(2), model.config.image_shape)
-    with open_engine(exported("static-tanh-64", "loop", "fp32", "dpmpp-3m", 6)) as engine:
+    with open_engine(
+        EngineRequest(exported("static-tanh-64", "loop", "fp32", "dpmpp-3m", 6))
+    ) as engine:
         monkeypatch.setattr("lutdeploy.sampling.history", lambda row, x0, before: x0)
         assert not compare(model, engine, "fp32", engine.schedule, noise).passed
 
@@ -75,7 +78,7 @@ def test_a_forgotten_x0_fails(exported: Exported, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("solver", ["euler", "dpmpp-2m", "dpmpp-3m"])
 def test_reference_trajectory_of_64_steps_passes(exported: Exported, solver: str) -> None:
     model = golden_model("static-tanh-64")
-    with open_engine(exported(), "onnxruntime") as engine:
+    with open_engine(EngineRequest(exported(), "onnxruntime")) as engine:
         noise = batch_noise(0, range(1), model.config.image_shape)
         report = compare(model, engine, "fp32", solver_schedule(solver, 64), noise)
     assert report.passed, report.failures()
@@ -187,11 +190,13 @@ def test_difference_measures() -> None:
         assert (broken.max_abs, broken.psnr) == (math.inf, -math.inf)
 
 
-def test_report_is_plain_json(exported: Exported) -> None:
-    values = judge(exported()).to_dict()
-    assert values["passed"] is True
-    assert values["solver"] == "dpmpp-2m-6"
-    assert all(isinstance(c["value"], float | str) for c in values["checks"])
+def test_a_report_is_kept_as_a_verdict(exported: Exported, tmp_path: Path) -> None:
+    identity = {"backend": "onnxruntime", "device": "cpu", "export": "e", "engine_sha256": "s"}
+    verdict = verdict_of(judge(exported()), {**identity, "model_sha256": "m"}, "parity")
+    assert verdict.passed
+    assert verdict.solver == "dpmpp-2m-6"
+    store_verdict(Run(tmp_path), verdict)
+    assert read_verdicts(Run(tmp_path)) == [verdict]
 
 
 def test_model_is_left_as_it_was() -> None:
@@ -215,8 +220,8 @@ def test_all_judges_every_engine_and_goes_on_after_a_failure(
     assert {"onnxruntime-fp16", "onnxruntime-fp32", "openvino-fp32"} <= set(names)
     assert all("passed, PSNR" in line or "not judged" in line for line in lines)
     passed = [line for line in lines if "passed" in line]
-    assert len(run.verdicts()) == len(passed)
-    assert all(verdict["machine"]["cpu"] for verdict in run.verdicts().values())
+    assert len(read_verdicts(run)) == len(passed)
+    assert all(verdict.machine["cpu"] for verdict in read_verdicts(run))
 
     monkeypatch.setitem(MIN_PSNR, "fp16", 1000.0)
     result = invoke(*options)
@@ -224,7 +229,8 @@ def test_all_judges_every_engine_and_goes_on_after_a_failure(
     assert "onnxruntime-fp16: FAILED" in result.stdout
     assert len(result.stdout.splitlines()) == len(lines), "the others were judged all the same"
     assert result.stderr.splitlines()[-1] == "error: parity failed: onnxruntime-fp16"
-    assert not run.verdicts()["step-fp16 onnxruntime CPUExecutionProvider"]["passed"]
+    failed = [verdict for verdict in read_verdicts(run) if not verdict.passed]
+    assert [(v.export, v.backend) for v in failed] == [("step-fp16", "onnxruntime")]
 
 
 def test_all_needs_an_export_and_nothing_that_chooses(

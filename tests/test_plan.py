@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.manifest import MANIFEST, Manifest, read_manifest
+from lutdeploy.artefacts.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from lutdeploy.artefacts.run import Run
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import ArtefactError, UsageError
@@ -88,11 +89,13 @@ def test_every_field_changes_the_key(run: Run) -> None:
         for name in ("tensorrt", "cuda", "gpu", "compute_capability")
     ]
     for name in ("step.onnx", "weights.bin"):
-        files = {**manifest.files, name: {**manifest.files[name], "sha256": "0" * 64}}
-        changed = dataclasses.replace(manifest, files=files)
+        files = {**manifest.files, name: FileRecord(manifest.files[name].bytes, "0" * 64)}
+        changed = msgspec.structs.replace(manifest, files=files)
         variants.append(plan.key_fields(changed, "step.onnx", options, HERE))
     variants.append(
-        plan.key_fields(dataclasses.replace(manifest, precision="fp32"), "step.onnx", options, HERE)
+        plan.key_fields(
+            msgspec.structs.replace(manifest, precision="fp32"), "step.onnx", options, HERE
+        )
     )
     keys = {plan.key_of(f) for f in (fields, *variants)}
     assert len(keys) == len(variants) + 1
@@ -103,13 +106,6 @@ def test_a_record_comes_back_as_it_was_written(run: Run) -> None:
     record = record_of(run)
     assert plan.read_record(record.path) == record
     assert record.read_plan() == PLAN
-    assert record.verdict == "not checked"
-    passed = dataclasses.replace(record, layers={"failures": []}, parity={"passed": True})
-    passed.write()
-    assert plan.read_record(record.path).verdict == "passed"
-    assert dataclasses.replace(passed, parity={"passed": False}).verdict == "FAILED"
-    assert dataclasses.replace(passed, layers={"failures": ["x"]}).verdict == "FAILED"
-    assert dataclasses.replace(passed, layers={"failures": ["x"]}, parity=None).verdict == "FAILED"
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 400])
@@ -153,7 +149,7 @@ def test_a_plan_that_is_not_the_recorded_one_is_refused(run: Run) -> None:
     ],
 )
 def test_a_plans_header_is_read_before_its_code(run: Run, data: bytes, told: str) -> None:
-    record = dataclasses.replace(
+    record = msgspec.structs.replace(
         record_of(run), plan_bytes=len(data), plan_sha256=hashlib.sha256(data).hexdigest()
     )
     record.plan.write_bytes(data)

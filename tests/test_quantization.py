@@ -19,7 +19,8 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import save_model
 from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
 from lutdeploy.artefacts.run import MODEL, Run
-from lutdeploy.engines import open_engine
+from lutdeploy.artefacts.verdicts import read_verdicts
+from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.export.graphs import ExportPlan
 from lutdeploy.errors import BackendError, ConfigError
 from lutdeploy.model import Block, LutTransformer
@@ -83,9 +84,8 @@ def test_the_graph_holds_int8_where_it_should_and_nowhere_else(
     assert manifest.quantization["int8_products"] == INT8_PRODUCTS
     quantised = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     assert len(quantised) == len(INT8_PRODUCTS), "the products' inputs, and no output"
-    assert (
-        manifest.files["weights.bin"]["bytes"]
-        < (read_manifest(exported(preset)).files["weights.bin"]["bytes"])
+    assert manifest.files["weights.bin"].bytes < (
+        read_manifest(exported(preset)).files["weights.bin"].bytes
     )
 
 
@@ -95,7 +95,7 @@ def test_pictures_are_those_of_float32_to_35_db(
     exported: Exported, preset: str, backend: str
 ) -> None:
     folder = exported(preset, precision="int8")
-    with open_engine(folder, backend) as engine:
+    with open_engine(EngineRequest(folder, backend)) as engine:
         report = parity.compare(golden_model(preset), engine, "int8", solver_schedule("euler", 8))
     assert report.passed, report.failures()
     assert report.final.max_abs > 1e-4, "so it was int8 that ran"
@@ -108,12 +108,12 @@ def test_pictures_are_those_of_float32_to_35_db(
 )
 def test_the_rest_of_int8_may_be_bf16(exported: Exported, preset: str) -> None:
     folder = exported(preset, precision="int8")
-    with open_engine(folder, "openvino", precision="bf16") as engine:
+    with open_engine(EngineRequest(folder, "openvino", precision="bf16")) as engine:
         assert engine.identity["device"] == "CPU int8-bf16"
         model, schedule = golden_model(preset), solver_schedule("euler", 8)
         report = parity.compare(model, engine, "int8-bf16", schedule)
         assert report.passed, report.failures()
-        with open_engine(folder, "openvino") as other:
+        with open_engine(EngineRequest(folder, "openvino")) as other:
             x = batch_noise(0, range(2), model.config.image_shape)
             t = np.full(2, 0.5, np.float32)
             assert difference(engine.predict_x0(x, t), other.predict_x0(x, t)).max_abs > 1e-4
@@ -127,7 +127,7 @@ def test_a_simulated_product_is_that_of_the_graph(exported: Exported) -> None:
     exact = TorchDenoiser(model).predict_x0(noise, t)
     simulated = TorchDenoiser(with_int8_products(model, product_names(model)))
     ours = simulated.predict_x0(noise, t) - exact
-    with open_engine(exported(precision="int8"), "onnxruntime") as engine:
+    with open_engine(EngineRequest(exported(precision="int8"), "onnxruntime")) as engine:
         theirs = engine.predict_x0(noise, t) - exact
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.3
     assert 0.4 < ours.std() / theirs.std() < 2.5
@@ -158,8 +158,8 @@ def test_export_keeps_what_int8_spoils_in_float32(tmp_path: Path) -> None:
     assert record["float32_products"] == ["blocks.1.out"]
     assert "in float32: blocks.1.out" in succeed("inspect", folder).stdout
     assert succeed("parity", run.path, "--backend", "openvino").stdout == "parity: passed\n"
-    (verdict,) = run.verdicts().values()
-    assert (verdict["device"], verdict["precision"]) == ("CPU int8", "int8")
+    judged = [(v.device, v.precision) for v in read_verdicts(run) if v.check == "parity"]
+    assert judged == [("CPU int8", "int8")]
 
 
 def test_a_model_that_does_not_bear_int8_gets_no_export(
@@ -220,7 +220,7 @@ def test_products_kept_in_float32_count_for_openvino(exported: Exported, tmp_pat
         *(model, ExportPlan(precision="int8"), run, files.sha256(run.model)),
         quantize=quantizer(model, kept),
     )
-    with open_engine(folder, "openvino") as engine:
+    with open_engine(EngineRequest(folder, "openvino")) as engine:
         x = batch_noise(0, range(2), model.config.image_shape)
         t = np.zeros(2, np.float32)
         exact = TorchDenoiser(model).predict_x0(x, t)

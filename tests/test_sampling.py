@@ -18,13 +18,12 @@ from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import (
     Images,
     batch_noise,
-    choose_schedule,
     image_noise,
     resume,
     sample,
     trajectory,
 )
-from lutdeploy.schedule import Schedule, Step, solver_schedule, tuned_schedule
+from lutdeploy.schedule import Schedule, ScheduleRequest, Step, solver_schedule, tuned_schedule
 from tests.conftest import golden_model
 
 SHAPE = (3, 64, 64)
@@ -134,13 +133,13 @@ HELD = tuned_schedule("euler", [0, 0.1, 1])
 def test_tuned_tables_are_chosen(
     held: Schedule | None, solver: str | None, steps: int | None, expected: Schedule
 ) -> None:
-    assert choose_schedule(held, solver, steps, None, "tuned", lambda: TUNED) == expected
+    assert ScheduleRequest(solver, steps, None, "tuned").resolve(held, lambda: TUNED) == expected
 
 
 def test_a_held_tuned_table_is_the_default() -> None:
-    assert choose_schedule(HELD, None, None, None) == HELD
-    assert choose_schedule(HELD, None, None, None, "uniform") == solver_schedule("euler", 2)
-    assert choose_schedule(HELD, "euler", 3, 2.0) == solver_schedule("euler", 3, 2.0)
+    assert ScheduleRequest().resolve(HELD) == HELD
+    assert ScheduleRequest(grid="uniform").resolve(HELD) == solver_schedule("euler", 2)
+    assert ScheduleRequest("euler", 3, 2.0).resolve(HELD) == solver_schedule("euler", 3, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,7 @@ def test_tuned_tables_that_are_not_there(
     told: str,
 ) -> None:
     with pytest.raises(UsageError, match=told):
-        choose_schedule(None, solver, steps, shift, "tuned", lambda: tuned)
+        ScheduleRequest(solver, steps, shift, "tuned").resolve(None, lambda: tuned)
 
 
 def test_a_table_can_be_given(denoiser: TorchDenoiser) -> None:

@@ -79,7 +79,7 @@ def test_long_runs_compile_where_there_is_a_compiler(
     said: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
     settings = new_settings(request(compile="auto", steps=steps), said.append)
     assert settings.compile == compiles
     assert bool(said) == (compiler is None)

@@ -36,18 +36,21 @@ def trained(path: Path) -> Run:
 @pytest.mark.usefixtures("few_images")
 def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchmetrics", reason="the distances are torchmetrics'")
-    folder = tmp_path / "models"
+    folder, docs = tmp_path / "models", tmp_path / "docs"
     folder.mkdir()
+    docs.mkdir()
     monkeypatch.setattr(shipped, "FOLDER", folder)
     run = trained(tmp_path / "run")
     stale = folder / "drawn.steps.json"
     TunedSteps("other weights", (), {"rows": []}).write(stale)
     arguments = [str(run.path), "--name", "drawn", "-n", "16", "--remark", "Blocks, no cats."]
+    arguments += ["--docs", str(docs)]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "is removed" in result.output
-    kinds = ("gram.png", "json", "lut.png", "md", "safetensors", "samples.png", "trajectory.png")
-    assert sorted(p.name for p in folder.iterdir()) == [f"drawn.{kind}" for kind in kinds]
+    assert sorted(p.name for p in folder.iterdir()) == ["drawn.json", "drawn.safetensors"]
+    kinds = ("gram.png", "lut.png", "md", "samples.png", "trajectory.png")
+    assert sorted(p.name for p in docs.iterdir()) == [f"drawn.{kind}" for kind in kinds]
     assert shipped.names() == ("drawn",)
     config, about = read_metadata(shipped.model_path("drawn"))
     facts = shipped.facts("drawn")
@@ -56,7 +59,7 @@ def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.Mon
     assert facts["sampling"]["steps"] == "euler-64", "there are no tuned grids"
     assert facts["metrics"] == facts["reference_metrics"]
     assert facts["metrics"]["images"] == facts["floor"]["images"] == 16
-    card = (folder / "drawn.md").read_text()
+    card = (docs / "drawn.md").read_text()
     assert f"{facts['metrics']['frechet_distance']:.1f}" in card
     assert "Images seen: 8" in card
     assert card.rstrip().endswith("Blocks, no cats.")

@@ -17,6 +17,7 @@ import pytest
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
 from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.layers import LayerReport
 from tests.command import invoke, succeed
@@ -42,6 +43,10 @@ def records(run: Run) -> list[plan.PlanRecord]:
     return [plan.read_record(path) for path in run.plan_records()]
 
 
+def outcomes(run: Run) -> list[str]:
+    return [state.outcome for state in plan.survey(run, None)]
+
+
 @pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
 def test_an_engine_for_each_graph_with_all_its_verdicts(
     tensorrt: TensorRT, built_run: Runs, graph: str
@@ -51,15 +56,15 @@ def test_an_engine_for_each_graph_with_all_its_verdicts(
     found = records(run)
     assert {record.graph_file for record in found} == set(manifest.graphs)
     for record in found:
-        assert record.verdict == "passed"
-        assert record.parity is not None and record.parity["passed"]
-        levels = {check["level"] for check in record.parity["checks"]}
+        verdict = plan.verdict_on(record, read_verdicts(run))
+        assert verdict is not None and verdict.passed and verdict.check == "build"
+        levels = {check.level for check in verdict.checks}
         assert levels >= {"trajectory", "picture"}
         assert ("step" in levels) == (graph != "loop")
-        assert record.layers is not None
+        assert verdict.layers is not None
         passes = 5 if graph == "loop" else 1
-        assert record.layers["float16_products"] > record.layers["float32_products"] > 0
-        assert record.layers["fused_attention"] == 2 * passes
+        assert verdict.layers["float16_products"] > verdict.layers["float32_products"] > 0
+        assert verdict.layers["fused_attention"] == 2 * passes
         assert record.fields["tensorrt"] == tensorrt.module.__version__
         assert "double" in record.fields["gpu"], "a double must be seen for what it is"
         assert plan.plan_version(record.read_plan()) == ".".join(
@@ -111,8 +116,9 @@ def test_a_float32_export_says_that_it_is_one(tensorrt: TensorRT, exported_run: 
     result = succeed("build", run.path, *BATCH)
     assert "this export is float32" in result.stderr
     (record,) = records(run)
-    assert record.layers is not None
-    assert record.layers["float16_products"] == 0
+    (verdict,) = read_verdicts(run)
+    assert verdict.layers is not None
+    assert verdict.layers["float16_products"] == 0
     trt = tensorrt.module
     runtime = trt.Runtime(trt.Logger())
     engine = runtime.deserialize_cuda_engine(record.read_plan())
@@ -129,7 +135,7 @@ def test_fp16_that_is_really_float32_fails_loudly(tensorrt: TensorRT, exported_r
     tensorrt.controls.inspector = "float32"
     said = told("build", run.path, *BATCH)
     assert "the engine is not what its export says: an fp16 export, but in another" in said
-    assert [record.verdict for record in records(run)] == ["FAILED"]
+    assert outcomes(run) == ["FAILED"]
     refused = told("sample", run.path, "--backend", "tensorrt", "--out", run.path / "out")
     assert "FAILED its checks" in refused
     assert "--unverified" in refused
@@ -161,12 +167,12 @@ def test_an_engine_that_computes_something_else_fails(
     said = told("build", run.path, *BATCH)
     assert "the engine failed parity" in said
     assert ("step, x_next" in said) == (first == 0)
-    assert [record.verdict for record in records(run)] == ["FAILED"]
+    assert outcomes(run) == ["FAILED"]
     # Built again, what is there is judged once more and not built.
     tensorrt.controls.perturb, builds = 0.0, tensorrt.controls.builds
     succeed("build", run.path, *BATCH)
     assert tensorrt.controls.builds == builds
-    assert [record.verdict for record in records(run)] == ["passed"]
+    assert outcomes(run) == ["passed"]
 
 
 @one_version
@@ -201,11 +207,11 @@ def test_what_tensorrt_reports_without_an_exception_is_an_error(
     for name, value in fault.items():
         setattr(tensorrt.controls, name, value)
     assert said in told("build", run.path, *BATCH)
-    assert all(record.verdict == "not checked" for record in records(run))
+    assert set(outcomes(run)) == {"not checked"}
     for name in fault:
         setattr(tensorrt.controls, name, getattr(Controls(), name))
     succeed("build", run.path, *BATCH)  # nothing stands in the way of the next one
-    assert [record.verdict for record in records(run)] == ["passed"]
+    assert outcomes(run) == ["passed"]
 
 
 def test_the_timing_cache_is_kept_and_a_foreign_one_reported(
@@ -250,7 +256,7 @@ def test_a_damaged_engine_is_built_again(tensorrt: TensorRT, built_run: Runs, da
     assert tensorrt.controls.deserialized == 0
     result = succeed("build", run.path, *BATCH)
     assert "damaged: building it again" in result.stderr
-    assert [again.verdict for again in records(run)] == ["passed"]
+    assert outcomes(run) == ["passed"]
 
 
 def test_a_stale_engine_is_named_field_by_field(
@@ -356,9 +362,9 @@ def test_a_graph_that_does_not_suit_tensorrt_is_not_built(
 
 @one_version
 def test_the_layer_report_is_kept_whole(tensorrt: TensorRT, built_run: Runs) -> None:
-    (record,) = records(built_run())
-    assert record.layers is not None
-    assert set(record.layers) == set(LayerReport.__dataclass_fields__)
+    (verdict,) = read_verdicts(built_run())
+    assert verdict.layers is not None
+    assert set(verdict.layers) == set(LayerReport.__dataclass_fields__)
 
 
 # In processes of their own.
@@ -408,7 +414,7 @@ def test_a_killed_build_leaves_nothing_in_the_way(exported_run: Runs) -> None:
     process = start(run)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert [record.verdict for record in records(run)] == ["passed"]
+    assert outcomes(run) == ["passed"]
     assert not list(run.engines.glob(".*leftover"))
 
 
@@ -432,7 +438,7 @@ def test_a_kill_between_plan_and_record_is_harmless(
     assert list(run.engines.glob("*.plan"))
     assert not records(run)
     succeed("build", run.path, *BATCH)
-    assert [record.verdict for record in records(run)] == ["passed"]
+    assert outcomes(run) == ["passed"]
 
 
 def test_two_builds_at_once_end_with_one_engine(exported_run: Runs) -> None:
@@ -444,4 +450,4 @@ def test_two_builds_at_once_end_with_one_engine(exported_run: Runs) -> None:
     assert [first.returncode, second.returncode] == [0, 0], said
     assert "waiting for it" in said[1]
     assert "reused" in said[1]
-    assert [record.verdict for record in records(run)] == ["passed"]
+    assert outcomes(run) == ["passed"]

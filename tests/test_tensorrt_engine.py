@@ -6,17 +6,20 @@ import dataclasses
 import gc
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 import lutdeploy
-from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.manifest import FileRecord, read_manifest
 from lutdeploy.artefacts.run import Run
-from lutdeploy.engines import open_engine
+from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
+from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.cuda.denoiser import DeviceDenoiser
 from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser, provider_options
 from lutdeploy.engines.tensorrt import plan
@@ -120,7 +123,7 @@ def test_of_several_builds_the_one_that_fits_the_batch_is_used(
     run = built_run()
     succeed("build", run.path, "--batch", "2", "--batch", "8")
     for batch, profile in ((1, "1:2:4"), (2, "2"), (4, "1:2:4"), (8, "8"), (16, "8"), (None, "8")):
-        with open_engine(run.path, "tensorrt", batch=batch) as engine:
+        with open_engine(EngineRequest(run.path, "tensorrt", batch=batch)) as engine:
             chosen = engine.records[0].profile  # type: ignore[attr-defined]  # of TensorRTDenoiser
             assert str(chosen) == profile or batch is None
 
@@ -178,13 +181,13 @@ def test_what_never_passed_is_refused_unless_told(
     tensorrt: TensorRT, built_run: Runs, tmp_path: Path
 ) -> None:
     run = built_run()
-    record = plan.read_record(run.plan_records()[0])
+    (verdict,) = read_verdicts(run)
+    failed = msgspec.structs.replace(verdict, passed=False, failures=("picture, images",))
     options = ("--backend", "tensorrt", "-n", 1, "--steps", 2)
-    for changed, word in (
-        (dataclasses.replace(record, parity=None), "was not checked"),
-        (dataclasses.replace(record, parity={**record.parity, "passed": False}), "FAILED"),  # type: ignore[dict-item]
-    ):
-        changed.write()
+    for word in ("was not checked", "FAILED"):
+        shutil.rmtree(run.verdicts)
+        if word == "FAILED":
+            store_verdict(run, failed)
         said = told("sample", run.path, *options, "--out", tmp_path / word[:3])
         assert word in said
         succeed("sample", run.path, *options, "--unverified", "--out", tmp_path / word[:3])
@@ -194,8 +197,8 @@ def test_what_never_passed_is_refused_unless_told(
 def test_parity_judges_engines_too(tensorrt: TensorRT, built_run: Runs) -> None:
     run = built_run()
     assert succeed("parity", run.path, "--backend", "tensorrt").stdout == "parity: passed\n"
-    (verdict,) = run.verdicts().values()
-    assert verdict["backend"] == "tensorrt"
+    judged = [verdict for verdict in read_verdicts(run) if verdict.check == "parity"]
+    assert [verdict.backend for verdict in judged] == ["tensorrt"]
     tensorrt.controls.perturb, tensorrt.controls.perturb_from = 0.1, 150
     tensorrt.controls.executions = 0
     assert "parity failed" in told("parity", run.path, "--backend", "tensorrt")
@@ -216,7 +219,11 @@ def test_another_plan_of_the_right_hash_is_caught_by_its_tensors(
     )
     swapped.write()
     with pytest.raises(ArtefactError, match=r"expected|profile"):
-        open_engine(run.path, "tensorrt", batch=first.profile.opt + (not first.profile.static))
+        open_engine(
+            EngineRequest(
+                run.path, "tensorrt", batch=first.profile.opt + (not first.profile.static)
+            )
+        )
 
 
 @one_version
@@ -261,8 +268,8 @@ def test_onnxruntime_on_bound_buffers_gives_the_same_pictures(
 
 def test_provider_options_carry_our_key(exported: Callable[..., Path], tmp_path: Path) -> None:
     manifest = read_manifest(exported("static-tanh-64", "per-step", "fp16"))
-    other = dataclasses.replace(
-        manifest, files={name: {"bytes": 1, "sha256": "0" * 64} for name in manifest.files}
+    other = msgspec.structs.replace(
+        manifest, files={name: FileRecord(1, "0" * 64) for name in manifest.files}
     )
     device, cache = CpuDevice(), tmp_path / "cache"
     cuda = provider_options("CUDAExecutionProvider", manifest, 0, device, cache)

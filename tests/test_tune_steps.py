@@ -15,12 +15,14 @@ import lutdeploy
 from lutdeploy import images
 from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.checkpoint import load_model, save_model
-from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
 from lutdeploy.artefacts.run import Run, tuned_steps_file
+from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import Entry, Noise, TunedSteps, read_tuned_steps
-from lutdeploy.cli.targets import find_run
+from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.schedule import solver_schedule, tuned_schedule
+from lutdeploy.training.few_steps import search, tune
 from lutdeploy.training.few_steps.comparison import METRICS, Row, measure, plot
 from lutdeploy.training.few_steps.search import Problem
 from tests.command import fail, invoke, succeed
@@ -88,12 +90,13 @@ def test_the_table_is_stored_and_drawn(tuned: Path) -> None:
     assert images.decode_png(run.steps_plot.read_bytes()).shape[2] in (3, 4)
 
 
-def test_exports_carry_the_tables(run: Run, tmp_path: Path) -> None:
+def test_exports_made_afterwards_carry_the_schedules(run: Run, tmp_path: Path) -> None:
     schedules = read_tuned_steps(run.tuned_steps).schedules
-    folder = run.export_folder("step-fp32")
-    manifest = read_manifest(folder)
-    assert manifest.tuned == schedules
-    manifest.verify()
+    before = (run.export_folder("step-fp32") / MANIFEST).read_bytes()
+    succeed("tune-steps", run.path, "--steps", "2", "--solver", "euler", *QUICK)
+    manifest = run.export_folder("step-fp32") / MANIFEST
+    assert manifest.read_bytes() == before, "a finished export is never edited"
+    schedules = read_tuned_steps(run.tuned_steps).schedules
     schedule = schedules[0]
     succeed(
         "export", run.path, "--graph", "loop", "--steps", schedule.steps, "--time-grid", "tuned"
@@ -102,7 +105,8 @@ def test_exports_carry_the_tables(run: Run, tmp_path: Path) -> None:
     assert loop.schedule == schedule
     assert loop.tuned == schedules
     alone = tmp_path / "alone"
-    shutil.copytree(folder, alone)
+    succeed("export", run.path, "--fp16")
+    shutil.copytree(run.export_folder("step-fp16"), alone)
     sampled = ("--steps", schedule.steps, "--time-grid", "tuned", "-n", 1)
     for name, source in (("a", run.path), ("b", alone), ("c", loop.folder)):
         succeed("sample", source, "--out", tmp_path / name, *sampled)
@@ -140,15 +144,15 @@ def test_a_model_file_finds_its_grids_too(run: Run, tmp_path: Path) -> None:
 def test_parity_of_a_tuned_grid(run: Run) -> None:
     schedule = read_tuned_steps(run.tuned_steps).schedules[0]
     succeed("parity", run.path, "--steps", schedule.steps, "--time-grid", "tuned", "-n", 1)
-    (verdict,) = run.verdicts().values()
-    assert verdict["solver"] == schedule.describe()
+    (verdict,) = [verdict for verdict in read_verdicts(run) if verdict.check == "parity"]
+    assert verdict.solver == schedule.describe()
 
 
 def test_inspect_lists_them(run: Run) -> None:
     name = read_tuned_steps(run.tuned_steps).schedules[0].describe()
     assert f"tuned steps: {name}" in succeed("inspect", run.path).stdout
     known = read_tuned_steps(run.tuned_steps)
-    TunedSteps("other", known.entries).write(run.tuned_steps)
+    TunedSteps("other", known.entries, None).write(run.tuned_steps)
     assert "STALE: the model has changed since" in succeed("inspect", run.path).stdout
 
 
@@ -184,6 +188,28 @@ def test_a_model_that_was_trained_on_makes_them_stale(run: Run, tmp_path: Path) 
     assert not {e.schedule for e in found.entries} & {e.schedule for e in known.entries}
 
 
+def test_sample_follows_the_best_unless_told(run: Run, tmp_path: Path) -> None:
+    best = read_tuned_steps(run.tuned_steps).best
+    assert best is not None
+
+    def made(*options: object) -> tuple[str, int, str]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        options = (*options, "--backend", "torch", "-n", 1, "--no-grid", "--out", out)
+        said = succeed("sample", run.path, *options).stderr
+        line = json.loads((out / "manifest.jsonl").read_text())
+        return line["solver"], line["steps"], said
+
+    solver, steps, said = made()
+    assert (solver, steps) == (best.solver, best.steps)
+    assert f"schedule: {best.describe()}, the best that tune-steps found" in said
+    assert made("--solver", "euler")[:2] == ("euler", 64)
+    assert made("--steps", 2)[:2] == ("euler", 2)
+    TunedSteps("other", (), None).write(run.tuned_steps)
+    solver, steps, said = made()
+    assert (solver, steps) == ("euler", 64)
+    assert "warning: " in said and "was tuned for another model" in said
+
+
 def test_tuning_again_adds(run: Run) -> None:
     before = {e.schedule.steps for e in read_tuned_steps(run.tuned_steps).entries}
     assert 5 not in before
@@ -195,23 +221,19 @@ def test_tuning_again_adds(run: Run) -> None:
 def test_what_another_process_found_meanwhile_is_kept(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lutdeploy.training.few_steps import search as tuning
-
-    search = tuning.tune
     model = files.sha256(run.model)
     schedule = tuned_schedule("dpmpp-3m", [0, 0.1, 0.2, 0.3, 0.5, 0.7, 1])
     theirs = Entry(schedule, Noise(0, 1), Noise(1, 1), "euler-256", 0.1, 0.2, 0.3, 2.0)
 
     def meanwhile(*arguments: object, **more: object) -> object:
-        TunedSteps(model, (theirs,)).write(run.tuned_steps)
-        return search(*arguments, **more)  # type: ignore[arg-type]
+        TunedSteps(model, (theirs,), None).write(run.tuned_steps)
+        return search.tune(*arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tuning, "tune", meanwhile)
+    monkeypatch.setattr(tune, "tune", meanwhile)
     succeed("tune-steps", run.path, "--steps", "5", "--solver", "euler", *QUICK)
     found = read_tuned_steps(run.tuned_steps)
     assert theirs in found.entries
     assert {entry.schedule.steps for entry in found.entries} == {5, 6}
-    assert read_manifest(run.export_folder("step-fp32")).tuned == found.schedules
 
 
 def test_one_step_leaves_nothing_to_tune(run: Run) -> None:
@@ -232,8 +254,8 @@ def test_an_interruption_keeps_a_whole_file(
         raise KeyboardInterrupt
 
     where = {
-        "tune": "lutdeploy.training.few_steps.search.tune",
-        "measure": "lutdeploy.training.few_steps.comparison.measure",
+        "tune": "lutdeploy.training.few_steps.tune.tune",
+        "measure": "lutdeploy.training.few_steps.tune.measure",
     }
     monkeypatch.setattr(where[moment], press)
     result = invoke("tune-steps", run.path, "--steps", "2", "--solver", "euler", *QUICK)
@@ -255,15 +277,12 @@ def test_damage_stops_it_before_the_work(run: Run) -> None:
 
 def test_a_model_that_changes_meanwhile(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run.tuned_steps.read_bytes()
-    from lutdeploy.training.few_steps import search as tuning
-
-    search = tuning.tune
 
     def train_on(*arguments: object, **more: object) -> object:
         run.model.write_bytes(run.model.read_bytes() + b" ")
-        return search(*arguments, **more)  # type: ignore[arg-type]
+        return search.tune(*arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tuning, "tune", train_on)
+    monkeypatch.setattr(tune, "tune", train_on)
     line = fail(1, "tune-steps", run.path, "--steps", "2", "--solver", "euler", *QUICK)
     assert "changed while it was tuned for; run again" in line
     assert run.tuned_steps.read_bytes() == before
@@ -273,7 +292,7 @@ def test_an_export_with_steps_of_its_own_cannot_be_tuned(run: Run) -> None:
     succeed("export", run.path, "--graph", "loop", "--steps", 2)
     options = ("--steps", "2", "--export", "loop-fp32-euler-2")
     line = fail(2, "tune-steps", run.path, *options)
-    assert "holds euler-2 and no other steps; name a step export" in line
+    assert "holds euler-2 alone; name a step export" in line
 
 
 def test_auto_takes_what_is_precise(run: Run) -> None:
@@ -322,10 +341,10 @@ def test_the_embedded_model_brings_its_grids(
     made = Run(tmp_path / "runs" / shipped.DEFAULT)
     known = read_tuned_steps(made.tuned_steps)
     assert {2, 3, 4} <= {entry.schedule.steps for entry in known.entries}
-    find_run(model)
+    find_run(model, print)
     assert read_tuned_steps(made.tuned_steps) == known, "found grids stay"
     made.model.write_bytes(b"of the release before")
-    find_run(model)
+    find_run(model, print)
     known = read_tuned_steps(made.tuned_steps)
     assert {entry.schedule.steps for entry in known.entries} == {3, 4}, "grids of other weights go"
 
@@ -367,7 +386,7 @@ def test_a_metric_more_is_a_column_more() -> None:
 def test_entries_are_of_a_solver_and_steps() -> None:
     schedule = tuned_schedule("euler", [0, 0.3, 1])
     entry = Entry(schedule, Noise(0, 1), Noise(1, 1), "euler-256", 0.1, 0.2, 0.3, 2.0)
-    assert TunedSteps("x", (entry,)).schedules == (schedule,)
+    assert TunedSteps("x", (entry,), None).schedules == (schedule,)
     assert Row(schedule, {}).to_dict() == {
         "steps": 2, "solver": "euler", "grid": "tuned", "metrics": {}
     }  # fmt: skip

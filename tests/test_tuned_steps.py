@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lutdeploy.artefacts import files
@@ -39,12 +39,12 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_tables_come_by_steps_and_better_ones_first() -> None:
     entries = (entry("euler", rms=0.3), entry("dpmpp-2m", rms=0.1), entry("euler", (0.5,), 0.35))
-    names = [schedule.describe() for schedule in TunedSteps("abc", entries).schedules]
+    names = [schedule.describe() for schedule in TunedSteps("abc", entries, None).schedules]
     assert names == ["euler-2-tuned", "dpmpp-2m-3-tuned", "euler-3-tuned"]
 
 
 def test_an_entry_takes_the_place_of_its_like() -> None:
-    known = TunedSteps("abc", (entry(rms=0.2), entry("euler"))).updated([entry(rms=0.1)])
+    known = TunedSteps("abc", (entry(rms=0.2), entry("euler")), None).updated([entry(rms=0.1)])
     assert [(e.schedule.solver, e.rms) for e in known.entries] == [
         ("euler", 0.1),
         ("dpmpp-2m", 0.1),
@@ -61,7 +61,7 @@ def test_what_is_not_better_is_no_entry(rms: float) -> None:
 
 def test_only_tuned_tables_are_entries() -> None:
     with pytest.raises(ConfigError, match="euler-3 is no tuned table"):
-        replace(entry(), schedule=solver_schedule("euler", 3))
+        msgspec.structs.replace(entry(), schedule=solver_schedule("euler", 3))
 
 
 def _set(*keys: Any, value: Any) -> Callable[[Any], None]:
@@ -77,17 +77,20 @@ def _set(*keys: Any, value: Any) -> Callable[[Any], None]:
     ("change", "told"),
     [
         (_set("format", value=2), "has format 2, this version reads 1"),
-        (lambda values: values.pop("entries"), "'entries'"),
-        (lambda values: values.pop("model_sha256"), "'model_sha256'"),
-        (_set("comparison", value=[]), "comparison is no table"),
+        (lambda values: values.pop("entries"), "required field `entries`"),
+        (lambda values: values.pop("model_sha256"), "required field `model_sha256`"),
+        (
+            _set("comparison", value=[]),
+            r"Expected `object \| null`, got `array` - at `\$.comparison`",
+        ),
         (_set("entries", 0, "table", "rows", 1, 2, value=0.4), r"t = 0.1 is no step of dpmpp-2m"),
         (_set("entries", 0, "table", "rows", 1, 0, value=0.5), "rise from 0 to 1"),
         (_set("entries", 0, "table", "rows", 0, 0, value=0.01), "rise from 0 to 1"),
         (_set("entries", 0, "table", "solver", value="heun"), "no solver 'heun'"),
         (_set("entries", 0, "table", "grid", value="uniform"), "is no tuned table"),
-        (_set("entries", 0, "rms", value="much"), "could not convert"),
+        (_set("entries", 0, "rms", value="much"), "Expected `float`, got `str`"),
         (_set("entries", 0, "rms", value=9), "not better"),
-        (_set("entries", 0, "tuned_on", value=3), "not subscriptable"),
+        (_set("entries", 0, "tuned_on", value=3), "Expected `object`, got `int`"),
         (lambda values: values["entries"].append(values["entries"][0]), "stands there twice"),
     ],
 )
@@ -95,7 +98,7 @@ def test_damage_is_told_in_one_line(
     tmp_path: Path, change: Callable[[Any], None], told: str
 ) -> None:
     path = tmp_path / "steps.json"
-    TunedSteps("abc", (entry(),)).write(path)
+    TunedSteps("abc", (entry(),), None).write(path)
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
@@ -119,7 +122,7 @@ def test_grids_of_other_weights_are_refused(
     run = exported_run("step", precision="fp32")
     model = files.sha256(run.model)
     assert tuned_schedules(run.path, model) == ()
-    TunedSteps(model, (entry(),)).write(run.tuned_steps)
+    TunedSteps(model, (entry(),), None).write(run.tuned_steps)
     for path in (run.path, run.model, run.export_folder("step-fp32")):
         assert tuned_schedules(path, model) == (entry().schedule,)
         with pytest.raises(ArtefactError, match=r"another model\.safetensors .*tune-steps` again"):
@@ -131,8 +134,8 @@ def test_an_export_alone_brings_its_own(exported_run: Callable[..., Run]) -> Non
     folder = run.export_folder("step-fp32")
     manifest = read_manifest(folder)
     assert "tuned" not in files.read_json(folder / MANIFEST)
-    written = replace(manifest, tuned=(entry().schedule,))
-    files.write_json(folder / MANIFEST, written.to_dict())
+    written = msgspec.structs.replace(manifest, tuned=(entry().schedule,))
+    written.write()
     assert read_manifest(folder) == written
     assert written.weights_sha256 == manifest.weights_sha256
     run.model.unlink()

@@ -1,10 +1,12 @@
-"""Make a run's model one of the package: weights, facts, card and pictures in lutdeploy/models.
+"""Make a run's model one of the package.
 
     python -m lutdeploy.training.ship runs/cats --name static-tanh-64-small
 
-Weights are stored as float16, and everything is measured on them: what `lutdeploy evaluate`
-measures, at the uniform reference steps and at the best of the model's tuned grids. To be run
-again after `lutdeploy tune-steps --model NAME` has found these for the new weights.
+Run it in the root of the checkout. Weights and facts go to lutdeploy/models, which the wheel
+holds; the card and the pictures go to docs/models, which it does not. The weights are stored as
+float16 and measured as `lutdeploy evaluate` does, with the reference schedule and with the best
+of the model's tuned schedules. Run it again after `lutdeploy tune-steps --model NAME` has found
+those for the new weights.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def write_weights(run: Run, name: str) -> Path:
     return path
 
 
-def best_table(path: Path) -> Schedule:
-    """The tuned grid of most steps that the weights have, else the reference."""
+def best_schedule(path: Path) -> Schedule:
+    """The tuned schedule with the most steps that the weights have, else the reference."""
     tuned = tuned_steps_file(path)
     if tuned.is_file() and read_tuned_steps(tuned).model_sha256 != files.sha256(path):
         click.echo(f"{tuned.name} was tuned for other weights, and is removed", err=True)
@@ -68,7 +70,7 @@ def facts(
     real: RealImages,
     extractor: Extractor,
 ) -> dict[str, Any]:
-    """What NAME.json holds; ``sampled``: evaluations by the steps that made the samples."""
+    """What NAME.json holds; ``sampled``: an evaluation for each schedule."""
     first = sampled[best]
     training = msgspec.to_builtins(settings)
     del training["data"]  # a path of this machine
@@ -116,15 +118,22 @@ def card(name: str, values: dict[str, Any]) -> str:
 @click.option("--data", help="Folder of real images. Default: what the run was trained on.")
 @click.option("-n", "count", type=click.IntRange(min=16), default=1024, show_default=True)
 @click.option("--remark", default="", help="A paragraph for the card: where it falls short.")
-def main(run: Path, name: str, data: str | None, count: int, remark: str) -> None:
-    """Write NAME.safetensors, .json, .md and pictures into lutdeploy/models."""
+@click.option(
+    "--docs",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default="docs/models",
+    show_default=True,
+    help="Folder for the card and the pictures.",
+)
+def main(run: Path, name: str, data: str | None, count: int, remark: str, docs: Path) -> None:
+    """Write weights and facts into lutdeploy/models, the card and pictures into --docs."""
     try:
-        _ship(Run(run), name, data, count, remark)
+        _ship(Run(run), name, data, count, remark, docs)
     except LutDeployError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _ship(run: Run, name: str, data: str | None, count: int, remark: str) -> None:
+def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: Path) -> None:
     settings = read_settings(run)
     path = write_weights(run, name)
     model = checkpoint.load_model(path)
@@ -134,22 +143,22 @@ def _ship(run: Run, name: str, data: str | None, count: int, remark: str) -> Non
     real = load_real(data or settings.data, None, size, channels, Trained.of_run(run))
     extractor = open_extractor()
     denoiser = TorchDenoiser(model, "cpu")
-    best = best_table(path)
+    best = best_schedule(path)
     sampled = {}
     for schedule in dict.fromkeys((REFERENCE, best)):
         click.echo(f"{count} samples with {schedule.describe()}", err=True)
         samples = draw_samples(denoiser, count, schedule)
-        judged = denoiser if schedule == best else None  # x0 errors do not depend on the steps
+        judged = denoiser if schedule == best else None  # x0 errors need no schedule
         sampled[schedule.describe()] = evaluate(samples, real, extractor, judged)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     values = facts(settings, parameters, about, sampled, best.describe(), real, extractor)
     values["remark"] = remark
     files.write_json(path.with_suffix(".json"), values)
-    files.write_atomic(path.with_suffix(".md"), card(name, values).encode())
+    files.write_atomic(docs / f"{name}.md", card(name, values).encode())
     grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))
     found = {"samples": grid, **pictures.of_model(model)}
     for kind, picture in found.items():
-        files.write_atomic(path.with_suffix(f".{kind}.png"), images.encode_png(picture))
+        files.write_atomic(docs / f"{name}.{kind}.png", images.encode_png(picture))
     click.echo(path)
 
 

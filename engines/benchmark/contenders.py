@@ -1,19 +1,25 @@
-"""Who takes part in `lutdeploy bench`, and what opens each."""
+"""What `lutdeploy bench` measures: one model, and every way to compute its step here."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
-from lutdeploy.artefacts.run import Run
-from lutdeploy.engines import Engine, newest_built_export, open_engine
+from lutdeploy.artefacts.run import MODEL, Run, locate
+from lutdeploy.config import ModelConfig, model_config
+from lutdeploy.engines import EngineRequest, newest_built_export, open_engine, require_same_model
 from lutdeploy.errors import BackendError, UsageError
 
 ORIGINAL = "original"
+SLOW_TO_START = "torch-compiled"  # compiling takes longer than all that --quick measures
 # What runs an export of a precision, as (backend, precision of the arithmetic).
 CPU_RUNTIMES = {
     "fp32": (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")),
@@ -21,6 +27,91 @@ CPU_RUNTIMES = {
     "int8": (("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "int8-bf16")),
 }
 GPU_PROVIDERS = ("cuda", "tensorrt")
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A preset at a size with random weights: speed asks for no others."""
+
+    preset: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured, by all its files."""
+
+    name: str  # for people
+    model: Path
+    config: ModelConfig
+    exports: tuple[Path, ...]  # newest first
+    run: Run | None  # the user's own
+    scratch: Path  # a folder that goes when the benchmark has ended
+
+
+@contextlib.contextmanager
+def open_subject(target: Path | RandomModel, note: Callable[[str], None]) -> Iterator[Subject]:
+    """A run, a model.safetensors, one export with its run around it, or random weights.
+
+    What is missing for a comparison is exported into the scratch folder.
+
+    Raises:
+        UsageError: nothing there, or an export without its model, whose layout the original's
+            is made of.
+        ArtefactError: a damaged file, or an export of another model.
+    """
+    with tempfile.TemporaryDirectory(prefix="lutdeploy-bench-") as folder:
+        if isinstance(target, RandomModel):
+            yield _random(target, Path(folder), note)
+        else:
+            yield _trained(target, Path(folder), note)
+
+
+def _random(target: RandomModel, scratch: Path, note: Callable[[str], None]) -> Subject:
+    import torch
+
+    from lutdeploy.artefacts.checkpoint import save_model
+    from lutdeploy.model import LutTransformer
+
+    name = f"{target.preset} {target.size}, random weights"
+    note(f"model: {name}")
+    config, model = model_config(target.preset, target.size), Run(scratch / "run").model
+    torch.manual_seed(0)
+    save_model(LutTransformer(config), model)
+    exports = (_export(model, scratch, "fp32"), _export(model, scratch, "int8"))
+    return Subject(name, model, config, exports, None, scratch)
+
+
+def _trained(path: Path, scratch: Path, note: Callable[[str], None]) -> Subject:
+    from lutdeploy.artefacts.checkpoint import read_metadata
+
+    located = locate(path)
+    if located.model is None:
+        raise UsageError(f"{path} has no {MODEL} beside it to compare with")
+    config, _ = read_metadata(located.model)
+    if located.export is not None:
+        exports = [located.export]
+    else:
+        exports = located.run.exports() if located.run else []
+        if ("step", "fp32") not in [(m.graph, m.precision) for m in map(read_manifest, exports)]:
+            note("export: step-fp32, for this benchmark alone")
+            exports.append(_export(located.model, scratch, "fp32"))
+    for export in exports:
+        require_same_model(read_manifest(export), located.model)
+    name = path.stem if shipped.is_shipped(path) else str(path)
+    return Subject(name, located.model, config, tuple(exports), located.run, scratch)
+
+
+def _export(model: Path, scratch: Path, precision: str) -> Path:
+    """A ``step`` export, all of whose products are in the precision."""
+    from lutdeploy.artefacts.checkpoint import load_model
+    from lutdeploy.engines.export.graphs import ExportPlan, export_model
+    from lutdeploy.engines.export.int8 import quantize_graph
+
+    weights, run = load_model(model), Run(scratch / "run")
+    quantize = partial(quantize_graph, model=weights) if precision == "int8" else None
+    plan = ExportPlan(precision=precision)
+    return export_model(weights, plan, run, files.sha256(model), quantize=quantize)
 
 
 @dataclass(frozen=True)
@@ -55,15 +146,15 @@ class Contender:
         if self.kind != "engine":
             return None
         options = ["--backend", self.backend, "--device", self.device]
-        if self.arithmetic is not None:
-            options += ["--precision", self.arithmetic]
-        return options
+        return options + (["--precision", self.arithmetic] if self.arithmetic else [])
 
 
 def list_contenders(
     model: Path, exports: Sequence[Path], run: Run | None, gpu: bool
 ) -> list[Contender]:
-    """Everything that could run the model here; a runtime that is missing says so when opened.
+    """Everything that could run the model here, the original first.
+
+    A runtime that is missing says so when it is opened.
 
     Args:
         model: a model.safetensors.
@@ -83,40 +174,37 @@ def list_contenders(
             Contender("torch-cuda-fp16", "torch", "fp16", model, "cuda", "cuda"),
             Contender("torch-cuda-compiled-fp16", "torch", "fp16", model, "cuda-compiled", "cuda"),
         ]
-    for folder, manifest in _chosen(exports):
-        for backend, precision in CPU_RUNTIMES.get(manifest.precision, ()):
+    manifests = [read_manifest(folder) for folder in exports]
+    for m in _first_of_each_precision(manifests):
+        for backend, precision in CPU_RUNTIMES.get(m.precision, ()):
             name = f"{backend}-{precision}"
-            found.append(Contender(name, backend, precision, folder, export=manifest.name))
-        for provider in GPU_PROVIDERS if gpu and manifest.precision != "int8" else ():
-            name = f"onnxruntime-{provider}-{manifest.precision}"
-            place = {"device": provider, "export": manifest.name}
-            found.append(Contender(name, "onnxruntime", manifest.precision, folder, **place))
-    if gpu and run is not None and run.plan_records():
-        found += list(_tensorrt(run, exports))
+            found.append(Contender(name, backend, precision, m.folder, export=m.name))
+        for device in GPU_PROVIDERS if gpu and m.precision != "int8" else ():
+            name = f"onnxruntime-{device}-{m.precision}"
+            place = {"device": device, "export": m.name}
+            found.append(Contender(name, "onnxruntime", m.precision, m.folder, **place))
+    built = newest_built_export(run) if gpu and run is not None else None
+    for m in manifests:
+        if m.name == built:
+            place = {"device": "cuda", "export": m.name}
+            name = f"tensorrt-{m.precision}"
+            found.append(Contender(name, "tensorrt", m.precision, m.folder, **place))
     return found
 
 
-def _chosen(exports: Sequence[Path]) -> Iterator[tuple[Path, Manifest]]:
-    read = [(folder, read_manifest(folder)) for folder in exports]
-    read = [pair for pair in read if pair[1].graph == "step"] or read
-    seen = set()
-    for folder, manifest in read:
-        if manifest.precision not in seen:
-            seen.add(manifest.precision)
-            yield folder, manifest
+def _first_of_each_precision(manifests: Sequence[Manifest]) -> list[Manifest]:
+    """Of the ``step`` exports, or of all where there are none."""
+    steps = [manifest for manifest in manifests if manifest.graph == "step"]
+    first: dict[str, Manifest] = {}
+    for manifest in steps or manifests:
+        first.setdefault(manifest.precision, manifest)
+    return list(first.values())
 
 
-def _tensorrt(run: Run, exports: Sequence[Path]) -> Iterator[Contender]:
-    built = newest_built_export(run)
-    for folder in exports:
-        if folder.name == built:
-            precision = read_manifest(folder).precision
-            name = f"tensorrt-{precision}"
-            yield Contender(name, "tensorrt", precision, folder, device="cuda", export=built)
-
-
-def choose(contenders: Sequence[Contender], names: Sequence[str]) -> list[Contender]:
-    """Those of the given names, and the original.
+def choose(
+    contenders: Sequence[Contender], names: Sequence[str], quick: bool = False
+) -> list[Contender]:
+    """Those of the given names and the original; without names all that are quick enough.
 
     Raises:
         UsageError: no contender of this name; lists those there are.
@@ -125,7 +213,9 @@ def choose(contenders: Sequence[Contender], names: Sequence[str]) -> list[Conten
     for name in names:
         if name not in known:
             raise UsageError(f"no contender {name!r} here; there are {', '.join(known)}")
-    return [c for c in contenders if not names or c.name in names or c.name == ORIGINAL]
+    if not names:
+        return [c for c in contenders if not (quick and c.name == SLOW_TO_START)]
+    return [c for c in contenders if c.name in names or c.name == ORIGINAL]
 
 
 def open_contender(contender: Contender, threads: int | None) -> Any:
@@ -135,7 +225,14 @@ def open_contender(contender: Contender, threads: int | None) -> Any:
         LutDeployError: it cannot run here, with the reason.
     """
     if contender.kind == "engine":
-        return _open_engine(contender, threads)
+        request = EngineRequest(
+            contender.path,
+            contender.backend,
+            contender.device,
+            threads=threads,
+            precision=contender.arithmetic,
+        )
+        return open_engine(request)
     import torch
 
     from lutdeploy.artefacts.checkpoint import load_model
@@ -153,16 +250,6 @@ def open_contender(contender: Contender, threads: int | None) -> Any:
 
     compiles = contender.kind == "cuda-compiled"
     return TorchDeviceDenoiser(model, CudaDevice(), contender.precision, compile=compiles)
-
-
-def _open_engine(contender: Contender, threads: int | None) -> Engine:
-    return open_engine(
-        contender.path,
-        contender.backend,
-        contender.device,
-        threads=threads,
-        precision=contender.arithmetic,
-    )
 
 
 def _compiled(model: Any) -> Any:

@@ -1,210 +1,301 @@
-"""The other end of a contender's process, see :mod:`lutdeploy.engines.benchmark.worker`."""
+"""A process for each contender, from both of its ends.
+
+Each has one of its own because a thread pool that has nothing to do may spin and slow down
+whoever comes next, because peak memory belongs to a process, and because one that dies takes
+nobody along. Nothing heavy is imported before the contender asks for it: the time until its
+first step is what a user waits for.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lutdeploy.artefacts import files
 from lutdeploy.config import ModelConfig
-from lutdeploy.engines.benchmark import worker as bench_worker
-from lutdeploy.engines.benchmark.contenders import Contender
+from lutdeploy.engines.benchmark.contenders import Contender, open_contender
 from lutdeploy.errors import BackendError
-from lutdeploy.sampling import Batch, Finished, Images
-from lutdeploy.schedule import Schedule, Step
+from lutdeploy.sampling import Batch, Finished, Images, batch_noise, finished_batches
+from lutdeploy.schedule import Schedule, Step, solver_schedule
 
 PATIENCE = 1800.0  # seconds for one answer: compiling at a large size takes minutes
 FAREWELL = 3.0  # seconds in which a process may end by itself
 
+T = TypeVar("T")
 
-class Process:
-    """A process that answers requests, and dies with this object or with this process.
+
+class Isolated:
+    """An object in a process of its own, which ends with this one or with the parent.
 
     Args:
-        target: of :mod:`lutdeploy.engines.benchmark.worker`; its last argument is the link.
-        arguments: the others.
-        log: what the process prints.
+        log: gets what libraries print there.
+        make: makes the object in that process, when it is first asked for something.
+        arguments: of ``make``.
     """
 
-    def __init__(self, target: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
+    def __init__(self, log: Path, make: Callable[..., Any], *arguments: Hashable) -> None:
+        self._log, self._make, self._arguments = log, make, arguments
         context = multiprocessing.get_context("spawn")
-        self._link, there = context.Pipe()
-        self._log = log
-        self._process = context.Process(
-            target=_quietly, args=(log, target, *arguments, there), daemon=True
-        )
-        with _without_interrupts():
-            self._process.start()
-        there.close()  # a process that dies is then an EOFError on this side
+        self._pool = ProcessPoolExecutor(1, context, _prepare, (log,))
+        others = set(multiprocessing.active_children())
+        # A terminal sends Ctrl-C to every process, and a starting Python would print a traceback.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            self.ready = self._receive()
-        except BaseException:
-            self.close()
-            raise
+            self._pool.submit(os.getpid)  # the process starts with its first task
+        finally:
+            signal.signal(signal.SIGINT, before)
+        (self.process,) = set(multiprocessing.active_children()) - others
 
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Send a request and wait for its answer.
+    def ask(self, method: Callable[..., T], *arguments: Any) -> T:
+        """Call ``method`` with the object, in its process, and wait for the answer.
 
         Raises:
-            BackendError: the process says why it has none, or has died.
+            BackendError: the reason why there is none, or what ended the process.
         """
         try:
-            self._link.send((name, *arguments))
-        except OSError as error:
+            answer = self._pool.submit(_call, self._make, self._arguments, method, arguments)
+            return answer.result(PATIENCE)
+        except TimeoutError as error:
+            raise BackendError(f"no answer within {PATIENCE:.0f} seconds") from error
+        except BrokenProcessPool as error:
             raise BackendError(self._last_words()) from error
-        return self._receive()
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError):
-            self._link.send((bench_worker.END,))
-        self._link.close()
-        self._process.join(FAREWELL)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            if not self._link.poll(PATIENCE):
-                raise BackendError(f"no answer within {PATIENCE:.0f} seconds")
-            verdict, value = self._link.recv()
-        except (EOFError, OSError) as error:
-            raise BackendError(self._last_words()) from error
-        if verdict == "error":
-            raise BackendError(value)
-        return value
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.process.join(FAREWELL)
+        self.process.kill()
+        self.process.join()
 
     def _last_words(self) -> str:
-        self._process.join(FAREWELL)
-        code = self._process.exitcode
-        said = ""
-        with contextlib.suppress(OSError):
-            lines = self._log.read_text(errors="replace").split("\n")
-            said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        self._pool.shutdown()  # its exit code is known then
+        code = self.process.exitcode
+        end = f"its process ended with exit code {code}."
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            hint = ": out of memory?" if name == "SIGKILL" else ""
-            return f"its process was ended by {name}{hint} {said[:200]}".strip()
-        return f"its process ended with exit code {code}. {said[:200]}".strip()
+            end = f"its process was ended by {name}{': out of memory?' * (name == 'SIGKILL')}"
+        with contextlib.suppress(OSError):
+            said = self._log.read_text(errors="replace").strip().splitlines()
+            end += f" {said[-1].strip()[:200]}" if said else ""
+        return end
 
 
-def _quietly(log: Path, target: Callable[..., None], *arguments: Any) -> None:
-    bench_worker.redirect_output(log)
-    target(*arguments)
+def _prepare(log: Path) -> None:
+    """Send to a file what libraries print, ignore Ctrl-C, and end when the parent does."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """What starts in here never sees Ctrl-C, which a terminal sends to everyone.
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
-    For this process it is only put off until the end of the block.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+@cache
+def _made(make: Callable[..., Any], arguments: tuple[Hashable, ...]) -> Any:
+    """The object of this process."""
+    return make(*arguments)
+
+
+def _call(make: Callable[..., Any], made_of: Any, method: Callable[..., T], arguments: Any) -> T:
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return method(_made(make, made_of), *arguments)
+    except Exception as error:  # of any library, whose exceptions may not survive the journey
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0][:300] if lines else type(error).__name__
+        if isinstance(error, MemoryError):
+            reason = "out of memory"
+        raise BackendError(reason) from None
 
 
-class Worker:
-    """A contender in its process; a :class:`lutdeploy.sampling.Denoiser` that computes there.
+class Window(NamedTuple):
+    """Some steps in a row: seconds of each, and the process's peak memory so far in bytes."""
 
-    Raises:
-        BackendError: it cannot run here, with the reason.
+    seconds: list[float]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an open contender says of itself."""
+
+    config: ModelConfig
+    schedule: Schedule | None
+    whole_trajectory: bool
+    engine_sha256: str
+    computes_on: str  # as the engine's identity says
+    startup: dict[str, float]  # seconds
+
+
+class Host:
+    """A contender, open in this process, after its first step.
+
+    Args:
+        contender: what to open.
+        threads: see :func:`engines.open_engine`.
+        started: time.time() just before the process was started.
     """
 
-    def __init__(self, contender: Contender, threads: int | None, log: Path) -> None:
-        self.contender = contender
-        arguments = (contender, threads, time.time())
-        self.process = Process(bench_worker.serve, arguments, log)
-        ready = self.process.ready
-        self.config: ModelConfig = ready["config"]
-        self.schedule: Schedule | None = ready["table"]
-        self.whole_trajectory: bool = ready["whole_trajectory"]
-        self.engine_sha256: str = ready["engine_sha256"]
-        self.computes_on: str = ready["computes_on"]
-        self.startup: dict[str, float] = ready["startup"]
+    def __init__(self, contender: Contender, threads: int | None, started: float) -> None:
+        running = time.time()
+        self.denoiser = open_contender(contender, threads)
+        opened = time.time()
+        self._noise: Images | None = None
+        compute, _ = self._shortest(1, None)
+        compute()
+        finished = time.time()
+        identity = getattr(self.denoiser, "identity", None)
+        self.about = About(
+            self.denoiser.config,
+            self.denoiser.schedule,
+            self.denoiser.whole_trajectory,
+            identity["engine_sha256"] if identity else files.sha256(contender.path),
+            identity["device"] if identity else contender.device,
+            {
+                "seconds": finished - started,
+                "python_seconds": running - started,
+                "open_seconds": opened - running,  # with the imports that it takes
+                "first_step_seconds": finished - opened,
+            },
+        )
 
-    def close(self) -> None:
-        """End the process."""
-        self.process.close()
-
-    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
-        x_next, x0 = self.process.ask("step", x, row, x0_prev)
-        return x_next, x0
-
-    def run(self, noise: Images) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
-        images: Images = self.process.ask("run", noise)
-        return images
-
-    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
-        x0: Images = self.process.ask("predict_x0", x, t)
-        return x0
+    def compute(self, name: str, *arguments: Any) -> Any:
+        """What a method of the denoiser returns; of ``stream`` a list."""
+        answer = getattr(self.denoiser, name)(*arguments)
+        return list(answer) if name == "stream" else answer
 
     def window(
         self, batch: int, schedule: Schedule, pause: float, seconds: float, least: int
-    ) -> tuple[list[float], int]:
-        """See :meth:`lutdeploy.engines.benchmark.worker.Host.window`."""
-        times, peak_bytes = self.process.ask("window", batch, schedule, pause, seconds, least)
-        return times, peak_bytes
+    ) -> Window:
+        """A pause, an untimed step, then timed ones.
+
+        Args:
+            batch: B.
+            schedule: what a denoiser that walks by itself walks; a time is that of one step.
+            pause: seconds in which other processes' idle threads fall asleep.
+            seconds: that the steps should last together.
+            least: how many there must be.
+        """
+        time.sleep(pause)
+        compute, steps = self._shortest(batch, schedule)
+        compute()
+        times: list[float] = []
+        while len(times) < least or sum(times) < seconds:
+            start = time.perf_counter()
+            compute()
+            times.append((time.perf_counter() - start) / steps)
+        return Window(times, peak_memory())
 
     def trajectory(self, batch: int, schedule: Schedule) -> float:
-        """See :meth:`lutdeploy.engines.benchmark.worker.Host.trajectory`."""
-        return float(self.process.ask("trajectory", batch, schedule))
+        """Seconds of a whole trajectory, noise in and images out, after an untimed step."""
+        compute, _ = self._shortest(batch, schedule)
+        compute()
+        work = [(range(batch), self._images(batch))]
+        start = time.perf_counter()
+        for _ in finished_batches(self.denoiser, work, schedule, pixels=True):
+            pass
+        return time.perf_counter() - start
+
+    def _images(self, batch: int) -> Images:
+        if self._noise is None or len(self._noise) < batch:
+            self._noise = batch_noise(0, range(batch), self.denoiser.config.image_shape)
+        return self._noise[:batch]
+
+    def _shortest(self, batch: int, schedule: Schedule | None) -> tuple[Callable[[], Any], int]:
+        """The shortest computation that it does by itself, and how many steps that is."""
+        noise, denoiser = self._images(batch), self.denoiser
+        schedule = denoiser.schedule or schedule or solver_schedule("euler", 2)
+        if hasattr(denoiser, "stream"):
+            work = [(range(batch), noise)]
+            return partial(self.compute, "stream", work, schedule, True), schedule.steps
+        if denoiser.whole_trajectory:
+            return partial(denoiser.run, noise), schedule.steps
+        row = schedule.rows[schedule.steps // 2]
+        return partial(denoiser.step, noise, row, noise), 1
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    if sys.platform == "linux":
+        # Not ru_maxrss, which a new process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Worker(Isolated):
+    """A contender in its process; once open, a :class:`lutdeploy.sampling.Denoiser`."""
+
+    def open(self) -> About:
+        """Open the contender and say what it is.
+
+        Raises:
+            BackendError: it cannot run here, with the reason.
+        """
+        about: About = self.ask(attrgetter("about"))
+        self.config, self.schedule = about.config, about.schedule
+        self.whole_trajectory = about.whole_trajectory
+        return about
+
+    def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        return self.ask(Host.compute, "step", x, row, x0_prev)
+
+    def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        return self.ask(Host.compute, "predict_x0", x, t)
+
+    def run(self, noise: Images) -> Images:
+        """See :class:`lutdeploy.sampling.Denoiser`."""
+        return self.ask(Host.compute, "run", noise)
 
 
 class StreamingWorker(Worker):
-    """A contender that walks whole trajectories by itself."""
+    """A contender that walks whole trajectories by itself, as all on a GPU do."""
 
     def stream(
         self, batches: Iterable[Batch], schedule: Schedule, pixels: bool
     ) -> Iterator[Finished]:
         """See :class:`lutdeploy.sampling.StreamingDenoiser`."""
-        for indices, noise in batches:
-            parts = self.process.ask("stream", noise, schedule, pixels)
-            yield indices, np.concatenate([images for _, images in parts])
+        for batch in batches:
+            yield from self.ask(Host.compute, "stream", [batch], schedule, pixels)
 
 
 def start(contender: Contender, threads: int | None, log: Path) -> Worker:
-    """Start a contender's process.
-
-    Raises:
-        BackendError: it cannot run here, with the reason.
-    """
-    kind = Worker if contender.place == "cpu" else StreamingWorker  # as all engines on a GPU do
-    return kind(contender, threads, log)
-
-
-class Limits:
-    """The process that measures the limits of a device."""
-
-    def __init__(self, device: str, size: int, threads: int | None, log: Path) -> None:
-        self.process = Process(bench_worker.serve_limits, (device, size, threads), log)
-
-    def measure(self) -> dict[str, float]:
-        """Seconds of the best try of each, see limits.measure."""
-        found: dict[str, float] = self.process.ask("measure")
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.close()
+    """Start a contender's process."""
+    kind = Worker if contender.place == "cpu" else StreamingWorker
+    return kind(log, Host, contender, threads, time.time())

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import lutdeploy
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.manifest import MANIFEST, Manifest, hash_files
+from lutdeploy.artefacts.manifest import Manifest, hash_files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import ArtefactError, ConfigError
 from lutdeploy.fused import FixedStepGraph, StepGraph, TimeBias
@@ -418,7 +418,7 @@ def export_model(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
             versions={
                 "lutdeploy": lutdeploy.__version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "onnx": onnx.__version__,
                 "onnxscript": onnxscript.__version__,
                 "onnx_ir": ir.__version__,
@@ -429,6 +429,6 @@ def export_model(
             quantization=quantization,
             tuned=tuple(tuned),
         )
-        files.write_json(stage / MANIFEST, manifest.to_dict())
+        manifest.write()
         verify(stage)
     return target

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import tensorrt as trt
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.verdicts import store_verdict, verdict_of
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.engine import (
@@ -38,16 +38,17 @@ from lutdeploy.errors import BackendError
 from lutdeploy.model import LutTransformer
 from lutdeploy.parity import Report, compare
 from lutdeploy.sampling import Denoiser, batch_noise
+from lutdeploy.schedule import solver_schedule
 from lutdeploy.signature import Signature, graph_signature
 
-Notify = Callable[[str], None]
+Note = Callable[[str], None]
 IMAGES = 4  # of the parity check after a build
 
 
 class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has no types
     """Hands on the name of each phase; cancels the build when told to."""
 
-    def __init__(self, on_phase: Notify) -> None:
+    def __init__(self, on_phase: Note) -> None:
         trt.IProgressMonitor.__init__(self)
         self.cancelled = False
         self._on_phase = on_phase
@@ -72,16 +73,12 @@ class TimingCache:
         note: told when what is there cannot be used.
     """
 
-    def __init__(self, path: Path, note: Notify) -> None:
+    def __init__(self, path: Path, note: Note) -> None:
         self.path, self._note = path, note
         self._data = path.read_bytes() if path.is_file() else b""
 
     def attach(self, config: Any) -> None:
-        """Give a build what is known; what is foreign is reported and left out.
-
-        Raises:
-            BackendError: TensorRT makes no timing cache at all.
-        """
+        """Give a build what is known; what is foreign is reported and left out."""
         cache = config.create_timing_cache(self._data)
         if cache is None or not config.set_timing_cache(cache, False):
             self._note(
@@ -122,9 +119,6 @@ def parse_graph(
 
     Returns:
         The network, and the parser, which owns its weights until the build is done.
-
-    Raises:
-        BackendError: with every error of the parser: node, operator, text.
     """
     # The flag's value differs between versions; 11 ignores it, 10 is weakly typed without.
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -143,11 +137,7 @@ def parse_graph(
 def configure(
     builder: Any, options: plan.BuildOptions, signature: Signature, progress: BuildProgress
 ) -> Any:
-    """The builder's configuration: one optimization profile, TF32 off, details on.
-
-    Raises:
-        BackendError: TensorRT refuses the profile.
-    """
+    """The builder's configuration: one optimization profile, TF32 off, details on."""
     config = builder.create_builder_config()
     # float32 here is either the reference or an island that was kept wide on purpose.
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -184,7 +174,7 @@ def build_plan(
     options: plan.BuildOptions,
     device: CudaDevice,
     cache: TimingCache,
-    on_phase: Notify,
+    on_phase: Note,
 ) -> bytes:
     """Build one graph. Ctrl-C cancels the build at its next step.
 
@@ -195,9 +185,6 @@ def build_plan(
         device: the GPU to build for.
         cache: read and written.
         on_phase: told the name of each phase.
-
-    Raises:
-        BackendError: what TensorRT says.
     """
     log, progress = EngineLog(), BuildProgress(on_phase)
     builder = trt.Builder(log)
@@ -231,7 +218,7 @@ def build_export(
     timing_cache: Path | None = None,
     force: bool = False,
     on_phase: Callable[[int, str], None] = lambda k, phase: None,
-    note: Notify = lambda text: None,
+    note: Note = lambda text: None,
 ) -> list[tuple[plan.PlanRecord, bool]]:
     """The engines of an export, one per graph, each built unless it is there already.
 
@@ -250,9 +237,6 @@ def build_export(
 
     Returns:
         A record for each graph, and whether it was there already.
-
-    Raises:
-        BackendError, ArtefactError: what went wrong; engines finished before it stay.
     """
     manifest.verify()
     for names in ("*.plan", "*.json", run.timing_cache.name):
@@ -294,11 +278,7 @@ def build_export(
 
 
 def inspect_engine(record: plan.PlanRecord, manifest: Manifest, graph: GraphReport) -> LayerReport:
-    """Tensors, profile and layers of a built engine against its graph.
-
-    Raises:
-        ArtefactError: refused by TensorRT, or with other tensors than the signature's.
-    """
+    """Tensors, profile and layers of a built engine against its graph."""
     log = EngineLog()
     runtime = open_runtime(log, record)
     engine = load_engine(runtime, log, record)
@@ -310,16 +290,18 @@ def inspect_engine(record: plan.PlanRecord, manifest: Manifest, graph: GraphRepo
 
 
 def judge(
+    run: Run,
     records: list[plan.PlanRecord],
     graphs: list[GraphReport],
     manifest: Manifest,
     device: CudaDevice,
     model: LutTransformer,
     reference: Denoiser,
-) -> tuple[list[plan.PlanRecord], LayerReport, Report | None]:
-    """Check the engines of one build and write the verdict into their records.
+) -> tuple[LayerReport, Report | None]:
+    """Check the engines of one build and store a verdict on each.
 
     Args:
+        run: keeps the verdicts.
         records, graphs: an engine and its graph's report, for each graph of the export.
         manifest: of their export.
         device: the GPU.
@@ -327,27 +309,28 @@ def judge(
         reference: what is right: float32 on the CPU.
 
     Returns:
-        The records with their verdict, all layers together, and the parity report: None
-        when the layers already show another precision than the export's.
-
-    Raises:
-        ArtefactError: an engine that TensorRT refuses, or with other tensors.
+        All layers together, and the parity report: None when the layers already show another
+        precision than the export's.
     """
     layers = [
         inspect_engine(record, manifest, graph)
         for record, graph in zip(records, graphs, strict=True)
     ]
     together = merge_reports(layers)
-    report = None
+    report, schedule = None, manifest.schedule or solver_schedule("euler", 64)
     if not together.failures:
-        with TensorRTDenoiser(manifest, device, records, unverified=True) as engine:
+        with TensorRTDenoiser(manifest, device, records) as engine:
             noise = batch_noise(0, range(IMAGES), manifest.config.image_shape)
             report = compare(model, engine, manifest.precision, noise=noise, reference=reference)
-    parity = report.to_dict() if report else None
-    judged = [
-        replace(record, layers=layer.to_dict(), parity=parity)
-        for record, layer in zip(records, layers, strict=True)
-    ]
-    for record in judged:
-        record.write()
-    return judged, together, report
+    found = report or Report.without_checks(manifest.precision, schedule)
+    for record, layer in zip(records, layers, strict=True):
+        identity = {
+            "backend": "tensorrt",
+            "device": device.gpu,
+            "export": manifest.name,
+            "engine_sha256": record.plan_sha256,
+            "model_sha256": manifest.source_sha256,
+        }
+        verdict = verdict_of(found, identity, "build", together.failures, layer.to_dict())
+        store_verdict(run, verdict)
+    return together, report

@@ -67,11 +67,7 @@ def open_runtime(log: EngineLog, record: plan.PlanRecord) -> Any:
 
 
 def load_engine(runtime: Any, log: EngineLog, record: plan.PlanRecord) -> Any:
-    """Deserialise a recorded plan.
-
-    Raises:
-        ArtefactError: the plan is not the recorded one, or TensorRT refuses it.
-    """
+    """Deserialise a recorded plan."""
     data = record.read_plan()
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
@@ -80,11 +76,7 @@ def load_engine(runtime: Any, log: EngineLog, record: plan.PlanRecord) -> Any:
 
 
 def check_engine(engine: Any, signature: Signature, profile: plan.BatchProfile, what: str) -> None:
-    """Hold an engine's tensors and optimization profile against the signature.
-
-    Raises:
-        ArtefactError: got and expected, for the first that differs.
-    """
+    """Hold an engine's tensors and optimization profile against the signature."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found: dict[Any, dict[str, tuple[str, str, tuple[str | int | None, ...]]]] = {
         trt.TensorIOMode.INPUT: {},
@@ -132,9 +124,6 @@ class TensorRTProgram:
         graph: the export's kind.
         batch: B.
         steps: rows of the coefficient schedule of a "step" export.
-
-    Raises:
-        BackendError: TensorRT refuses a shape or makes no context.
     """
 
     def __init__(
@@ -193,11 +182,7 @@ class TensorRTProgram:
             self._table[:, :, : self.batch].copy_(torch.from_numpy(values))
 
     def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
-        """See :class:`lutdeploy.engines.cuda.loop.Program`.
-
-        Raises:
-            BackendError: TensorRT refuses an address or the launch.
-        """
+        """See :class:`lutdeploy.engines.cuda.loop.Program`."""
         tensors = {"x": x, "x0_prev": x0_prev, "x_next": x_next, "x0": x0}
         index = 0
         if self.graph == "loop":
@@ -215,17 +200,29 @@ class TensorRTProgram:
 
 
 def usable_plans(
-    run: Run, manifest: Manifest, machine: plan.Machine, batch: int | None
+    run: Run,
+    manifest: Manifest,
+    machine: plan.Machine,
+    batch: int | None,
+    unverified: bool = False,
 ) -> list[plan.PlanRecord]:
     """The engines to use for an export here: one per graph, in order.
 
     Of several builds, those that passed come first, then the one that takes ``batch`` in the
     fewest parts and with the least padding, a static one before a dynamic one, the newest.
 
+    Args:
+        run: the run folder with the engines.
+        manifest: of the export.
+        machine: this one.
+        batch: images per pass; None takes what an engine was tuned for.
+        unverified: take engines that have not passed the check after their build.
+
     Raises:
         BackendError: there is none; says what each one that there is differs in.
+        ParityError: the best that there are have not passed.
     """
-    builds: dict[str, dict[str, plan.PlanRecord]] = {}
+    builds: dict[str, dict[str, plan.PlanState]] = {}
     reasons: list[str] = []
     for state in plan.survey(run, machine):
         if state.record is None:
@@ -234,27 +231,49 @@ def usable_plans(
             reasons.append(f"{state.record.plan.name}: {'; '.join(state.reasons)}")
         elif state.record.export == manifest.name:
             fields = {k: v for k, v in state.record.fields.items() if k != "graph_sha256"}
-            builds.setdefault(plan.key_of(fields), {})[state.record.graph_file] = state.record
+            builds.setdefault(plan.key_of(fields), {})[state.record.graph_file] = state
     whole = [
-        [records[name] for name in manifest.graphs]
-        for records in builds.values()
-        if set(records) == set(manifest.graphs)
+        [states[name] for name in manifest.graphs]
+        for states in builds.values()
+        if set(states) == set(manifest.graphs)
     ]
     if not whole:
         lead = f"export {manifest.name} has no TensorRT engine that fits here"
         said = "; ".join(dict.fromkeys(reasons)) or "nothing was built"
         raise BackendError(f"{lead} ({said[:600]}); run `lutdeploy build`")
 
-    def rank(records: list[plan.PlanRecord]) -> tuple[Any, ...]:
-        profile = records[0].profile
+    def records(states: list[plan.PlanState]) -> list[plan.PlanRecord]:
+        return [state.record for state in states if state.record is not None]
+
+    def rank(states: list[plan.PlanState]) -> tuple[Any, ...]:
+        first = records(states)[0]
+        profile = first.profile
         wanted = profile.opt if batch is None else batch
         parts = -(-wanted // profile.max)
         padded = max(wanted, parts * profile.max if profile.static else profile.min) - wanted
-        passed = all(record.verdict == "passed" for record in records)
+        passed = all(state.outcome == "passed" for state in states)
         near = -abs(profile.opt - wanted)
-        return (passed, -parts, -padded, profile.static, near, records[0].created)
+        return (passed, -parts, -padded, profile.static, near, first.created)
 
-    return max(whole, key=rank)
+    chosen = max(whole, key=rank)
+    if not unverified:
+        require_passed(chosen)
+    return records(chosen)
+
+
+def require_passed(states: Sequence[plan.PlanState]) -> None:
+    """Refuse engines that have not passed their checks."""
+    for state in states:
+        name = f"engine {state.path.with_suffix('.plan').name}"
+        if state.verdict is None:
+            raise ParityError(
+                f"{name} was not checked; `lutdeploy build` does it, --unverified does without"
+            )
+        if not state.verdict.passed:
+            raise ParityError(
+                f"{name} FAILED its checks ({state.verdict.failures[0]}); --unverified uses it all "
+                "the same"
+            )
 
 
 class TensorRTDenoiser(DeviceDenoiser):
@@ -264,11 +283,6 @@ class TensorRTDenoiser(DeviceDenoiser):
         manifest: of the export that they were built from.
         device: the GPU.
         records: an engine for each graph, such as :func:`usable_plans` finds.
-        unverified: use engines that have not passed their checks.
-
-    Raises:
-        ArtefactError: a changed plan, one that TensorRT refuses, or with other tensors.
-        ParityError: engines that never passed, unless ``unverified``.
     """
 
     def __init__(
@@ -276,15 +290,12 @@ class TensorRTDenoiser(DeviceDenoiser):
         manifest: Manifest,
         device: CudaDevice,
         records: Sequence[plan.PlanRecord],
-        unverified: bool = False,
     ) -> None:
         self.records = records
         self.profile = self.records[0].profile
         sizes = (self.profile.min, self.profile.max)
         super().__init__(manifest.config, manifest.graph, manifest.schedule, device, sizes)
         self.manifest = manifest
-        if not unverified:
-            require_verdicts(self.records)
         self._log = EngineLog()
         # In this order they must live, and in the reverse order go.
         self._runtime = open_runtime(self._log, records[0])
@@ -320,32 +331,3 @@ class TensorRTDenoiser(DeviceDenoiser):
             "engine_sha256": hashlib.sha256(plans.encode()).hexdigest(),
             "model_sha256": self.manifest.source_sha256,
         }
-
-
-def require_verdicts(records: Sequence[plan.PlanRecord]) -> None:
-    """Refuse engines that have not passed their checks.
-
-    Raises:
-        ParityError: names the engine and what it failed.
-    """
-    for record in records:
-        name = f"engine {record.plan.name} of export {record.export}"
-        if record.verdict == "not checked":
-            raise ParityError(
-                f"{name} was not checked; `lutdeploy build` does it, --unverified does without"
-            )
-        if record.verdict != "passed":
-            raise ParityError(
-                f"{name} FAILED its checks ({failure(record)}); --unverified uses it all the same"
-            )
-
-
-def failure(record: plan.PlanRecord) -> str:
-    """The first thing that a failed record's checks found."""
-    layers = list((record.layers or {}).get("failures", ()))
-    checks = [
-        f"{check['level']}, {check['what']}: {check['measure']} {check['value']}"
-        for check in (record.parity or {}).get("checks", ())
-        if not check["passed"]
-    ]
-    return (layers + checks + ["no check was made"])[0]

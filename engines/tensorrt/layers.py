@@ -69,9 +69,6 @@ def read_layers(text: str, graph: GraphReport, precision: str) -> LayerReport:
             detailed profiling verbosity.
         graph: the ONNX graph's report.
         precision: "fp16" or "fp32", of the export.
-
-    Raises:
-        ArtefactError: no such JSON.
     """
     try:
         layers = json.loads(text)["Layers"]

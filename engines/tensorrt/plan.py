@@ -2,7 +2,7 @@
 
 A plan is valid for exactly what it was built from, so its name is a hash over that. Beside
 each ``KEY.plan`` stands ``KEY.json``, the record: every field of the key in the clear, the
-plan's own hash, and the verdicts of the checks after the build. Nothing here needs TensorRT.
+plan's own hash. Nothing here needs TensorRT.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import MANIFEST, Manifest, read_manifest
 from lutdeploy.artefacts.run import KEY_DIGITS, Run
+from lutdeploy.artefacts.verdicts import Verdict, read_verdicts
 from lutdeploy.errors import ArtefactError, UsageError
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2  # 1 held the verdict too, which now has a place of its own
 PLAN_TAG = 0x74727466  # "ftrt", little-endian, as in TensorRT's samples/common/sampleEngines.cpp
 HEADER_BYTES = 28
 AMPERE = (8, 0)
@@ -28,11 +31,7 @@ AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """The batch sizes of an engine; one size alone makes a static engine.
-
-    Raises:
-        UsageError: not 1 ≤ min ≤ opt ≤ max.
-    """
+    """The batch sizes of an engine; one size alone makes a static engine."""
 
     min: int
     opt: int
@@ -44,11 +43,7 @@ class BatchProfile:
 
     @classmethod
     def parse(cls, text: str) -> BatchProfile:
-        """From "N" or "MIN:OPT:MAX".
-
-        Raises:
-            UsageError: neither of the two.
-        """
+        """From "N" or "MIN:OPT:MAX"."""
         try:
             sizes = [int(part) for part in text.split(":")]
         except ValueError:
@@ -67,11 +62,7 @@ class BatchProfile:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user asks of the builder; all of it decides the plan and is in its key.
-
-    Raises:
-        UsageError: a value out of range.
-    """
+    """What a user asks of the builder; all of it decides the plan and is in its key."""
 
     batch: BatchProfile = BatchProfile(1, 64, 256)
     workspace_mib: int | None = None  # None: what TensorRT takes by itself
@@ -114,12 +105,12 @@ def key_fields(
 def export_fields(manifest: Manifest, graph: str) -> dict[str, Any]:
     """The fields of the key that an export decides."""
     others = {
-        name: file["sha256"] for name, file in manifest.files.items() if name not in manifest.graphs
+        name: file.sha256 for name, file in manifest.files.items() if name not in manifest.graphs
     }
     return {
         "graph": manifest.graph,
         "precision": manifest.precision,
-        "graph_sha256": manifest.files[graph]["sha256"],
+        "graph_sha256": manifest.files[graph].sha256,
         "weights_sha256": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest(),
     }
 
@@ -129,11 +120,10 @@ def key_of(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class PlanRecord:
-    """The record beside a plan."""
+class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The record beside a plan: what it was built from, and the plan's hash."""
 
-    path: Path  # of the record
+    path: Path  # of the record; not in the JSON
     fields: dict[str, Any]  # of the key
     export: str  # the export's name
     graph_file: str
@@ -141,8 +131,6 @@ class PlanRecord:
     plan_sha256: str
     created: str
     build_seconds: float
-    layers: dict[str, Any] | None = None  # what the engine inspector showed
-    parity: dict[str, Any] | None = None  # the report, with "passed"
 
     @property
     def key(self) -> str:
@@ -156,24 +144,10 @@ class PlanRecord:
     def profile(self) -> BatchProfile:
         return BatchProfile.parse(self.fields["batch"])
 
-    @property
-    def verdict(self) -> str:
-        """ "passed", "FAILED", or "not checked"."""
-        if self.layers is not None and self.layers.get("failures"):
-            return "FAILED"
-        if self.layers is None or self.parity is None:
-            return "not checked"
-        return "passed" if self.parity.get("passed") is True else "FAILED"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without the path."""
-        values = {"format": RECORD_FORMAT, "key": self.key, **asdict(self)}
-        del values["path"]
-        return values
-
     def write(self) -> None:
         """Write the record, atomically."""
-        files.write_json(self.path, self.to_dict())
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "path"}
+        files.write_json(self.path, {"format": RECORD_FORMAT, "key": self.key, **values})
 
     def read_plan(self) -> bytes:
         """The plan's bytes, checked against the record and by their header.
@@ -228,25 +202,15 @@ def read_record(path: Path) -> PlanRecord:
     """
     values = files.read_json(path)
     try:
-        if values["format"] != RECORD_FORMAT:
-            raise ArtefactError(f"{path} has format {values['format']!r}; build again")
-        record = PlanRecord(
-            path=path,
-            fields=dict(values["fields"]),
-            export=str(values["export"]),
-            graph_file=str(values["graph_file"]),
-            plan_bytes=int(values["plan_bytes"]),
-            plan_sha256=str(values["plan_sha256"]),
-            created=str(values["created"]),
-            build_seconds=float(values["build_seconds"]),
-            layers=dict(values["layers"]) if values["layers"] is not None else None,
-            parity=dict(values["parity"]) if values["parity"] is not None else None,
-        )
-        if str(values["key"]) != record.key or path.stem != record.key[:KEY_DIGITS]:
+        if values.pop("format") != RECORD_FORMAT:
+            raise ArtefactError(f"{path} was written by another version; build again")
+        key = values.pop("key")
+        record = msgspec.convert({**values, "path": path}, PlanRecord)
+        if key != record.key or path.stem != record.key[:KEY_DIGITS]:
             raise ArtefactError(f"{path} is the record of another engine; build again")
         _ = record.profile
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise ArtefactError(f"{path} is incomplete or damaged: {error!r}; build again") from error
+        raise ArtefactError(f"{path} is incomplete or damaged: {error}; build again") from error
     return record
 
 
@@ -264,11 +228,7 @@ def find_plan(run: Run, fields: Mapping[str, Any]) -> PlanRecord | None:
 
 
 def plan_version(data: bytes) -> str:
-    """The TensorRT version in a plan's header, "major.minor.patch".
-
-    Raises:
-        ArtefactError: not a plan.
-    """
+    """The TensorRT version in a plan's header, "major.minor.patch"."""
     if len(data) < HEADER_BYTES or struct.unpack_from("<I", data)[0] != PLAN_TAG:
         raise ArtefactError("not a TensorRT plan: its header has another tag")
     return ".".join(str(part) for part in data[24:27])
@@ -319,6 +279,19 @@ class PlanState:
     path: Path  # of the record
     record: PlanRecord | None  # None when damaged
     reasons: tuple[str, ...]
+    verdict: Verdict | None = None
+
+    @property
+    def outcome(self) -> str:
+        """ "passed", "FAILED" or "not checked"."""
+        if self.verdict is None:
+            return "not checked"
+        return "passed" if self.verdict.passed else "FAILED"
+
+
+def verdict_on(record: PlanRecord, verdicts: Iterable[Verdict]) -> Verdict | None:
+    """What the check after its build found of an engine."""
+    return next((v for v in verdicts if v.engine_sha256 == record.plan_sha256), None)
 
 
 def survey(run: Run, machine: Machine | None) -> list[PlanState]:
@@ -332,6 +305,7 @@ def survey(run: Run, machine: Machine | None) -> list[PlanState]:
     """
     states = []
     here = asdict(machine) if machine else {}
+    verdicts = read_verdicts(run)
     manifests: dict[str, Manifest] = {}  # 64 engines may come from one export
     for path in run.plan_records():
         try:
@@ -352,5 +326,5 @@ def survey(run: Run, machine: Machine | None) -> list[PlanState]:
             record.check_header()
         except ArtefactError as error:
             reasons.append(str(error))
-        states.append(PlanState(path, record, tuple(reasons)))
+        states.append(PlanState(path, record, tuple(reasons), verdict_on(record, verdicts)))
     return states

@@ -57,9 +57,6 @@ def check_graph(path: Path, precision: str, config: ModelConfig) -> GraphReport:
         path: an exported graph; its weights file is not read.
         precision: "fp32" or "fp16", of its export.
         config: of the model inside.
-
-    Raises:
-        ArtefactError: no readable ONNX file.
     """
     try:
         model = onnx.load(path, load_external_data=False)

@@ -74,7 +74,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write a record, or plain JSON values, as readable JSON, atomically."""
     import msgspec
 
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+    encoded = msgspec.json.encode(value, enc_hook=_plain)
+    write_atomic(path, msgspec.json.format(encoded, indent=1) + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """Text and numbers of other types, such as NumPy's, as Python's own."""
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise NotImplementedError(f"{type(value).__name__} has no place in a JSON file")
 
 
 def read_record(path: Path, kind: type[T], remedy: str) -> T:
@@ -99,11 +108,7 @@ def read_record(path: Path, kind: type[T], remedy: str) -> T:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        ArtefactError: missing, unreadable or no JSON.
-    """
+    """Read JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -119,11 +124,7 @@ def sha256(path: Path) -> str:
 
 
 def output_folder(path: Path) -> None:
-    """Make the folder that --out names, where there is none.
-
-    Raises:
-        UsageError: it is a file, or cannot be made or written.
-    """
+    """Make the folder that --out names, where there is none."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; --out names a folder")
     try:

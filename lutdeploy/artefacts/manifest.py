@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lutdeploy.artefacts import files
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, ConfigError
+from lutdeploy.errors import ArtefactError, LutDeployError
 from lutdeploy.schedule import Schedule
 from lutdeploy.signature import GRAPHS, PRECISIONS
 
@@ -17,11 +18,23 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Manifest:
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size and SHA-256 (hexadecimal) of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={"schedule": "table"},  # the name it has in the JSON
+):
     """What an export folder holds. ``graphs`` are file names in step order."""
 
-    folder: Path
+    folder: Path  # not in the JSON
     config: ModelConfig
     graph: str
     precision: str
@@ -32,9 +45,9 @@ class Manifest:
     versions: dict[str, str]
     source_sha256: str
     graphs: tuple[str, ...]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileRecord]
     quantization: dict[str, Any] | None = None  # of an int8 export: engines/export/int8.py
-    tuned: tuple[Schedule, ...] = ()  # the model's, as steps.json had them
+    tuned: tuple[Schedule, ...] = ()  # the model's tuned schedules when it was exported
 
     @property
     def name(self) -> str:
@@ -43,50 +56,36 @@ class Manifest:
     @property
     def weights_sha256(self) -> str:
         """One hash over every file: the identity of this export."""
-        lines = "".join(f"{name} {self.files[name]['sha256']}\n" for name in sorted(self.files))
+        lines = "".join(f"{name} {self.files[name].sha256}\n" for name in sorted(self.files))
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without the folder."""
-        quantization = {"quantization": self.quantization} if self.quantization else {}
-        return {
-            "format": MANIFEST_FORMAT,
-            "config": self.config.to_dict(),
-            "graph": self.graph,
-            "precision": self.precision,
-            "table": self.schedule.to_dict() if self.schedule else None,
-            "islands": list(self.islands),
-            "opset": self.opset,
-            "created": self.created,
-            "versions": self.versions,
-            "source_sha256": self.source_sha256,
-            "graphs": list(self.graphs),
-            "files": self.files,
-            **quantization,
-            **({"tuned": [schedule.to_dict() for schedule in self.tuned]} if self.tuned else {}),
-        }
+    def write(self) -> None:
+        """Write it into its folder, atomically."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        folder, schedule = values.pop("folder"), values.pop("schedule")
+        for optional in ("quantization", "tuned"):
+            if not values[optional]:
+                del values[optional]
+        record = {"format": MANIFEST_FORMAT, "table": schedule, **values}
+        files.write_json(folder / MANIFEST, record)
 
     def verify(self) -> None:
-        """Check every file's size and hash.
-
-        Raises:
-            ArtefactError: names the first file that is missing or differs.
-        """
+        """Check every file's size and hash."""
         for name, expected in self.files.items():
             path = self.folder / name
             if not path.is_file():
                 raise ArtefactError(f"{path} is missing; export again")
             size = path.stat().st_size
-            if size != expected["bytes"]:
+            if size != expected.bytes:
                 raise ArtefactError(
-                    f"{path} has {size} bytes, its manifest says {expected['bytes']}: "
+                    f"{path} has {size} bytes, its manifest says {expected.bytes}: "
                     "truncated or replaced; export again"
                 )
             digest = files.sha256(path)
-            if digest != expected["sha256"]:
+            if digest != expected.sha256:
                 raise ArtefactError(
                     f"{path} has hash mismatch: sha256 {digest[:12]}…, its manifest says "
-                    f"{expected['sha256'][:12]}…; export again"
+                    f"{expected.sha256[:12]}…; export again"
                 )
 
 
@@ -99,32 +98,17 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     values = files.read_json(path)
     try:
-        if values["format"] != MANIFEST_FORMAT:
+        if values.pop("format") != MANIFEST_FORMAT:
             raise ArtefactError(
-                f"{path} has format {values['format']!r}, this version reads {MANIFEST_FORMAT}; "
+                f"{path} is of another format than this version reads ({MANIFEST_FORMAT}); "
                 "export again"
             )
-        manifest = Manifest(
-            folder=folder,
-            config=ModelConfig.from_dict(values["config"]),
-            graph=str(values["graph"]),
-            precision=str(values["precision"]),
-            schedule=Schedule.from_dict(values["table"]) if values["table"] else None,
-            islands=tuple(values["islands"]),
-            opset=int(values["opset"]),
-            created=str(values["created"]),
-            versions=dict(values["versions"]),
-            source_sha256=str(values["source_sha256"]),
-            graphs=tuple(str(name) for name in values["graphs"]),
-            files={
-                str(name): {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
-                for name, file in values["files"].items()
-            },
-            quantization=dict(values["quantization"]) if "quantization" in values else None,
-            tuned=tuple(Schedule.from_dict(schedule) for schedule in values.get("tuned", ())),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
-        raise ArtefactError(f"{path} is incomplete or damaged: {error!r}") from error
+        values |= {"config": ModelConfig.from_dict(values["config"]), "folder": folder}
+        manifest = msgspec.convert(values, Manifest)
+    except ArtefactError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, LutDeployError) as error:
+        raise ArtefactError(f"{path} is incomplete or damaged: {error}; export again") from error
     for name in (*manifest.files, *manifest.graphs):
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
             raise ArtefactError(f"{path} names {name!r}, a file outside its folder: refused")
@@ -147,10 +131,10 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name, size and hash of every file of an export folder but the manifest."""
+def hash_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file of an export folder but the manifest, by name."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.name != MANIFEST)
     return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)}
+        name: FileRecord((folder / name).stat().st_size, files.sha256(folder / name))
         for name in names
     }

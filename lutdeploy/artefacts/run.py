@@ -1,4 +1,4 @@
-"""The run folder: its file names, manifests and hashes. No other module knows a file name.
+"""The run folder and its file names, which no other module knows.
 
     runs/NAME/
       model.safetensors        weights and config (training: the EMA)
@@ -6,7 +6,7 @@
       training-state.safetensors   all that --resume needs
       samples/                 pictures made while training
       onnx/EXPORT/             graphs, one weights file, manifest.json
-      parity.json              the last verdict on every export
+      verdicts/                what the checks of exports and engines found, a file each
       bench.json bench.png     the last speed measurement
       steps.json steps.png     tuned time grids, and what they were compared with
       evaluation.json evaluation.html   how good the pictures are, by `lutdeploy evaluate`
@@ -21,11 +21,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
-from lutdeploy.errors import ArtefactError, UsageError
+from lutdeploy.errors import UsageError
 
 RUNS = Path("runs")
 MODEL = "model.safetensors"
@@ -69,7 +67,13 @@ class Run:
         return self.path / "samples"
 
     @property
-    def parity(self) -> Path:
+    def verdicts(self) -> Path:
+        """Folder of the checks' verdicts (:mod:`lutdeploy.artefacts.verdicts`)."""
+        return self.path / "verdicts"
+
+    @property
+    def old_verdicts(self) -> Path:
+        """Where earlier versions kept what `lutdeploy parity` found."""
         return self.path / "parity.json"
 
     @property
@@ -121,22 +125,6 @@ class Run:
     def timing_cache(self) -> Path:
         return self.engines / "timing.cache"
 
-    @property
-    def provider_cache(self) -> Path:
-        """Where ONNX Runtime's TensorRT provider keeps its own engines."""
-        return self.engines / "onnxruntime"
-
-    def verdicts(self) -> dict[str, dict[str, Any]]:
-        """What `lutdeploy parity` found last, by export, backend and device.
-
-        Raises:
-            ArtefactError: damaged.
-        """
-        known = files.read_json(self.parity) if self.parity.is_file() else {}
-        if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
-            raise ArtefactError(f"{self.parity} is damaged; delete it and run `lutdeploy parity`")
-        return known
-
     def exports(self) -> list[Path]:
         """Export folders, newest first (by the time in the manifest, not the file's)."""
         folder = self.exports_folder
@@ -159,11 +147,7 @@ class Located:
 
 
 def locate(path: Path) -> Located:
-    """Tell a run folder, an export folder and a model file apart.
-
-    Raises:
-        UsageError: nothing there, or none of the three; says what is near.
-    """
+    """Tell a run folder, an export folder and a model file apart."""
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():

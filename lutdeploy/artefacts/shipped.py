@@ -1,7 +1,7 @@
-"""The trained models that come with the package: weights, facts, card, pictures.
+"""The trained models that come with the package: weights, facts, tuned schedules.
 
 Each is NAME.safetensors (float16), with NAME.json (how it was trained and what `lutdeploy
-evaluate` measured), NAME.md (the same for people), tuned time grids and pictures beside it.
+evaluate` measured) and NAME.steps.json beside it. Cards and pictures are in docs/models.
 """
 
 from __future__ import annotations

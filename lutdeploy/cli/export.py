@@ -11,11 +11,11 @@ import click
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import note
-from lutdeploy.cli.options import RUN, SHIFT, SOLVER, STEPS, TIME_GRID
-from lutdeploy.cli.targets import find_run
+from lutdeploy.cli.requests import RUN, schedule_request
 from lutdeploy.errors import ParityError, UsageError
-from lutdeploy.schedule import Schedule
+from lutdeploy.schedule import Schedule, ScheduleRequest
 from lutdeploy.signature import GRAPHS
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 @click.option("--fp16", is_flag=True, help="float16 body with float32 islands.")
 @click.option("--int8", is_flag=True, help="int8 products in the blocks, the rest float32.")
 @click.option("--graph", type=click.Choice(GRAPHS), default="step", show_default=True)
-@SOLVER
-@STEPS
-@SHIFT
-@TIME_GRID
+@schedule_request
 @click.option(
     "--author-format",
     type=click.Path(path_type=Path),
@@ -43,10 +40,7 @@ def command(
     fp16: bool,
     int8: bool,
     graph: str,
-    solver: str | None,
-    steps: int | None,
-    shift: float | None,
-    time_grid: str | None,
+    schedule: ScheduleRequest,
     author_format: Path | None,
 ) -> None:
     """Export a run to ONNX and check it against PyTorch before it takes its place.
@@ -56,7 +50,7 @@ def command(
     """
     if fp16 and int8:
         raise UsageError("--fp16 or --int8, not both")
-    if graph == "step" and (solver, steps, shift, time_grid) != (None,) * 4:
+    if graph == "step" and schedule != ScheduleRequest():
         raise UsageError(
             "--solver, --steps, --shift and --time-grid belong to --graph per-step and loop; "
             "a step graph follows any"
@@ -64,21 +58,18 @@ def command(
     from lutdeploy.artefacts.checkpoint import load_model, save_author_file
     from lutdeploy.artefacts.tuned_steps import tuned_schedules
     from lutdeploy.engines.export.graphs import ExportPlan, export_model
-    from lutdeploy.sampling import choose_schedule
 
-    target = find_run(run)
+    target = find_run(find(run, note), note)
     model = load_model(target.model)
     if author_format is not None:
         save_author_file(model, author_format)
         click.echo(author_format)
         return
     sha256 = files.sha256(target.model)
-    schedule = None
+    held = None
     if graph != "step":
-        schedule = choose_schedule(
-            None, solver, steps, shift, time_grid, lambda: tuned_schedules(target.path, sha256)
-        )
-    plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", schedule)
+        held = schedule.resolve(None, lambda: tuned_schedules(target.path, sha256))
+    plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", held)
     with files.lock(target.exports_folder, "`lutdeploy export`"):
         tuned = _fresh(target, sha256)
         verify = partial(_verify, model, plan)
@@ -108,7 +99,7 @@ def _verify(model: LutTransformer, plan: ExportPlan, folder: Path) -> None:
     Raises:
         ParityError: they differ by more than the precision's limits.
     """
-    from lutdeploy.engines import open_engine
+    from lutdeploy.engines import EngineRequest, open_engine
     from lutdeploy.parity import compare
     from lutdeploy.sampling import batch_noise
 
@@ -118,7 +109,7 @@ def _verify(model: LutTransformer, plan: ExportPlan, folder: Path) -> None:
     if plan.precision == "int8":
         levels = ("step", "trajectory", "picture")
     noise = batch_noise(0, range(1 if plan.graph == "loop" else 2), model.config.image_shape)
-    with open_engine(folder, "onnxruntime") as engine:
+    with open_engine(EngineRequest(folder, "onnxruntime")) as engine:
         report = compare(model, engine, plan.precision, noise=noise, levels=levels)
     if not report.passed:
         raise ParityError(

@@ -9,7 +9,7 @@ import click
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.cli.console import note
-from lutdeploy.cli.options import POSITIVE
+from lutdeploy.cli.requests import POSITIVE
 from lutdeploy.errors import UsageError
 
 

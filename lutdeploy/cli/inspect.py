@@ -40,9 +40,10 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from _describe(part, indent + "  ")
         for engine in found["engines"]:
             yield from _describe_engine(engine, indent + "  ")
-        for name, verdict in found["parity"].items():
-            word = "passed" if verdict.get("passed") else "FAILED"
-            yield f"{indent}  parity {name}: {word} ({verdict.get('solver')})"
+        for verdict in found["verdicts"]:
+            word = "passed" if verdict["passed"] else "FAILED"
+            engine = f"{verdict['export'] or 'model'} {verdict['backend']} {verdict['device']}"
+            yield f"{indent}  {verdict['check']} {engine}: {word} ({verdict['solver']})"
         if tuned := found["tuned_steps"]:
             stale = "; STALE: the model has changed since" if tuned["stale"] else ""
             yield f"{indent}  tuned steps: {', '.join(tuned['tables']) or 'none'}{stale}"

@@ -12,7 +12,7 @@ import click
 
 from lutdeploy.artefacts.run import Run
 from lutdeploy.cli.console import INTERRUPTED, note, progress_bar
-from lutdeploy.cli.options import POSITIVE, SEED
+from lutdeploy.cli.requests import POSITIVE, SEED
 from lutdeploy.config import PRESETS, SIZES
 
 if TYPE_CHECKING:

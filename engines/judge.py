@@ -1,0 +1,163 @@
+"""Parity as a gate: judge engines against float32 PyTorch and store the verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lutdeploy.artefacts.checkpoint import load_model
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.run import MODEL, RUNS, Located, Run, locate
+from lutdeploy.artefacts.shipped import is_shipped
+from lutdeploy.artefacts.target import find_run
+from lutdeploy.artefacts.tuned_steps import resolve_schedule
+from lutdeploy.artefacts.verdicts import store_verdict, verdict_of
+from lutdeploy.engines import (
+    Engine,
+    EngineRequest,
+    choose_export,
+    newest_built_export,
+    open_engine,
+    require_same_model,
+)
+from lutdeploy.engines.benchmark.contenders import list_contenders
+from lutdeploy.errors import LutDeployError, UsageError
+from lutdeploy.machine import this_machine
+from lutdeploy.model import LutTransformer
+from lutdeploy.parity import Report, compare
+from lutdeploy.sampling import Images, batch_noise
+from lutdeploy.schedule import ScheduleRequest
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What engines are held against: a model, noise, a schedule."""
+
+    located: Located
+    model: LutTransformer
+    schedule: ScheduleRequest
+    noise: Images
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        schedule: ScheduleRequest,
+        count: int,
+        seed: int,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Judge:
+        """Load the model of a run, an export or a model file.
+
+        Args:
+            path: of one of them; a model of the package stands for the run that its exports are in.
+            schedule: of the trajectories.
+            count, seed: images 0 … count−1 of a seed are compared.
+            note: told which run stands for a model of the package.
+        """
+        if is_shipped(path) and (RUNS / path.stem).is_dir():
+            path = find_run(path, note).path
+        located = locate(path)
+        if located.model is None:
+            raise UsageError(f"{path} has no {MODEL} beside it to compare with")
+        model = load_model(located.model)
+        noise = batch_noise(seed, range(count), model.config.image_shape)
+        return cls(located, model, schedule, noise)
+
+    @property
+    def run(self) -> Run | None:
+        return self.located.run
+
+    @property
+    def path(self) -> Path:
+        """What an engine is opened from."""
+        path = self.located.export or (self.run.path if self.run else self.located.model)
+        assert path is not None
+        return path
+
+    def judge(self, engine: Engine, precision: str) -> Report:
+        """Compare an engine with PyTorch and store the verdict in the run, if there is one.
+
+        Args:
+            engine: opened from :attr:`path`.
+            precision: whose limits count, see :func:`lutdeploy.parity.compare`.
+        """
+        schedule = resolve_schedule(self.schedule, self.path, engine)
+        report = compare(self.model, engine, precision, schedule, self.noise)
+        if self.run is not None:
+            store_verdict(self.run, verdict_of(report, engine.identity, "parity"))
+        return report
+
+
+def request_to_judge(judge: Judge, request: EngineRequest, fp16: bool) -> EngineRequest:
+    """The request with its export found: the named one, the newest, or the newest of fp16."""
+    located, export = judge.located, request.export
+    if request.backend == "torch":
+        if fp16 or export:
+            raise UsageError("--fp16 and --export name an export; --backend torch runs the model")
+        return request
+    if request.backend == "tensorrt" and export is None and not fp16 and judge.run:
+        export = None if located.export else newest_built_export(judge.run)
+    if fp16 and export is None and located.export is None:
+        exports = judge.run.exports() if judge.run else []
+        halves = [e for e in exports if read_manifest(e).precision == "fp16"]
+        if not halves:
+            raise UsageError(
+                f"{judge.path} has no fp16 export; run `lutdeploy export --fp16` first"
+            )
+        export = halves[0].name
+    folder = choose_export(located, export)
+    if folder is None:
+        raise UsageError(f"{judge.path} has no export; run `lutdeploy export` first")
+    if fp16 and read_manifest(folder).precision != "fp16":
+        raise UsageError(f"{folder} is no fp16 export")
+    return replace(request, path=folder, export=None)
+
+
+def judged_precision(request: EngineRequest) -> str:
+    """Whose limits count for the engine of a request that :func:`request_to_judge` made."""
+    if request.backend == "torch":
+        return "fp32"
+    held = read_manifest(request.path).precision
+    if request.precision == "bf16":
+        return "int8-bf16" if held == "int8" else "bf16"
+    return held
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One of all engines; ``refused`` says why it could not be opened."""
+
+    name: str
+    report: Report | None
+    refused: str = ""
+
+
+def judge_everything(judge: Judge, threads: int | None) -> Iterator[Judged]:
+    """Judge every engine that `lutdeploy bench` could measure here."""
+    located, run = judge.located, judge.run
+    assert located.model is not None
+    exports = [located.export] if located.export else run.exports() if run else []
+    if not exports:
+        raise UsageError("there is no export to judge; run `lutdeploy export` first")
+    for contender in list_contenders(located.model, exports, run, bool(this_machine().gpus)):
+        if contender.kind != "engine" or contender.export is None:
+            continue
+        request = EngineRequest(
+            Path(contender.path),
+            contender.backend,
+            contender.device,
+            threads=threads,
+            batch=len(judge.noise),
+            unverified=True,
+            precision=contender.arithmetic,
+        )
+        try:
+            require_same_model(read_manifest(request.path), located.model)
+            opened = open_engine(request)
+        except LutDeployError as error:
+            yield Judged(contender.name, None, str(error))
+            continue
+        with opened as engine:
+            yield Judged(contender.name, judge.judge(engine, contender.precision))

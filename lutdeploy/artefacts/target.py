@@ -1,0 +1,50 @@
+"""What a command works on: the run, export or model that was named, or found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.run import MODEL, RUNS, Run, locate, newest_run, tuned_steps_file
+from lutdeploy.errors import UsageError
+
+
+def find(path: Path | None, note: Callable[[str], None]) -> Path:
+    """The given path, else the newest run, else the default model; notes which it chose."""
+    if path is not None:
+        return path
+    newest = newest_run()
+    if newest is not None:
+        note(f"run: {newest.path} (the newest)")
+        return newest.path
+    note(f"model: {shipped.DEFAULT} (of the package; there is no run under runs/)")
+    return shipped.model_path()
+
+
+def find_run(path: Path, note: Callable[[str], None]) -> Run:
+    """A run to write into; a model of the package gets a run of its own."""
+    if shipped.is_shipped(path):
+        return _run_of_shipped(path, note)
+    if path.name == MODEL and path.is_file():
+        return Run(path.parent)
+    located = locate(path)
+    if located.run is None:
+        raise UsageError(f"{path} belongs to no run folder, where results could be written")
+    return located.run
+
+
+def _run_of_shipped(path: Path, note: Callable[[str], None]) -> Run:
+    run = Run(RUNS / path.stem)
+    if run.settings.is_file():
+        raise UsageError(
+            f"{run.path} was trained here, and the model of the package would replace its "
+            "model; give that folder another name"
+        )
+    weights, tuned = path.read_bytes(), tuned_steps_file(path)
+    same = run.model.is_file() and run.model.read_bytes() == weights
+    if tuned.is_file() and not (same and run.tuned_steps.is_file()):
+        files.write_atomic(run.tuned_steps, tuned.read_bytes())  # grids are of these weights
+    files.write_atomic(run.model, weights)
+    note(f"run: {run.path} (made for the model of the package)")
+    return run
