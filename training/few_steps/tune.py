@@ -135,7 +135,6 @@ def tune_schedules(
             text = f"{settings.pictures} pictures, {row.schedule.describe()}"
             on_progress(k, len(rows), text)
             rows[k] = _with_distances(row, engine, distances, settings)
-    on_progress(1, 1, "")
     reference = judging.reference.describe()
     comparison = {
         "reference": reference,
