@@ -102,9 +102,6 @@ def load_folder(
             of the machine's memory by default.
         scratch: where that file is made; the system's temporary folder by default.
         on_progress: called with the number of files done and their total.
-
-    Raises:
-        UsageError: no folder, no image file, or none that is readable.
     """
     files = find_images(folder)
     limit = psutil.virtual_memory().total // 2 if memory_limit is None else memory_limit

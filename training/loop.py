@@ -150,9 +150,6 @@ def train(
         cadence: how often to write.
         should_stop: asked after every step; true in any process saves and ends.
         peak: FLOP/s of matrix products in the settings' precision, of all processes together.
-
-    Raises:
-        NonFiniteError: NaN or Inf in the loss or the state; the last checkpoint stays as it is.
     """
     cadence = cadence or Cadence()
     processes = processes or Processes(device)

@@ -52,9 +52,6 @@ def load_perceptual(device: torch.device) -> Perceptual:
     """LPIPS (Zhang et al. 2018) on VGG features, of both images clamped to [0, 1], per image.
 
     The spec clamps, it does not rescale: what is darker than 0 counts as 0.
-
-    Raises:
-        BackendError: the package or its VGG weights cannot be had; names the way out.
     """
     way_out = "pass --perceptual none to train without it"
     problem = import_problem("train", "torchvision", "torchmetrics.image.lpip")

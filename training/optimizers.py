@@ -50,11 +50,7 @@ def state_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def restore(optimizers: Optimizers, tensors: Mapping[str, Tensor], steps: int) -> None:
-    """Take back what :func:`state_tensors` gave after ``steps``; other tensors do not matter.
-
-    Raises:
-        KeyError: there is nothing for a parameter.
-    """
+    """Take back what :func:`state_tensors` gave after ``steps``; other tensors do not matter."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")

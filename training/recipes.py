@@ -78,11 +78,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             raise ConfigError(f"perceptual lpips needs 3 channels, not {self.model.channels}")
 
     def changed(self, **values: Any) -> TrainSettings:
-        """The same settings with other values.
-
-        Raises:
-            ConfigError: names the field and the value that cannot be.
-        """
+        """The same settings with other values."""
         return _checked({**msgspec.to_builtins(self), **values})
 
     def learning_rate(self, step: int) -> float:
@@ -120,11 +116,7 @@ def _checked(values: dict[str, Any]) -> TrainSettings:
 
 
 def read_settings(run: Run) -> TrainSettings:
-    """The settings that a run was started with, from its train.json.
-
-    Raises:
-        ArtefactError: damaged, or with a term of the loss that this version does not have.
-    """
+    """The settings that a run was started with, from its train.json."""
     values = files.read_json(run.settings)
     try:
         for name in REMOVED:
@@ -208,9 +200,6 @@ def train_settings(model: ModelConfig, recipe: str = "modern", **values: Any) ->
     """A recipe's settings with other values; a value of None keeps the recipe's or the default.
 
     ``data`` and ``steps`` are needed.
-
-    Raises:
-        ConfigError: unknown recipe, or values that cannot be.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")

@@ -29,11 +29,7 @@ class Position(msgspec.Struct, frozen=True):
 
 
 def read_position(run: Run) -> Position:
-    """How far a run's saved state is.
-
-    Raises:
-        ArtefactError: there is none, or it is damaged.
-    """
+    """How far a run's saved state is."""
     try:
         with safe_open(run.training_state, "pt") as file:
             return msgspec.convert(file.metadata(), Position, strict=False)

@@ -54,11 +54,6 @@ def open_subject(target: Path | RandomModel, note: Callable[[str], None]) -> Ite
     """A run, a model.safetensors, one export with its run around it, or random weights.
 
     What is missing for a comparison is exported into the scratch folder.
-
-    Raises:
-        UsageError: nothing there, or an export without its model, whose layout the original's
-            is made of.
-        ArtefactError: a damaged file, or an export of another model.
     """
     with tempfile.TemporaryDirectory(prefix="lutdeploy-bench-") as folder:
         if isinstance(target, RandomModel):
@@ -204,11 +199,7 @@ def _first_of_each_precision(manifests: Sequence[Manifest]) -> list[Manifest]:
 def choose(
     contenders: Sequence[Contender], names: Sequence[str], quick: bool = False
 ) -> list[Contender]:
-    """Those of the given names and the original; without names all that are quick enough.
-
-    Raises:
-        UsageError: no contender of this name; lists those there are.
-    """
+    """Those of the given names and the original; without names all that are quick enough."""
     known = [contender.name for contender in contenders]
     for name in names:
         if name not in known:
@@ -219,11 +210,7 @@ def choose(
 
 
 def open_contender(contender: Contender, threads: int | None) -> Any:
-    """Open it in this process: a denoiser, which may be a context manager.
-
-    Raises:
-        LutDeployError: it cannot run here, with the reason.
-    """
+    """Open it in this process: a denoiser, which may be a context manager."""
     if contender.kind == "engine":
         request = EngineRequest(
             contender.path,

@@ -72,11 +72,7 @@ OnProgress = Callable[[str, int, int], None]  # what comes now; turns done and p
 
 
 def choose_settings(schedule: Schedule, quick: bool = False, **given: Any) -> Settings:
-    """Settings with what is given, and not None, over those of --quick or the usual ones.
-
-    Raises:
-        UsageError: both ``batches`` and ``max_batch``.
-    """
+    """Settings with what is given, and not None, over those of --quick or the usual ones."""
     given = {name: value for name, value in given.items() if value is not None}
     given["batches"] = tuple(sorted(set(given.get("batches", ()))))
     if given["batches"] and "max_batch" in given:
@@ -161,11 +157,7 @@ class Benchmark:
         return self.subject.run.bench if self.subject.run else None
 
     def measure(self, on_progress: OnProgress) -> Result:
-        """Measure everything, or until Ctrl-C.
-
-        Raises:
-            BackendError: the original cannot run.
-        """
+        """Measure everything, or until Ctrl-C."""
         self._on_progress = on_progress
         interrupted = False
         try:
@@ -519,10 +511,6 @@ def open_benchmark(
         settings: see there.
         only, quick: see :func:`choose`.
         note: told what is measured on what.
-
-    Raises:
-        UsageError: nothing there, no such contender, or another `lutdeploy bench` has the run.
-        ArtefactError: a damaged file, or an export of another model.
     """
     machine = this_machine()
     with contextlib.ExitStack() as stack:

@@ -64,11 +64,7 @@ class Isolated:
         (self.process,) = set(multiprocessing.active_children()) - others
 
     def ask(self, method: Callable[..., T], *arguments: Any) -> T:
-        """Call ``method`` with the object, in its process, and wait for the answer.
-
-        Raises:
-            BackendError: the reason why there is none, or what ended the process.
-        """
+        """Call ``method`` with the object, in its process, and wait for the answer."""
         try:
             answer = self._pool.submit(_call, self._make, self._arguments, method, arguments)
             return answer.result(PATIENCE)
@@ -261,11 +257,7 @@ class Worker(Isolated):
     """A contender in its process; once open, a :class:`lutdeploy.sampling.Denoiser`."""
 
     def open(self) -> About:
-        """Open the contender and say what it is.
-
-        Raises:
-            BackendError: it cannot run here, with the reason.
-        """
+        """Open the contender and say what it is."""
         about: About = self.ask(attrgetter("about"))
         self.config, self.schedule = about.config, about.schedule
         self.whole_trajectory = about.whole_trajectory

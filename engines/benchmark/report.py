@@ -225,11 +225,7 @@ def draw(result: Result) -> Any:
 
 
 def require_writable(json: Path | None, plot: Path | None, markdown: Path | None) -> None:
-    """Refuse now what could not be written after minutes of measuring.
-
-    Raises:
-        UsageError: says which option names what cannot be written.
-    """
+    """Refuse now what could not be written after minutes of measuring."""
     for option, file in (("--json", json), ("--plot", plot), ("--markdown", markdown)):
         if file is None:
             continue

@@ -94,11 +94,7 @@ def _fresh(target: Run, model: str) -> tuple[Schedule, ...]:
 
 
 def _verify(model: LutTransformer, plan: ExportPlan, folder: Path) -> None:
-    """Hold a fresh export in ONNX Runtime against PyTorch.
-
-    Raises:
-        ParityError: they differ by more than the precision's limits.
-    """
+    """Hold a fresh export in ONNX Runtime against PyTorch."""
     from lutdeploy.engines import EngineRequest, open_engine
     from lutdeploy.parity import compare
     from lutdeploy.sampling import batch_noise
@@ -125,9 +121,6 @@ def _export_int8(model: LutTransformer, export: Callable[..., Path]) -> Path:
     Args:
         model: float32.
         export: :func:`lutdeploy.engines.export.graphs.export_model`, all but ``quantize`` given.
-
-    Raises:
-        ParityError: not even with half of them.
     """
     from lutdeploy.engines.export.int8 import quantize_graph
     from lutdeploy.quantization import float_ladder, measure_sensitivity

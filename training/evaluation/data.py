@@ -163,12 +163,7 @@ def draw_samples(
     batch: int = 64,
     on_progress: OnProgress = _silent,
 ) -> Pixels:
-    """The pictures that `lutdeploy sample` writes, in memory: uint8 [n, C, S, S].
-
-    Raises:
-        UsageError: the denoiser holds other steps.
-        NonFiniteError: names step and image.
-    """
+    """The pictures that `lutdeploy sample` writes, in memory: uint8 [n, C, S, S]."""
     shape = denoiser.config.image_shape
     pixels = np.empty((n, *shape), np.uint8)
     batches = noise_batches(seed, range(n), batch, shape)
@@ -205,11 +200,7 @@ def _read_origin(folder: Path) -> dict[str, Any]:
 
 
 def read_samples(folder: Path, n: int, on_progress: OnProgress = _silent) -> Samples:
-    """The first n pictures of a folder, by name: of `lutdeploy sample`, or any others.
-
-    Raises:
-        UsageError: no pictures, pictures of several sizes, or none that is readable.
-    """
+    """The first n pictures of a folder, by name: of `lutdeploy sample`, or any others."""
     paths = sorted(path for path in folder.glob("*.npz") if path.stem.isdigit())
     if not paths:
         try:

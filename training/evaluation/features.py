@@ -38,11 +38,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, pixels: Pixels) -> Features:
-        """uint8 [n, C, S, S], C being 1 or 3, to float32 [n, D].
-
-        Raises:
-            NonFiniteError: NaN or Inf, which only damaged weights give.
-        """
+        """uint8 [n, C, S, S], C being 1 or 3, to float32 [n, D]."""
         found = []
         for start in range(0, len(pixels), BATCH):
             block = torch.from_numpy(np.ascontiguousarray(pixels[start : start + BATCH]))

@@ -43,11 +43,7 @@ class Inception:
     """uint8 [B, 3, H, W] to the 2048 pooled features, [B, 2048]."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
-        """Take the weights by their names in the file; counts of batches may be among them.
-
-        Raises:
-            ArtefactError: names the first that is missing, unknown or misshapen.
-        """
+        """Take the weights by their names in the file; counts of batches may be among them."""
         self.state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
         self._read = set(CLASSIFIER)
         device = next((value.device for value in self.state.values()), None)
