@@ -409,7 +409,7 @@ def test_truncated_manifest(export_run: Path) -> None:
         (lambda v: v.pop("graphs"), "incomplete or damaged"),
         (lambda v: v.update(config={**v["config"], "width": 3}), "incomplete or damaged"),
         (lambda v: v["files"]["weights.bin"].update(bytes=float("inf")), "incomplete or damaged"),
-        (lambda v: v.update(graphs=[1]), "lists graph '1' without its hash"),
+        (lambda v: v.update(graphs=[1]), "Expected `str`, got `int` - at `$.graphs[0]`"),
         (lambda v: v.update(graphs=[]), "contradicts itself"),
         (lambda v: v.update(graph="per-step"), "contradicts itself"),
         (lambda v: v.update(graph="spiral"), "contradicts itself"),
@@ -518,7 +518,9 @@ def test_damaged_verdicts(text: str, export_run: Path) -> None:
     for path in (Run(export_run).old_verdicts, Run(export_run).verdicts / "0a.json"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        refused(export_run, f"{path.name} is ")
+        for arguments in readers(export_run):
+            if arguments[0] != "parity":  # which writes a new verdict without reading old ones
+                assert f"{path.name} is " in fail(1, *arguments)
         path.unlink()
 
 
@@ -627,8 +629,8 @@ def test_a_mistake_leaves_no_empty_run(pictures: Path, tmp_path: Path) -> None:
         ("dropout=2", "dropout cannot be 2"),
         ("optimizer=sgd", "optimizer cannot be 'sgd'"),
         ("t_std=wide", "t_std cannot be 'wide'"),
-        ("ema=[]", "ema cannot be ()"),
-        ("ema=0.9", "not the settings of a training run"),
+        ("ema=[]", "ema cannot be []"),
+        ("ema=0.9", "ema cannot be 0.9: Expected `array`"),
         ("stem_channels=2", "start copy needs stem_channels of 3 at least, not 2"),
     ],
 )
@@ -792,7 +794,7 @@ def test_resuming_nothing(pictures: Path, tmp_path: Path) -> None:
         (("--preset", "dynamic-64"), "lut dynamic: "),
         (("--size", "small"), "width 256: "),
         (("--set", "heads=2"), "heads 2: "),
-        (("--set", "dropout=0.5"), "--set dropout: "),
+        (("--set", "dropout=0.5"), "dropout 0.5: "),
         (("--ema", 0.5), "--ema "),
         (("--compile", "on"), "--compile on: "),
     ],

@@ -98,10 +98,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     values = files.read_json(path)
     try:
-        if values.pop("format") != MANIFEST_FORMAT:
+        if (found := values.pop("format")) != MANIFEST_FORMAT:
             raise ArtefactError(
-                f"{path} is of another format than this version reads ({MANIFEST_FORMAT}); "
-                "export again"
+                f"{path} has format {found!r}, this version reads {MANIFEST_FORMAT}; export again"
             )
         values |= {"config": ModelConfig.from_dict(values["config"]), "folder": folder}
         manifest = msgspec.convert(values, Manifest)
