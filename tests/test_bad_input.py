@@ -532,7 +532,7 @@ def test_steps_that_an_export_does_not_hold(model_run: Path, exported: Exports) 
         ("sample", model_run, "--solver", "euler", "--out", model_run / "out"),
         ("parity", model_run, "--shift", 2),
     ):
-        assert "this export holds the steps of dpmpp-2m-5, not " in fail(2, *arguments)
+        assert "this export holds the steps of dpmpp-3m-5, not " in fail(2, *arguments)
     assert not (model_run / "out").exists()
 
 

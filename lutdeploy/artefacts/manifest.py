@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from lutdeploy.artefacts import files
+from lutdeploy.artefacts.quantization_record import Quantization
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, LutDeployError
 from lutdeploy.schedule import Schedule
@@ -46,7 +46,7 @@ class Manifest(
     source_sha256: str
     graphs: tuple[str, ...]
     files: dict[str, FileRecord]
-    quantization: dict[str, Any] | None = None  # of an int8 export: engines/export/int8.py
+    quantization: Quantization | None = None  # of an int8 export
     tuned: tuple[Schedule, ...] = ()  # the model's tuned schedules when it was exported
 
     @property
