@@ -46,15 +46,11 @@ class Judge:
         schedule: ScheduleRequest,
         count: int,
         seed: int,
-        note: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], None],
     ) -> Judge:
-        """Load the model of a run, an export or a model file.
+        """Load the model of a run, an export or a model file, to compare images 0 … count−1.
 
-        Args:
-            path: of one of them; a model of the package stands for the run that its exports are in.
-            schedule: of the trajectories.
-            count, seed: images 0 … count−1 of a seed are compared.
-            note: told which run stands for a model of the package.
+        A model of the package stands for the run that its exports are in; ``note`` says which.
         """
         if is_shipped(path) and (RUNS / path.stem).is_dir():
             path = find_run(path, note).path
@@ -79,9 +75,7 @@ class Judge:
     def judge(self, engine: Engine, precision: str) -> Report:
         """Compare an engine with PyTorch and store the verdict in the run, if there is one.
 
-        Args:
-            engine: opened from :attr:`path`.
-            precision: whose limits count, see :func:`lutdeploy.parity.compare`.
+        The limits are those of ``precision``, see :func:`lutdeploy.parity.compare`.
         """
         schedule = resolve_schedule(self.schedule, self.path, engine)
         report = compare(self.model, engine, precision, schedule, self.noise)
@@ -144,15 +138,7 @@ def judge_everything(judge: Judge, threads: int | None) -> Iterator[Judged]:
     for contender in list_contenders(located.model, exports, run, bool(this_machine().gpus)):
         if contender.kind != "engine" or contender.export is None:
             continue
-        request = EngineRequest(
-            Path(contender.path),
-            contender.backend,
-            contender.device,
-            threads=threads,
-            batch=len(judge.noise),
-            unverified=True,
-            precision=contender.arithmetic,
-        )
+        request = replace(contender.request(threads), batch=len(judge.noise), unverified=True)
         try:
             require_same_model(read_manifest(request.path), located.model)
             opened = open_engine(request)
