@@ -214,24 +214,18 @@ def open_contender(contender: Contender, threads: int | None) -> Any:
     if contender.kind == "original":
         return OriginalDenoiser(model)
     if contender.kind == "compiled":
-        return _compiled(model)
+        from lutdeploy.reference import TorchDenoiser
+
+        if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++", "cl")):
+            raise BackendError("torch.compile finds no C++ compiler here; install g++")
+        # Nearly all of the work is in the blocks. All run the same code, so it is compiled once:
+        # 16 times less than the whole network, for every batch size but 1, which torch always
+        # compiles apart.
+        for block in model.blocks:
+            block.compile(dynamic=True)
+        return TorchDenoiser(model)
     from lutdeploy.engines.cuda.device import CudaDevice
     from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 
     compiles = contender.kind == "cuda-compiled"
     return TorchDeviceDenoiser(model, CudaDevice(), contender.precision, compile=compiles)
-
-
-def _compiled(model: Any) -> Any:
-    """The PyTorch model with its blocks compiled, where nearly all of the work is.
-
-    All blocks run the same code, so it is compiled once: 16 times less than the whole network,
-    for every batch size but 1, which torch always compiles apart.
-    """
-    from lutdeploy.reference import TorchDenoiser
-
-    if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++", "cl")):
-        raise BackendError("torch.compile finds no C++ compiler here; install g++")
-    for block in model.blocks:
-        block.compile(dynamic=True)
-    return TorchDenoiser(model)

@@ -179,8 +179,8 @@ def draw(result: Result) -> Any:
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
     circle: Any = {"markersize": 13, "markerfacecolor": "none", "color": "grey"}
-    limits = []
-    for k, (contender, _) in enumerate(_measured(result)):
+    shown = [contender for contender, _ in _measured(result)]
+    for k, contender in enumerate(shown):
         rows = rows_of(result, contender.path)
         axes.plot(
             list(rows),
@@ -191,9 +191,9 @@ def draw(result: Result) -> Any:
         )
         unstable = {row.batch: row.images_per_second for row in rows.values() if not row.stable}
         axes.plot(list(unstable), list(unstable.values()), "o", **circle)
-        limits.append((place(contender.device), limit_of(contender.precision)))
+    limits = dict.fromkeys((place(c.device), limit_of(c.precision)) for c in shown)
     per_image = result.model.flop_per_image_and_step * result.settings.steps
-    for style, (device, precision) in enumerate(dict.fromkeys(limits)):
+    for style, (device, precision) in enumerate(limits):
         peak = result.peaks.get(device)
         if peak and precision in peak.flops_per_second:
             limit = peak.flops_per_second[precision] / per_image
