@@ -20,8 +20,6 @@ from lutdeploy.machine import this_machine
 # Judged elsewhere: PyTorch is what the others are compared with, and TensorRT's engines carry
 # the verdict of their build, without which they do not open.
 JUDGED = ("torch", "tensorrt")
-
-
 AUTO_BATCH = 64  # images per pass that "auto" chooses for, where nobody says how many
 
 
@@ -38,9 +36,7 @@ class Choice:
 def measured_choices(run: Run, request: EngineRequest) -> list[Choice]:
     """What could be opened, the fastest first; empty when nothing was measured here.
 
-    Args:
-        run: with its bench.json and verdicts.
-        request: only engines on its device and of its export, where it names them.
+    Only engines on the request's device and of its export, where it names them.
     """
     if not run.bench.is_file():
         return []
@@ -63,13 +59,10 @@ def measured_choices(run: Run, request: EngineRequest) -> list[Choice]:
 def rank(
     run: Run, rows: Iterable[Row], verdicts: Sequence[Verdict], request: EngineRequest
 ) -> list[Choice]:
-    """The engines that passed, the fastest first.
+    """The engines that passed, the fastest first, at the request's batch or else 64 images.
 
-    Args:
-        run: whose engines they are.
-        rows: of bench.json; of each engine the one that tells most about the batch counts.
-        verdicts: found on this machine.
-        request: what "auto" was asked for; of its batch, 64 by default.
+    ``rows`` are those of bench.json, of which each engine's nearest to the batch counts, and
+    ``verdicts`` those found on this machine.
     """
     batch = request.batch or AUTO_BATCH
     ordered = sorted(rows, key=lambda row: row.path)
@@ -81,10 +74,9 @@ def rank(
 
 def nearest(rows: Sequence[Row], batch: int) -> Row:
     """The row of the largest batch that is not above ``batch``; else of the smallest."""
-    below = [row for row in rows if row.batch <= batch]
-    if below:
-        return max(below, key=lambda row: row.batch)
-    return min(rows, key=lambda row: row.batch)
+    ascending = sorted(rows, key=lambda row: row.batch)
+    below = [row for row in ascending if row.batch <= batch]
+    return below[-1] if below else ascending[0]
 
 
 def seconds_per_image(row: Row) -> float:
@@ -117,16 +109,12 @@ def _choice(
     faster = [r.path for r in telling[: telling.index(row)] if r not in passed]
     if faster:
         why += f"; faster, but not passed: {', '.join(faster)} (`lutdeploy parity --all` judges)"
-    return Choice(
-        name=row.path,
-        request=replace(
-            request,
-            path=run.path,
-            backend=row.backend,
-            device=row.device,
-            export=row.export,
-            precision="bf16" if "--precision" in (row.sample_options or ()) else None,
-        ),
-        engine_sha256=row.engine_sha256,
-        why=why,
+    chosen = replace(
+        request,
+        path=run.path,
+        backend=row.backend,
+        device=row.device,
+        export=row.export,
+        precision="bf16" if "--precision" in (row.sample_options or ()) else None,
     )
+    return Choice(row.path, chosen, row.engine_sha256, why)

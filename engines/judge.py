@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.manifest import read_manifest
-from lutdeploy.artefacts.run import MODEL, RUNS, Located, Run, locate
+from lutdeploy.artefacts.run import MODEL, RUNS, locate
 from lutdeploy.artefacts.shipped import is_shipped
 from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
@@ -24,64 +24,41 @@ from lutdeploy.engines import (
 from lutdeploy.engines.benchmark.contenders import list_contenders
 from lutdeploy.errors import LutDeployError, UsageError
 from lutdeploy.machine import this_machine
-from lutdeploy.model import LutTransformer
 from lutdeploy.parity import Report, compare
-from lutdeploy.sampling import Images, batch_noise
+from lutdeploy.sampling import batch_noise
 from lutdeploy.schedule import ScheduleRequest
 
 
-@dataclass(frozen=True)
 class Judge:
-    """What engines are held against: a model, noise, a schedule."""
+    """What engines are held against: a model and images 0 … count−1 of a seed.
 
-    located: Located
-    model: LutTransformer
-    schedule: ScheduleRequest
-    noise: Images
+    ``path`` is a run, an export or a model file. A model of the package stands for the run that
+    its exports are in; ``note`` says which.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         path: Path,
         schedule: ScheduleRequest,
         count: int,
         seed: int,
-        note: Callable[[str], None] = lambda text: None,
-    ) -> Judge:
-        """Load the model of a run, an export or a model file.
-
-        Args:
-            path: of one of them; a model of the package stands for the run that its exports are in.
-            schedule: of the trajectories.
-            count, seed: images 0 … count−1 of a seed are compared.
-            note: told which run stands for a model of the package.
-        """
+        note: Callable[[str], None],
+    ) -> None:
         if is_shipped(path) and (RUNS / path.stem).is_dir():
             path = find_run(path, note).path
-        located = locate(path)
-        if located.model is None:
+        self.located = locate(path)
+        self.run = self.located.run
+        if self.located.model is None:
             raise UsageError(f"{path} has no {MODEL} beside it to compare with")
-        model = load_model(located.model)
-        noise = batch_noise(seed, range(count), model.config.image_shape)
-        return cls(located, model, schedule, noise)
-
-    @property
-    def run(self) -> Run | None:
-        return self.located.run
-
-    @property
-    def path(self) -> Path:
-        """What an engine is opened from."""
-        path = self.located.export or (self.run.path if self.run else self.located.model)
-        assert path is not None
-        return path
+        self.path = self.located.export or (self.run.path if self.run else self.located.model)
+        self.model = load_model(self.located.model)
+        self.schedule = schedule
+        self.noise = batch_noise(seed, range(count), self.model.config.image_shape)
 
     def judge(self, engine: Engine, precision: str) -> Report:
         """Compare an engine with PyTorch and store the verdict in the run, if there is one.
 
-        Args:
-            engine: opened from :attr:`path`.
-            precision: whose limits count, see :func:`lutdeploy.parity.compare`.
+        The limits are those of ``precision``, see :func:`lutdeploy.parity.compare`.
         """
         schedule = resolve_schedule(self.schedule, self.path, engine)
         report = compare(self.model, engine, precision, schedule, self.noise)
@@ -144,15 +121,7 @@ def judge_everything(judge: Judge, threads: int | None) -> Iterator[Judged]:
     for contender in list_contenders(located.model, exports, run, bool(this_machine().gpus)):
         if contender.kind != "engine" or contender.export is None:
             continue
-        request = EngineRequest(
-            Path(contender.path),
-            contender.backend,
-            contender.device,
-            threads=threads,
-            batch=len(judge.noise),
-            unverified=True,
-            precision=contender.arithmetic,
-        )
+        request = replace(contender.request(threads), batch=len(judge.noise), unverified=True)
         try:
             require_same_model(read_manifest(request.path), located.model)
             opened = open_engine(request)

@@ -122,11 +122,6 @@ class Contender:
     export: str | None = None
 
     @property
-    def place(self) -> str:
-        """Whose limits are its own: "cpu" or "cuda"."""
-        return "cpu" if self.device == "cpu" else "cuda"
-
-    @property
     def arithmetic(self) -> str | None:
         """What :func:`engines.open_engine` takes as precision.
 
@@ -134,6 +129,12 @@ class Contender:
         """
         chosen = self.backend == "openvino" and self.precision.endswith("bf16")
         return "bf16" if chosen else None
+
+    def request(self, threads: int | None) -> EngineRequest:
+        """What :func:`engines.open_engine` opens of it."""
+        return EngineRequest(
+            self.path, self.backend, self.device, threads=threads, precision=self.arithmetic
+        )
 
     @property
     def sample_options(self) -> list[str] | None:
@@ -151,13 +152,8 @@ def list_contenders(
 
     A runtime that is missing says so when it is opened.
 
-    Args:
-        model: a model.safetensors.
-        exports: export folders; of the ``step`` exports the first of each precision counts,
-            since graphs of other kinds compute the same step. Where no ``step`` export is
-            among them, all count.
-        run: where TensorRT's engines are.
-        gpu: whether torch sees one.
+    Of the ``step`` exports the first of each precision counts, since graphs of other kinds
+    compute the same step; where there is no ``step`` export, the first of each precision of all.
     """
     found = [
         Contender(ORIGINAL, "torch", "fp32", model, "original"),
@@ -170,30 +166,24 @@ def list_contenders(
             Contender("torch-cuda-compiled-fp16", "torch", "fp16", model, "cuda-compiled", "cuda"),
         ]
     manifests = [read_manifest(folder) for folder in exports]
-    for m in _first_of_each_precision(manifests):
+    first: dict[str, Manifest] = {}
+    for m in [m for m in manifests if m.graph == "step"] or manifests:
+        first.setdefault(m.precision, m)
+    for m in first.values():
         for backend, precision in CPU_RUNTIMES.get(m.precision, ()):
             name = f"{backend}-{precision}"
             found.append(Contender(name, backend, precision, m.folder, export=m.name))
         for device in GPU_PROVIDERS if gpu and m.precision != "int8" else ():
             name = f"onnxruntime-{device}-{m.precision}"
-            place = {"device": device, "export": m.name}
-            found.append(Contender(name, "onnxruntime", m.precision, m.folder, **place))
+            found.append(
+                Contender(name, "onnxruntime", m.precision, m.folder, "engine", device, m.name)
+            )
     built = newest_built_export(run) if gpu and run is not None else None
     for m in manifests:
         if m.name == built:
-            place = {"device": "cuda", "export": m.name}
-            name = f"tensorrt-{m.precision}"
-            found.append(Contender(name, "tensorrt", m.precision, m.folder, **place))
+            name, kind = f"tensorrt-{m.precision}", "engine"
+            found.append(Contender(name, "tensorrt", m.precision, m.folder, kind, "cuda", m.name))
     return found
-
-
-def _first_of_each_precision(manifests: Sequence[Manifest]) -> list[Manifest]:
-    """Of the ``step`` exports, or of all where there are none."""
-    steps = [manifest for manifest in manifests if manifest.graph == "step"]
-    first: dict[str, Manifest] = {}
-    for manifest in steps or manifests:
-        first.setdefault(manifest.precision, manifest)
-    return list(first.values())
 
 
 def choose(
@@ -212,14 +202,7 @@ def choose(
 def open_contender(contender: Contender, threads: int | None) -> Any:
     """Open it in this process: a denoiser, which may be a context manager."""
     if contender.kind == "engine":
-        request = EngineRequest(
-            contender.path,
-            contender.backend,
-            contender.device,
-            threads=threads,
-            precision=contender.arithmetic,
-        )
-        return open_engine(request)
+        return open_engine(contender.request(threads))
     import torch
 
     from lutdeploy.artefacts.checkpoint import load_model
@@ -231,24 +214,18 @@ def open_contender(contender: Contender, threads: int | None) -> Any:
     if contender.kind == "original":
         return OriginalDenoiser(model)
     if contender.kind == "compiled":
-        return _compiled(model)
+        from lutdeploy.reference import TorchDenoiser
+
+        if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++", "cl")):
+            raise BackendError("torch.compile finds no C++ compiler here; install g++")
+        # Nearly all of the work is in the blocks. All run the same code, so it is compiled once:
+        # 16 times less than the whole network, for every batch size but 1, which torch always
+        # compiles apart.
+        for block in model.blocks:
+            block.compile(dynamic=True)
+        return TorchDenoiser(model)
     from lutdeploy.engines.cuda.device import CudaDevice
     from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 
     compiles = contender.kind == "cuda-compiled"
     return TorchDeviceDenoiser(model, CudaDevice(), contender.precision, compile=compiles)
-
-
-def _compiled(model: Any) -> Any:
-    """The PyTorch model with its blocks compiled, where nearly all of the work is.
-
-    All blocks run the same code, so it is compiled once: 16 times less than the whole network,
-    for every batch size but 1, which torch always compiles apart.
-    """
-    from lutdeploy.reference import TorchDenoiser
-
-    if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++", "cl")):
-        raise BackendError("torch.compile finds no C++ compiler here; install g++")
-    for block in model.blocks:
-        block.compile(dynamic=True)
-    return TorchDenoiser(model)

@@ -17,19 +17,18 @@ SPIN = 0.02  # seconds of untimed products before: a clock needs them to rise
 Try = Callable[[], float]  # computes once and returns the seconds that it took
 
 
+def place(device: str) -> str:
+    """Whose limits a device has: "cpu" or "cuda", also for a provider such as "tensorrt"."""
+    return "cpu" if device == "cpu" else "cuda"
+
+
 def limit_of(precision: str) -> str:
     """The limit that a precision's products have: that of int8 for ``int8-bf16``."""
     return precision.partition("-")[0]
 
 
 def open_limits(device: str, size: int, threads: int | None) -> dict[str, Try]:
-    """What to try on a device, by name.
-
-    Args:
-        device: "cpu" or "cuda".
-        size: n of the n×n products.
-        threads: of one product; each library's own choice by default.
-    """
+    """What to try on "cpu" or "cuda", by name; the products are of size×size matrices."""
     import torch
 
     from lutdeploy.engines.doctor import bf16_speedup
@@ -67,15 +66,9 @@ def rate(name: str, seconds: float, size: int) -> float:
 
 
 def product_peak(device: str, precision: str, size: int = 1024) -> float:
-    """FLOP/s of PyTorch's matrix products on a device, the best of some tries.
-
-    Args:
-        device: "cpu" or "cuda".
-        precision: "fp32", "bf16" or "fp16".
-        size: n of the n×n products.
-    """
-    tries = {precision: _product(device, precision, size)}
-    return rate(precision, measure(tries)[precision], size)
+    """FLOP/s of PyTorch's n×n products in "fp32", "bf16" or "fp16", the best of some tries."""
+    best = measure({precision: _product(device, precision, size)})
+    return rate(precision, best[precision], size)
 
 
 def _timed(device: str, call: Callable[[], Any]) -> Try:
@@ -101,8 +94,7 @@ def _product(device: str, precision: str, size: int) -> Try:
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    place = "cuda" if device == "cuda" else "cpu"
-    left, right, out = (torch.randn(size, size, device=place).to(dtype) for _ in range(3))
+    left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     return _timed(device, lambda: torch.mm(left, right, out=out))
 
 

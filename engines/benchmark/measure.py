@@ -50,7 +50,7 @@ from lutdeploy.engines.benchmark.result import (
 )
 from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.machine import Machine, this_machine
-from lutdeploy.sampling import Images
+from lutdeploy.sampling import Images, batch_noise
 from lutdeploy.schedule import Schedule, Step
 
 WINDOWS = 3  # in a row
@@ -106,22 +106,15 @@ class Entry:
     loop: Loop | None = None
     end_to_end: EndToEnd | None = None
 
-    @property
-    def gains(self) -> bool:
-        """Whether a larger batch is worth a try."""
+    def gains(self, settings: Settings) -> bool:
+        """Whether a larger batch is worth a try; the batches that a user names all are."""
         rates = [row.images_per_second for row in self.rows]
-        return len(rates) < 2 or rates[-1] >= (1 + GAIN) * rates[-2]
+        return bool(settings.batches) or len(rates) < 2 or rates[-1] >= (1 + GAIN) * rates[-2]
 
-    def named(self) -> dict[str, Any]:
+    def named(self) -> tuple[str, str, str, str, str | None]:
         """The fields of :class:`Named`."""
-        contender = self.contender
-        return {
-            "path": contender.name,
-            "backend": contender.backend,
-            "precision": contender.precision,
-            "device": contender.device,
-            "export": contender.export,
-        }
+        c = self.contender
+        return c.name, c.backend, c.precision, c.device, c.export
 
 
 class Benchmark:
@@ -148,13 +141,7 @@ class Benchmark:
         self._tries: dict[str, dict[str, float]] = {}  # by device: the best of each, in seconds
         self._used_by_others: float | None = None
         self._notes: list[str] = []
-        self._on_progress: OnProgress = lambda text, done, total: None
         self._done = self._total = 0
-
-    @property
-    def default_file(self) -> Path | None:
-        """Where the result belongs: into the user's own run."""
-        return self.subject.run.bench if self.subject.run else None
 
     def measure(self, on_progress: OnProgress) -> Result:
         """Measure everything, or until Ctrl-C."""
@@ -211,7 +198,6 @@ class Benchmark:
         """The gate: who does not compute what the original computes is not timed."""
         from lutdeploy.artefacts.checkpoint import load_model
         from lutdeploy.parity import compare
-        from lutdeploy.sampling import batch_noise
 
         model = load_model(self.subject.model)
         noise = batch_noise(0, range(CHECKED_IMAGES), self.subject.config.image_shape)
@@ -219,7 +205,7 @@ class Benchmark:
         for entry, worker in list(self._running.items())[1:]:
             contender = entry.contender
             self._turn(f"compare {contender.name} with the original")
-            walks = worker.whole_trajectory or contender.place != "cpu"
+            walks = worker.whole_trajectory or contender.device != "cpu"
             levels = ("trajectory", "picture") if walks else ("step",)  # as it is timed
             schedule = worker.schedule or self.settings.schedule
             try:
@@ -235,7 +221,7 @@ class Benchmark:
                 self._drop(entry, "refused", f"differs from the original: {failure}")
 
     def _open_limits(self) -> None:
-        for device in sorted({entry.contender.place for entry in self._running}):
+        for device in sorted({limits.place(e.contender.device) for e in self._running}):
             self._turn(f"start the limits of {device}")
             arguments = (device, self.settings.matrix, self.settings.threads)
             log = self._log(f"limits-{device}")
@@ -262,8 +248,7 @@ class Benchmark:
         powers = [2**k for k in range(settings.max_batch.bit_length())]
         try:
             for batch in settings.batches or powers:
-                sweeping = [e for e in sweeping if e in self._running]
-                sweeping = [e for e in sweeping if settings.batches or e.gains]
+                sweeping = [e for e in sweeping if e in self._running and e.gains(settings)]
                 if not sweeping:
                     break
                 if self._expected(sweeping, batch) > deadline - time.perf_counter():
@@ -294,11 +279,12 @@ class Benchmark:
 
     def _rounds(self, sweeping: Sequence[Entry], batch: int, deadline: float) -> None:
         """Rounds at one batch size until everyone has settled."""
-        waiting = list(sweeping)
+        settings, waiting = self.settings, list(sweeping)
+        how = (settings.schedule, settings.pause, settings.window, settings.steps_in_window)
         shown: dict[Entry, list[Window]] = {e: [] for e in self._with_original(sweeping)}
         self._total += WINDOWS * len(shown)
         try:
-            for number in range(self.settings.max_rounds):
+            for number in range(settings.max_rounds):
                 taking_part = self._with_original(waiting)
                 if number >= WINDOWS:
                     if not waiting or time.perf_counter() > deadline:
@@ -306,7 +292,11 @@ class Benchmark:
                     self._total += len(taking_part)
                 for entry in taking_part:
                     self._turn(f"batch {batch}, round {number + 1}: {entry.contender.name}")
-                    self._window(entry, batch, shown[entry])
+                    try:
+                        window = self._running[entry].ask(Host.window, batch, *how)
+                        shown[entry].append(window)
+                    except BackendError as error:
+                        self._drop(entry, "failed", f"batch {batch}: {error}")
                 self._measure_limits()
                 waiting = [e for e in waiting if e in self._running and not settled(shown[e])]
         finally:
@@ -314,14 +304,6 @@ class Benchmark:
                 if windows:
                     original = shown.get(self.original, [])
                     entry.rows.append(self._row(entry, batch, windows, original))
-
-    def _window(self, entry: Entry, batch: int, shown: list[Window]) -> None:
-        settings = self.settings
-        how = (settings.schedule, settings.pause, settings.window, settings.steps_in_window)
-        try:
-            shown.append(self._running[entry].ask(Host.window, batch, *how))
-        except BackendError as error:
-            self._drop(entry, "failed", f"batch {batch}: {error}")
 
     def _row(
         self, entry: Entry, batch: int, windows: Sequence[Window], original: Sequence[Window]
@@ -335,7 +317,7 @@ class Benchmark:
         beside = [original[number] for number in counted if number < len(original)]
         ratios = [o.median / windows[n].median for n, o in zip(counted, beside, strict=False)]
         return Row(
-            **entry.named(),
+            *entry.named(),
             engine_sha256=entry.about.engine_sha256,
             computes_on=entry.about.computes_on,
             sample_options=entry.contender.sample_options,
@@ -399,26 +381,24 @@ class Benchmark:
                 continue
             entry.end_to_end = EndToEnd(row.batch, images, seconds, images / seconds)
 
-    def _peaks(self) -> dict[str, Peak]:
-        size, peaks = self.settings.matrix, {}
-        for device, best in self._tries.items():
-            rates = {name: limits.rate(name, seconds, size) for name, seconds in best.items()}
+    def _result(self, interrupted: bool) -> Result:
+        config, size = self.subject.config, self.settings.matrix
+        peaks: dict[str, Peak] = {}
+        for device, tries in self._tries.items():
+            rates = {name: limits.rate(name, seconds, size) for name, seconds in tries.items()}
             copied = rates.pop(limits.MEMORY, None)
             peaks[device] = Peak(rates, copied, size)
-        return peaks
-
-    def _result(self, interrupted: bool) -> Result:
-        config, peaks, rows = self.subject.config, self._peaks(), []
-        for row in [row for entry in self.entries for row in entry.rows]:
-            rates = peaks[row.place].flops_per_second if row.place in peaks else {}
-            peak = rates.get(limits.limit_of(row.precision))
-            rows.append(replace(row, share_of_peak=row.flops_per_second / peak if peak else None))
-        contenders = []
+        rows, contenders = [], []
         for entry in self.entries:
             best, about = best_row(entry.rows), entry.about
+            limit = peaks.get(limits.place(entry.contender.device))
+            rate = limit and limit.flops_per_second.get(limits.limit_of(entry.contender.precision))
+            for row in entry.rows:
+                share = row.flops_per_second / rate if rate else None
+                rows.append(replace(row, share_of_peak=share))
             contenders.append(
                 Participant(
-                    **entry.named(),
+                    *entry.named(),
                     engine_sha256=about.engine_sha256 if about else None,
                     status="measured" if best else entry.status,
                     reason=entry.reason,
@@ -461,7 +441,6 @@ class Remembered:
         self._known: dict[Any, tuple[Images, Images]] = {}
 
     def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
         key = (x.tobytes(), row, None if x0_prev is None else x0_prev.tobytes())
         if key not in self._known:
             self._known[key] = self._step(x, row, x0_prev)
@@ -484,16 +463,12 @@ def sample_command(
 
 def processor_seconds() -> tuple[float, float]:
     """Processor time since boot: what all processes used, and what this one's family did."""
-    whole = psutil.cpu_times()
-    stolen = getattr(whole, "steal", 0.0)  # by other guests of the same host, on Linux
-    own = psutil.Process()
-    seconds = 0.0
+    whole, own, seconds = psutil.cpu_times(), psutil.Process(), 0.0
     for process in (own, *own.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            ended = getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
-            seconds += times.user + times.system + ended
-    return whole.user + whole.system + getattr(whole, "nice", 0.0) + stolen, seconds
+            seconds += sum(process.cpu_times()[:4])  # user, system, and those of ended children
+    used = ("user", "system", "nice", "steal")  # "steal": by other guests of the host, on Linux
+    return sum(getattr(whole, name, 0.0) for name in used), seconds
 
 
 @contextlib.contextmanager
@@ -504,23 +479,15 @@ def open_benchmark(
     quick: bool,
     note: Callable[[str], None],
 ) -> Iterator[Benchmark]:
-    """A benchmark of a model, which holds the model's run until the end of the block.
-
-    Args:
-        target: see :func:`open_subject`.
-        settings: see there.
-        only, quick: see :func:`choose`.
-        note: told what is measured on what.
-    """
+    """A benchmark of a model, which holds the model's run until the end of the block."""
     machine = this_machine()
     with contextlib.ExitStack() as stack:
         subject = stack.enter_context(open_subject(target, note))
         if subject.run is not None:
             folder = subject.run.path
             stack.enter_context(files.lock(folder, "`lutdeploy bench`", name=".bench.lock"))
-        everyone = list_contenders(
-            subject.model, subject.exports, subject.run, gpu=bool(machine.gpus)
-        )
+        gpu = bool(machine.gpus)
+        everyone = list_contenders(subject.model, subject.exports, subject.run, gpu)
         contenders = choose(everyone, only, quick)
         note(f"machine: {machine.describe()}")
         yield Benchmark(subject, machine, contenders, settings)

@@ -49,25 +49,18 @@ class Position(nn.Module):
         freq = base ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)  # [half / 2]
         index = torch.arange(grid, dtype=torch.float64)
         phi = torch.outer(freq.repeat_interleave(2), index)  # [half, grid]
+        by_row = phi[:, :, None].expand(-1, -1, grid)
+        by_column = phi[:, None, :].expand(-1, grid, -1)
+        phi = torch.stack([by_row, by_column])  # [2, half, grid, grid]
         self.register_buffer("cos", phi.cos().float(), persistent=False)
         self.register_buffer("sin", phi.sin().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D, grid, grid] to the same."""
-        by_row, by_column = x.chunk(2, dim=1)
-        return torch.cat(
-            [
-                self.turn(by_row, self.cos[:, :, None], self.sin[:, :, None]),
-                self.turn(by_column, self.cos[:, None, :], self.sin[:, None, :]),
-            ],
-            dim=1,
-        )
-
-    @staticmethod
-    def turn(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """u⊙c + rot(u)⊙s over the channels of u [B, half, grid, grid]."""
-        first, second = u.chunk(2, dim=1)
-        return u * cos + torch.cat([-second, first], dim=1) * sin
+        """u⊙c + rot(u)⊙s over each half of the channels of x [B, D, grid, grid]."""
+        u = x.unflatten(1, (2, -1))  # [B, 2, half, grid, grid]
+        first, second = u.chunk(2, dim=2)
+        rotated = torch.cat([-second, first], dim=2)
+        return (u * self.cos + rotated * self.sin).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -133,11 +126,7 @@ class AppendTokens(nn.Module):
 
 
 class OriginalModel(nn.Module):
-    """x0 = f(x_t, t) in the author's layout, any preset.
-
-    Args:
-        config: sizes and preset; only read.
-    """
+    """x0 = f(x_t, t) in the author's layout, any preset."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,17 +135,14 @@ class OriginalModel(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(2 * config.time_frequencies, stem))
         self.expand = pointwise(config.channels, stem)
         # The author's Sequential also holds layers without weights, hence the gaps in the names.
-        patch = nn.Conv2d(stem, width, config.patch_size, stride=config.patch_size)
         layers: dict[str, nn.Module] = {
-            "1": patch,
+            "1": nn.Conv2d(stem, width, config.patch_size, stride=config.patch_size),
             "2": Position(width // 2, config.grid_size, config.position_base),
         }
-        first = 6
+        tail: list[nn.Module] = [TransformerBlock(config) for _ in range(config.depth)]
         if config.lut == "dynamic":
-            layers[str(first)] = AppendTokens(width, config.entries)
-            first += 1
-        for block in range(config.depth):
-            layers[str(first + block)] = TransformerBlock(config)
+            tail.insert(0, AppendTokens(width, config.entries))
+        layers |= {str(number): layer for number, layer in enumerate(tail, start=6)}
         self.backbone = nn.Sequential(OrderedDict(layers))
         self.projection = pointwise(width, config.entries)
         if config.lut == "dynamic":
@@ -201,7 +187,7 @@ class OriginalModel(nn.Module):
 class OriginalDenoiser(TorchDenoiser):
     """The original's network in eager PyTorch, float32, with the weights of ours."""
 
-    def __init__(self, model: LutTransformer, device: str = "cpu") -> None:
+    def __init__(self, model: LutTransformer) -> None:
         original: Any = OriginalModel(model.config)
         original.load_state_dict(to_author_state(model), strict=True)
-        super().__init__(original, device)
+        super().__init__(original)

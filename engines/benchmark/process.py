@@ -44,10 +44,8 @@ T = TypeVar("T")
 class Isolated:
     """An object in a process of its own, which ends with this one or with the parent.
 
-    Args:
-        log: gets what libraries print there.
-        make: makes the object in that process, when it is first asked for something.
-        arguments: of ``make``.
+    ``make(*arguments)`` makes the object there when it is first asked for something; ``log``
+    gets what libraries print.
     """
 
     def __init__(self, log: Path, make: Callable[..., Any], *arguments: Hashable) -> None:
@@ -95,10 +93,9 @@ class Isolated:
 
 def _prepare(log: Path) -> None:
     """Send to a file what libraries print, ignore Ctrl-C, and end when the parent does."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -153,18 +150,15 @@ class About:
 class Host:
     """A contender, open in this process, after its first step.
 
-    Args:
-        contender: what to open.
-        threads: see :func:`engines.open_engine`.
-        started: time.time() just before the process was started.
+    ``started`` is time.time() just before the process was started.
     """
 
     def __init__(self, contender: Contender, threads: int | None, started: float) -> None:
         running = time.time()
         self.denoiser = open_contender(contender, threads)
         opened = time.time()
-        self._noise: Images | None = None
-        compute, _ = self._shortest(1, None)
+        self._noise: Images = np.empty(0, np.float32)  # of the largest batch so far
+        compute, _ = self._shortest(1, solver_schedule("euler", 2))
         compute()
         finished = time.time()
         identity = getattr(self.denoiser, "identity", None)
@@ -190,14 +184,10 @@ class Host:
     def window(
         self, batch: int, schedule: Schedule, pause: float, seconds: float, least: int
     ) -> Window:
-        """A pause, an untimed step, then timed ones.
+        """An untimed step, then at least ``least`` timed ones that together last ``seconds``.
 
-        Args:
-            batch: B.
-            schedule: what a denoiser that walks by itself walks; a time is that of one step.
-            pause: seconds in which other processes' idle threads fall asleep.
-            seconds: that the steps should last together.
-            least: how many there must be.
+        Other processes' idle threads fall asleep in the ``pause`` before, in seconds. A denoiser
+        that walks by itself walks the whole schedule; a time is that of one step.
         """
         time.sleep(pause)
         compute, steps = self._shortest(batch, schedule)
@@ -220,14 +210,14 @@ class Host:
         return time.perf_counter() - start
 
     def _images(self, batch: int) -> Images:
-        if self._noise is None or len(self._noise) < batch:
+        if len(self._noise) < batch:
             self._noise = batch_noise(0, range(batch), self.denoiser.config.image_shape)
         return self._noise[:batch]
 
-    def _shortest(self, batch: int, schedule: Schedule | None) -> tuple[Callable[[], Any], int]:
+    def _shortest(self, batch: int, schedule: Schedule) -> tuple[Callable[[], Any], int]:
         """The shortest computation that it does by itself, and how many steps that is."""
         noise, denoiser = self._images(batch), self.denoiser
-        schedule = denoiser.schedule or schedule or solver_schedule("euler", 2)
+        schedule = denoiser.schedule or schedule
         if hasattr(denoiser, "stream"):
             work = [(range(batch), noise)]
             return partial(self.compute, "stream", work, schedule, True), schedule.steps
@@ -264,15 +254,12 @@ class Worker(Isolated):
         return about
 
     def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
         return self.ask(Host.compute, "step", x, row, x0_prev)
 
     def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
         return self.ask(Host.compute, "predict_x0", x, t)
 
     def run(self, noise: Images) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`."""
         return self.ask(Host.compute, "run", noise)
 
 
@@ -282,12 +269,11 @@ class StreamingWorker(Worker):
     def stream(
         self, batches: Iterable[Batch], schedule: Schedule, pixels: bool
     ) -> Iterator[Finished]:
-        """See :class:`lutdeploy.sampling.StreamingDenoiser`."""
         for batch in batches:
             yield from self.ask(Host.compute, "stream", [batch], schedule, pixels)
 
 
 def start(contender: Contender, threads: int | None, log: Path) -> Worker:
     """Start a contender's process."""
-    kind = Worker if contender.place == "cpu" else StreamingWorker
+    kind = Worker if contender.device == "cpu" else StreamingWorker
     return kind(log, Host, contender, threads, time.time())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lutdeploy.artefacts import files
-from lutdeploy.engines.benchmark.limits import limit_of
+from lutdeploy.engines.benchmark.limits import limit_of, place
 from lutdeploy.engines.benchmark.result import EndToEnd, Loop, Participant, Result, Row
 from lutdeploy.errors import UsageError
 
@@ -36,7 +36,7 @@ def rows_of(result: Result, path: str) -> dict[int, Row]:
 
 
 def _measured(result: Result) -> list[tuple[Participant, Row]]:
-    """Each contender that has rows, and its best row; in the order of the contenders."""
+    """Each contender that has rows, and its best row."""
     return [
         (contender, rows_of(result, contender.path)[contender.best_batch])
         for contender in result.contenders
@@ -127,7 +127,7 @@ def remarks(result: Result) -> Iterator[str]:
         if peak.bytes_per_second:
             rates.append(f"memory copy {peak.bytes_per_second / 1e9:.1f} GB/s")
         yield f"Limits of {device} ({peak.matrix}×{peak.matrix}): {', '.join(rates)}."
-        precisions = {limit_of(row.precision) for row in result.rows if row.place == device}
+        precisions = {limit_of(row.precision) for row in result.rows if place(row.device) == device}
         if missing := sorted(precisions - set(peak.flops_per_second)):
             yield (
                 f"No limit in {', '.join(missing)}: {device} has no fast matrix product of its own "
@@ -167,27 +167,20 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def plot(result: Result) -> bytes:
-    """A PNG: images/s over the batch size, a line for each contender, and the limits.
+def draw(result: Result) -> Any:
+    """A matplotlib figure: images/s over the batch size, a line each contender, and the limits.
 
     Raises:
         ImportError: matplotlib is not there.
     """
-    buffer = io.BytesIO()
-    draw(result).savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def draw(result: Result) -> Any:
-    """The matplotlib figure of :func:`plot`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
     circle: Any = {"markersize": 13, "markerfacecolor": "none", "color": "grey"}
-    limits = []
-    for k, (contender, _) in enumerate(_measured(result)):
+    shown = [contender for contender, _ in _measured(result)]
+    for k, contender in enumerate(shown):
         rows = rows_of(result, contender.path)
         axes.plot(
             list(rows),
@@ -198,9 +191,9 @@ def draw(result: Result) -> Any:
         )
         unstable = {row.batch: row.images_per_second for row in rows.values() if not row.stable}
         axes.plot(list(unstable), list(unstable.values()), "o", **circle)
-        limits.append((contender.place, limit_of(contender.precision)))
+    limits = dict.fromkeys((place(c.device), limit_of(c.precision)) for c in shown)
     per_image = result.model.flop_per_image_and_step * result.settings.steps
-    for style, (device, precision) in enumerate(dict.fromkeys(limits)):
+    for style, (device, precision) in enumerate(limits):
         peak = result.peaks.get(device)
         if peak and precision in peak.flops_per_second:
             limit = peak.flops_per_second[precision] / per_image
@@ -249,7 +242,7 @@ def write(
     markdown_file: Path | None,
     note: Callable[[str], None],
 ) -> list[Path]:
-    """Write what was asked for, and the plot beside the JSON; says which files there are now."""
+    """Write what was asked for, and the plot beside the JSON; return the files."""
     written = []
     if json is not None:
         files.write_json(json, result)
@@ -259,11 +252,12 @@ def write(
         files.write_atomic(markdown_file, markdown(result).encode())
         written.append(markdown_file)
     if plot_file is not None and result.rows:
+        picture = io.BytesIO()
         try:
-            picture = plot(result)
+            draw(result).savefig(picture, format="png")
         except ImportError:
             note("no plot: it needs matplotlib; pip install 'lutdeploy[bench]'")
         else:
-            files.write_atomic(plot_file, picture)
+            files.write_atomic(plot_file, picture.getvalue())
             written.append(plot_file)
     return written

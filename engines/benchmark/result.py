@@ -85,11 +85,6 @@ class Named(Record, frozen=True):
     device: str
     export: str | None
 
-    @property
-    def place(self) -> str:
-        """Whose limits are its own: "cpu" or "cuda"."""
-        return "cpu" if self.device == "cpu" else "cuda"
-
 
 class Row(Named, frozen=True):
     """A contender at one batch size; times in seconds of one step of the whole batch."""

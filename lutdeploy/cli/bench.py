@@ -86,7 +86,8 @@ def command(
     report.require_writable(json_file, plot, markdown_file)
     random = RandomModel(preset or "static-tanh-64", size or "seed") if preset or size else None
     with open_benchmark(random or find(run, note), settings, only, quick, note) as benchmark:
-        json_file = json_file or benchmark.default_file
+        if benchmark.subject.run is not None:
+            json_file = json_file or benchmark.subject.run.bench
         with progress_bar() as bar:
             task = bar.add_task("bench", total=None)
             result = benchmark.measure(

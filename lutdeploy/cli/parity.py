@@ -53,7 +53,7 @@ def command(
         named = ("backend", "export", "device", "provider", "precision")
         if fp16 or any(context.params.get(name) for name in named):
             raise UsageError("--all judges every engine that can run here; leave out which")
-    judge = Judge.of(engine.path, schedule, count, seed, note)
+    judge = Judge(engine.path, schedule, count, seed, note)
     if everything:
         failed = []
         for judged in judge_everything(judge, engine.threads):
