@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import shutil
@@ -9,16 +10,21 @@ import sys
 import time
 from dataclasses import dataclass
 
-from lutdeploy.artefacts.run import MODEL, RUNS, Run
+from lutdeploy.artefacts import run
 from lutdeploy.engines import require_tensorrt, tensorrt_machine
 from lutdeploy.engines.tensorrt import plan
-from lutdeploy.errors import BackendError, LutDeployError
+from lutdeploy.errors import BackendError, LutDeployError, first_line
 from lutdeploy.machine import import_problem
 
-PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "safetensors", "pillow", "click", "rich")
+# Distributions that every installation needs, besides torch and a runtime.
+PACKAGES = (
+    *("numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "pillow", "click", "rich"),
+    *("filelock", "msgspec", "psutil"),
+)
+MODULES = {"onnx-ir": "onnx_ir", "pillow": "PIL"}  # of packages that name theirs otherwise
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 # What an extra makes possible: the extra, what must import for it, and what it is for.
-OPTIONAL = {
+EXTRAS = {
     "evaluate": (
         "evaluate",
         ("torchmetrics.functional.image", "torchmetrics.image.fid", "jinja2"),
@@ -30,11 +36,15 @@ OPTIONAL = {
         "for `train --perceptual lpips`; its VGG16 weights come from the network",
     ),
 }
+PROBE = """
+<ir_version: 10, opset_import: ["": 20]>
+probe (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }
+"""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, whether it works, what it is or how to get it."""
+    """One line: what was checked, whether it works, and what it is or how to get it."""
 
     subject: str
     works: bool
@@ -42,80 +52,116 @@ class Finding:
     required: bool = True
 
 
-def _version(package: str) -> str | None:
+def examine() -> list[Finding]:
+    """Check everything. What works has been imported; a provider that works has computed."""
+    version = platform.python_version()
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    compiles = "for `train --compile on`" if compiler else "install g++ for `train --compile on`"
+    return [
+        Finding("python", supported, f"{version} (3.11 to 3.13)"),
+        *(
+            _imports(name, (MODULES.get(name, name),), _version(name), f"pip install {name}")
+            for name in PACKAGES
+        ),
+        *_torch(),
+        *_onnxruntime(),
+        _openvino(),
+        *_tensorrt(),
+        Finding("C++ compiler", compiler is not None, compiles, required=False),
+        *(_extra(name, *about) for name, about in EXTRAS.items()),
+    ]
+
+
+def _extra(subject: str, extra: str, modules: tuple[str, ...], detail: str) -> Finding:
+    """Whether what an extra brings imports; if not, why, and what to do."""
+    problem = import_problem(extra, *modules)
+    return Finding(subject, problem is None, problem or detail, required=False)
+
+
+def _imports(
+    subject: str, modules: tuple[str, ...], detail: str, remedy: str, required: bool = True
+) -> Finding:
+    """Whether modules import: a package that is installed may still fail to load."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except Exception as error:  # a package built for another torch raises almost anything
+        return Finding(subject, False, f"{first_line(error)}; {remedy}", required)
+    return Finding(subject, True, detail, required)
+
+
+def _version(package: str) -> str:
+    """The version of an installed package; empty where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return ""
 
 
-def _tiny_graph() -> bytes:
-    """y = x·x for x [2, 2], to see a provider compute."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2]) for n in ("x", "y")]
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "x"], ["y"])], "probe", values[:1], values[1:]
-    )
-    opset = helper.make_opsetid("", 20)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    onnx.checker.check_model(model)
-    data: bytes = model.SerializeToString()
-    return data
+def _onnxruntime() -> list[Finding]:
+    """ONNX Runtime, and each of its providers, asked to compute a matrix product."""
+    installed = [name for name in RUNTIMES if _version(name)]
+    if len(installed) == 2:
+        detail = "both onnxruntime and onnxruntime-gpu: they cannot coexist; uninstall one"
+        return [Finding("onnxruntime", False, detail)]
+    detail = ", ".join(f"{_version(name)} ({name})" for name in installed)
+    remedy = "pip install onnxruntime-gpu (or onnxruntime where there is no such wheel)"
+    found = _imports("onnxruntime", ("onnxruntime",), detail, remedy)
+    return [found, *_providers()] if found.works else [found]
 
 
 def _providers() -> list[Finding]:
     import numpy as np
+    import onnx
     import onnxruntime as ort
 
-    from lutdeploy.engines.onnxruntime import open_session
+    from lutdeploy.engines.onnxruntime import CPU, TENSORRT, open_session
 
     findings = []
+    probe = onnx.parser.parse_model(PROBE).SerializeToString()
     x = np.eye(2, dtype=np.float32) * 2
     for provider in ort.get_available_providers():
-        required = provider == "CPUExecutionProvider"
+        if provider == TENSORRT:  # lutdeploy refuses it
+            continue
         try:
-            (y,) = open_session(_tiny_graph(), provider, 1).run(None, {"x": x})
-            right = bool(np.array_equal(y, x @ x))
-            detail = "computes" if right else f"computes wrongly: {y.tolist()}"
-            findings.append(Finding(f"onnxruntime {provider}", right, detail, required))
+            (y,) = open_session(probe, provider, 1).run(None, {"x": x})
+            works = bool(np.array_equal(y, x @ x))
+            detail = "computes" if works else f"computes wrongly: {y.tolist()}"
         except LutDeployError as error:
-            findings.append(Finding(f"onnxruntime {provider}", False, str(error), required))
+            works, detail = False, str(error)
+        findings.append(Finding(f"onnxruntime {provider}", works, detail, provider == CPU))
     return findings
 
 
 def _openvino() -> Finding:
-    """OpenVINO and what this CPU computes in with it."""
-    try:
-        import openvino as ov
-    except ImportError:
-        missing = "pip install 'lutdeploy[openvino]' for --backend openvino"
-        return Finding("openvino", False, missing, required=False)
-    core = ov.Core()
-    offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    kinds = " and ".join(kind.lower() for kind in ("FP32", "BF16") if kind in offered)
-    version = ov.__version__.split("-")[0]
-    return Finding("openvino", True, f"{version}, cpu computes in {kinds}", required=False)
+    """OpenVINO and the precisions that this CPU computes in with it."""
+    remedy = "pip install 'lutdeploy[openvino]' for --backend openvino"
+    found = _imports("openvino", ("openvino",), "", remedy, required=False)
+    if not found.works:
+        return found
+    import openvino as ov
+
+    offered = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precisions = " and ".join(name.lower() for name in ("FP32", "BF16") if name in offered)
+    detail = f"{ov.__version__.split('-')[0]}, cpu computes in {precisions}"
+    return Finding("openvino", True, detail, required=False)
 
 
 def _tensorrt() -> list[Finding]:
-    """TensorRT, and of every engine under runs/ whether it fits and in what it does not."""
+    """TensorRT, and whether each engine under runs/ fits here, or in what it differs."""
     machine = tensorrt_machine()
-    if machine is not None:
-        detail = f"{machine.tensorrt} on {machine.gpu}, compute capability"
-        findings = [
-            Finding("tensorrt", True, f"{detail} {machine.compute_capability}", required=False)
-        ]
-    else:
+    try:
+        require_tensorrt()
         detail = "for `lutdeploy build`, on a machine with an NVIDIA GPU; see docs/tensorrt.md"
-        try:
-            require_tensorrt()
-        except BackendError as error:
-            detail = str(error)
-        findings = [Finding("tensorrt", False, detail, required=False)]
-    for path in sorted(RUNS.glob(f"*/{MODEL}")):
-        for state in plan.survey(Run(path.parent), machine):
+    except BackendError as error:
+        detail = str(error)
+    if machine is not None:
+        capability = f"compute capability {machine.compute_capability}"
+        detail = f"{machine.tensorrt} on {machine.gpu}, {capability}"
+    findings = [Finding("tensorrt", machine is not None, detail, required=False)]
+    for path in sorted(run.RUNS.glob(f"*/{run.MODEL}")):
+        for state in plan.survey(run.Run(path.parent), machine):
             verdict = state.outcome if state.record else "damaged"
             reasons = "; ".join(state.reasons) or f"fits, {verdict}"
             if machine is None and not state.reasons:
@@ -125,10 +171,30 @@ def _tensorrt() -> list[Finding]:
     return findings
 
 
+def _torch() -> list[Finding]:
+    """PyTorch, its devices, and whether bfloat16 is fast on the CPU."""
+    found = _imports("torch", ("torch",), _version("torch"), "pip install torch")
+    if not found.works:
+        return [found]
+    import torch
+
+    cuda = torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if cuda else "no CUDA device; --device cpu is the default"
+    speedup = bf16_speedup()
+    advice = "train --precision bf16" if speedup > 1 else "keep to train --precision fp32"
+    bf16 = f"matrix products run at {speedup:.2g} × the speed of float32: {advice}"
+    return [
+        found,
+        Finding("torch cpu", True, f"{torch.get_num_threads()} threads"),
+        Finding("torch cuda", cuda, gpu, required=False),
+        Finding("torch cpu bf16", speedup > 1, bf16, required=False),
+    ]
+
+
 def bf16_speedup() -> float:
     """How many times as fast as in float32 the CPU multiplies bfloat16 matrices.
 
-    Around one hundredth on processors that have no such instructions.
+    It is around one hundredth on processors without bfloat16 instructions.
     """
     import torch
 
@@ -136,52 +202,9 @@ def bf16_speedup() -> float:
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(256, 256, dtype=dtype)
         times = []
-        for _ in range(10):  # the least disturbed one counts
+        for _ in range(10):  # the fastest is the least disturbed
             start = time.perf_counter()
             torch.mm(matrix, matrix)
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
     return seconds[0] / seconds[1]
-
-
-def examine() -> list[Finding]:
-    """Look at everything; a provider counts as working only when it has computed."""
-    python = sys.version_info[:2]
-    findings = [
-        Finding(
-            "python", (3, 11) <= python <= (3, 13), f"{platform.python_version()} (3.11 to 3.13)"
-        )
-    ]
-    for package in PACKAGES:
-        version = _version(package)
-        findings.append(Finding(package, version is not None, version or f"pip install {package}"))
-    runtimes = {name: version for name in RUNTIMES if (version := _version(name))}
-    if len(runtimes) == 2:
-        detail = "both onnxruntime and onnxruntime-gpu: they cannot coexist; uninstall one"
-        findings.append(Finding("onnxruntime", False, detail))
-    elif runtimes:
-        name, version = next(iter(runtimes.items()))
-        findings.append(Finding("onnxruntime", True, f"{version} ({name})"))
-        findings += _providers()
-    else:
-        detail = "pip install onnxruntime-gpu (or onnxruntime where there is no such wheel)"
-        findings.append(Finding("onnxruntime", False, detail))
-    findings.append(_openvino())
-    findings += _tensorrt()
-    import torch
-
-    cuda = torch.cuda.is_available()
-    detail = torch.cuda.get_device_name() if cuda else "no CUDA device; --device cpu is the default"
-    findings.append(Finding("torch cpu", True, f"{torch.get_num_threads()} threads"))
-    findings.append(Finding("torch cuda", cuda, detail, required=False))
-    speedup = bf16_speedup()
-    advice = "train --precision bf16" if speedup > 1 else "keep to train --precision fp32"
-    detail = f"matrix products run at {speedup:.2g} × the speed of float32: {advice}"
-    findings.append(Finding("torch cpu bf16", speedup > 1, detail, required=False))
-    compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    detail = "for `train --compile on`" if compiler else "install g++ for `train --compile on`"
-    findings.append(Finding("C++ compiler", compiler is not None, detail, required=False))
-    for name, (extra, modules, detail) in OPTIONAL.items():
-        problem = import_problem(extra, *modules)
-        findings.append(Finding(name, problem is None, problem or detail, required=False))
-    return findings

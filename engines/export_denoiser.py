@@ -1,4 +1,4 @@
-"""The Denoiser protocol over an export's graphs on the host: what the CPU runtimes share."""
+"""The Denoiser protocol over an export's graphs, for runtimes that take and give host arrays."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ class ExportDenoiser(abc.ABC):
     """An export whose graphs take and give host arrays; a context manager.
 
     Args:
-        manifest: of the export folder; its files are verified.
-
-    Raises:
-        ArtefactError: a file differs from its hash.
+        manifest: of the export folder, whose files are verified by size and hash.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -36,7 +33,7 @@ class ExportDenoiser(abc.ABC):
     @property
     @abc.abstractmethod
     def place(self) -> str:
-        """Where it computes, for the record: a device, an execution provider."""
+        """Where it computes, for manifests and verdicts: a device, an execution provider."""
 
     @abc.abstractmethod
     def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
@@ -46,12 +43,12 @@ class ExportDenoiser(abc.ABC):
             feed: its inputs by name, contiguous and checked.
 
         Returns:
-            Its outputs in the signature's order, in memory of their own.
+            Its outputs in the signature's order, in memory that no later call changes.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the sessions or compiled graphs."""
 
     def __enter__(self) -> Self:
         return self
@@ -83,11 +80,7 @@ class ExportDenoiser(abc.ABC):
         return graph_signature(self.config, self.manifest.graph, self.schedule, k)
 
     def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`.
-
-        Raises:
-            UsageError: the export holds no graph for these timesteps.
-        """
+        """See :class:`lutdeploy.sampling.Denoiser`."""
         if self.schedule is not None:
             return predict_by_row(self, x, t)
         zeros, ones = np.zeros(len(x), np.float32), np.ones(len(x), np.float32)

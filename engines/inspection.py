@@ -39,7 +39,7 @@ def inspect_export(folder: Path) -> dict[str, Any]:
         "solver": schedule.describe() if schedule else None,
         "opset": manifest.opset,
         "islands": list(manifest.islands),
-        "quantization": manifest.quantization,
+        "quantization": msgspec.to_builtins(manifest.quantization),
         "created": manifest.created,
         "versions": manifest.versions,
         "graphs": len(manifest.graphs),

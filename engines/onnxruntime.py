@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
@@ -12,15 +12,15 @@ import psutil
 
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.engines.export_denoiser import ExportDenoiser
-from lutdeploy.errors import ArtefactError, BackendError
+from lutdeploy.errors import ArtefactError, BackendError, UsageError, first_line
 from lutdeploy.sampling import Images
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-PRODUCTS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "Attention", "MultiHeadAttention")
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+# As of ONNX Runtime 1.31 it links TensorRT 10 and ignores ``gpu_graph_id``: every evaluation
+# replays the graph that was captured first.
+TENSORRT = "TensorrtExecutionProvider"
+MATMUL_OPERATORS = ("MatMul", "Gemm", "Conv", "FusedMatMul", "Attention", "MultiHeadAttention")
 WARNINGS, FATAL = 2, 4  # ONNX Runtime's log severities
 SESSION_OVERHEAD = 1.2  # memory of a session over that of its float32 weights
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -30,10 +30,16 @@ def execution_provider(device: str) -> str:
     """The execution provider of a device; a provider's own name is taken as it is.
 
     Raises:
+        UsageError: TensorRT's provider.
         BackendError: not offered by the installed onnxruntime; lists what is.
     """
+    if device in ("tensorrt", TENSORRT):
+        raise UsageError(
+            "ONNX Runtime's TensorRT provider replays the wrong captured CUDA graph and cannot "
+            "load with today's TensorRT; use --backend tensorrt (`lutdeploy build`)"
+        )
     provider = PROVIDERS.get(device, device)
-    offered = ort.get_available_providers()
+    offered = [name for name in ort.get_available_providers() if name != TENSORRT]
     if provider not in offered:
         raise BackendError(f"ONNX Runtime has no {provider} here; there are {', '.join(offered)}")
     return provider
@@ -49,9 +55,9 @@ def open_session(
 ) -> ort.InferenceSession:
     """A session that runs on ``provider`` and nowhere else.
 
-    ``get_available_providers`` lists providers whose libraries cannot load; a session then
-    falls back to the CPU with a log line. So the session itself is asked, and where each of
-    its matrix products went.
+    ``get_available_providers`` also lists providers whose libraries cannot load; a session
+    then falls back to the CPU with a log line. So this asks the session itself where it runs,
+    and where each of its matmuls runs.
 
     Args:
         graph: a file, or a model's bytes.
@@ -59,43 +65,39 @@ def open_session(
         threads: of one operator; the physical cores by default.
         unrolled: the graph has many thousand nodes. Planning the reuse of its buffers takes
             time quadratic in that (24 s instead of 2 s for 16 steps of a small model) and
-            saves no memory that was measurable. On the CPU its optimisers are left out too:
-            they take a third of the session's start (64 steps at ``seed`` size), change the
-            result by rounding alone, and made no measurable difference to the speed.
+            saves no measurable memory. On the CPU its optimisers are left out too: they take
+            a third of the session's start (64 steps at ``seed`` size), change the result by
+            rounding alone, and made no measurable difference to the speed.
         provider_options: of the execution provider.
         shared_arena: on the CPU, compute in memory that all such sessions share. An arena
             keeps what a session's largest batch took: 50 MB for each of 64 steps of a small
             model at batch 64, though one runs at a time.
 
     Raises:
-        BackendError: the provider did not come up, which lists what the session has, or left
-            a matrix product to the CPU.
+        BackendError: the provider did not come up, or left a matmul to the CPU.
         ArtefactError: ONNX Runtime cannot load the graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = FATAL  # exceptions say what else it would print
+    options.log_severity_level = FATAL  # the exceptions below say the same
     options.enable_mem_reuse = not unrolled
-    if unrolled and provider == PROVIDERS["cpu"]:
+    if unrolled and provider == CPU:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if shared_arena and provider == PROVIDERS["cpu"]:
+    if shared_arena and provider == CPU:
         _register_cpu_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     source = str(graph) if isinstance(graph, Path) else graph
-    # What a missing library makes ONNX Runtime print is said by the exception below.
     ort.set_default_logger_severity(FATAL)
     try:
         chosen = [(provider, dict(provider_options or {}))]
         session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # its exceptions derive from RuntimeError or from nothing
-        # Without the place in its source that it names first.
-        first = re.sub(r"^\S+\.cc:\d+ .*?\) (?=[A-Z])", "", str(error).splitlines()[0])
-        if provider != PROVIDERS["cpu"]:
-            raise BackendError(
-                f"{provider} cannot run here, {PROVIDERS['cpu']} can: {first[:200]}"
-            ) from error
+        # Drop the place in ONNX Runtime's source, which comes first.
+        first = re.sub(r"^\S+\.cc:\d+ .*?\) (?=[A-Z])", "", first_line(error))
+        if provider != CPU:
+            raise BackendError(f"{provider} cannot run here, {CPU} can: {first[:200]}") from error
         raise ArtefactError(f"ONNX Runtime cannot load the graph: {first}") from error
     finally:
         ort.set_default_logger_severity(WARNINGS)
@@ -104,11 +106,11 @@ def open_session(
             f"{provider} was asked for, but its libraries cannot load here; this session "
             f"would run on {', '.join(session.get_providers())}"
         )
-    strays = misplaced_products(session, provider) if provider != PROVIDERS["cpu"] else []
-    if strays:
+    misplaced = misplaced_matmuls(session, provider) if provider != CPU else []
+    if misplaced:
         raise BackendError(
-            f"{provider} left {len(strays)} matrix products to other providers: "
-            f"{', '.join(strays[:5])}"
+            f"{provider} left {len(misplaced)} matmuls to other providers: "
+            f"{', '.join(misplaced[:5])}"
         )
     return session
 
@@ -121,21 +123,21 @@ def _register_cpu_arena() -> None:
     ort.create_and_register_allocator(arena, None)
 
 
-def misplaced_products(session: ort.InferenceSession, provider: str) -> list[str]:
-    """The matrix products of a session that another provider than ``provider`` runs."""
+def misplaced_matmuls(session: ort.InferenceSession, provider: str) -> list[str]:
+    """The matmuls of a session that another provider than ``provider`` runs."""
     return [
         f"{node.name or node.op_type} on {part.ep_name}"
         for part in session.get_provider_graph_assignment_info()
         if part.ep_name != provider
         for node in part.get_nodes()
-        if node.op_type in PRODUCTS
+        if node.op_type in MATMUL_OPERATORS
     ]
 
 
 def sessions_that_fit(manifest: Manifest) -> int:
     """How many sessions of a ``per-step`` export half of this machine's memory holds.
 
-    Each has the weights to itself, in float32 and in the layout of the CPU's kernels.
+    Each holds its own copy of the weights, in float32 and in the layout of the CPU's kernels.
     """
     weights = sum(
         file.bytes for name, file in manifest.files.items() if name not in manifest.graphs
@@ -148,17 +150,13 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
     """One export in ONNX Runtime. The files are verified before anything runs.
 
     A ``per-step`` export has a session for each step: 0.12 GB each at ``seed`` size. Those that
-    do not fit into half of the memory are opened anew whenever their step comes.
+    do not fit into half of the memory are opened again whenever their step comes.
 
     Args:
         manifest: of the export folder.
-        device: "cpu", "cuda", "tensorrt" or an execution provider's name.
+        device: "cpu", "cuda" or an execution provider's name.
         threads: of one operator; the physical cores by default.
-        provider_options: what the execution provider is told for graph k.
-
-    Raises:
-        ArtefactError: a file differs from its hash, or a graph from its signature.
-        BackendError: the execution provider is not there.
+        provider_options: of the execution provider.
     """
 
     backend = "onnxruntime"
@@ -168,12 +166,11 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         manifest: Manifest,
         device: str = "cpu",
         threads: int | None = None,
-        provider_options: Callable[[int], Mapping[str, str]] = lambda k: {},
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self.provider = execution_provider(device)
-        self._provider_options = provider_options
         super().__init__(manifest)
-        self.threads = threads
+        self.threads, self._provider_options = threads, provider_options
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._room = sessions_that_fit(manifest)
         self.session(0)
@@ -191,13 +188,12 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         if k in self._sessions:
             return self._sessions[k]
         path = self.manifest.folder / self.manifest.graphs[k]
-        options = self._provider_options(k)
         session = open_session(
             path,
             self.provider,
             self.threads,
             self.whole_trajectory,
-            options,
+            self._provider_options,
             shared_arena=self.manifest.graph == "per-step",
         )
         inputs, outputs = (
@@ -210,18 +206,13 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         return session
 
     def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
-        """See :class:`ExportDenoiser`.
-
-        Raises:
-            BackendError: what ONNX Runtime says.
-        """
+        """See :class:`ExportDenoiser`."""
         session = self.session(k)
         try:
             outputs: list[Images] = session.run(None, feed)
         except Exception as error:  # as in open_session
-            first = str(error).splitlines()[0]
             raise BackendError(
-                f"ONNX Runtime failed in {self.manifest.graphs[k]}: {first[:200]}; "
+                f"ONNX Runtime failed in {self.manifest.graphs[k]}: {first_line(error)[:200]}; "
                 "if memory ran out, try a smaller --batch"
             ) from error
         return outputs

@@ -1,11 +1,11 @@
 """OpenVINO on the CPU: an exported graph behind the Denoiser protocol.
 
-An int8 export has int8 products and the rest in float32 or bfloat16; other exports run in
-float32 or bfloat16. Which precision products really have is read back from the compiled graph.
+An int8 export computes its quantised matmuls in int8 and the rest in float32 or bfloat16; other
+exports run in float32 or bfloat16. The compiled graph says which precision its matmuls really have.
 
 bfloat16 is OpenVINO's own conversion of the whole graph, islands included, which is why it has
-limits of its own in :mod:`lutdeploy.parity`. Graphs are compiled anew each time: that takes less
-than a second, and OpenVINO's cache of compiled graphs runs a blob with a flipped byte as it is.
+limits of its own in :mod:`lutdeploy.parity`. Graphs are compiled each time they are opened: that
+takes less than a second, and OpenVINO's cache of compiled graphs runs a damaged blob unchecked.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lutdeploy.sampling import Images
 DEVICE = "CPU"
 HINTS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
-# What OpenVINO calls the layers that hold the model's products, and their type as it runs them.
-PRODUCT_LAYERS = ("FullyConnected", "MatMul", "Convolution")
+# What OpenVINO calls the layers that hold the model's matmuls, and the types they run in.
+MATMUL_LAYERS = ("FullyConnected", "MatMul", "Convolution")
 RUNTIME_TYPES = {"fp32": ("f32",), "bf16": ("bf16",), "int8": ("i8", "u8")}
 DTYPES = {"f32": "float32", "f16": "float16"}
 
@@ -38,13 +38,9 @@ class OpenVinoDenoiser(ExportDenoiser):
     Args:
         manifest: of the export folder.
         device: "cpu".
-        precision: of the arithmetic, "fp32" or "bf16", of an int8 export that of all but its int8
-            products; never a silent other one.
+        precision: of the arithmetic, "fp32" or "bf16"; of an int8 export, of all but its int8
+            matmuls. A precision that this CPU lacks is a BackendError, never another precision.
         threads: of one inference; OpenVINO's own choice by default.
-
-    Raises:
-        ArtefactError: a file differs from its hash, or a graph from its signature.
-        BackendError: another device, or a precision that this CPU does not compute in.
     """
 
     backend = "openvino"
@@ -61,9 +57,9 @@ class OpenVinoDenoiser(ExportDenoiser):
         if precision not in HINTS:
             raise BackendError(f"no precision {precision!r}; there are {', '.join(HINTS)}")
         self._core = ov.Core()
-        self._narrow = manifest.precision == "int8"
+        self._int8 = manifest.precision == "int8"
         offered = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-        for needed in (precision, *(("int8",) if self._narrow else ())):
+        for needed in (precision, *(("int8",) if self._int8 else ())):
             if CAPABILITIES[needed] not in offered:
                 raise BackendError(
                     f"this CPU does not compute in {needed}: OpenVINO offers {', '.join(offered)}"
@@ -96,7 +92,7 @@ class OpenVinoDenoiser(ExportDenoiser):
         runs = compiled.get_property("INFERENCE_PRECISION_HINT")
         if runs != HINTS[self.precision]:
             raise BackendError(f"OpenVINO would compute in {runs}, not in {self.precision}")
-        self._require_products(compiled, path)
+        self._check_precision(compiled, path)
         signature = self.signature(k)
         inputs = [_describe(p, [spec.name for spec in signature.inputs]) for p in compiled.inputs]
         outputs = [
@@ -106,46 +102,38 @@ class OpenVinoDenoiser(ExportDenoiser):
         self._requests[k] = compiled.create_infer_request()
         return self._requests[k]
 
-    def _require_products(self, compiled: Any, path: Path) -> None:
-        """Ask the compiled graph itself which precision its products run in.
-
-        Raises:
-            BackendError: not the one that was asked for.
-        """
+    def _check_precision(self, compiled: Any, path: Path) -> None:
+        """Raise a BackendError unless the compiled graph's matmuls run in the wanted precision."""
         types = Counter(
             _runtime_info(layer, "runtimePrecision")
             for layer in compiled.get_runtime_model().get_ops()
-            if _runtime_info(layer, "layerType") in PRODUCT_LAYERS
+            if _runtime_info(layer, "layerType") in MATMUL_LAYERS
         )
-        products = "int8" if self._narrow else self.precision
-        found = sum(types[name] for name in RUNTIME_TYPES[products])
+        precision = "int8" if self._int8 else self.precision
+        found = sum(types[name] for name in RUNTIME_TYPES[precision])
         wanted = types.total()
         if self.manifest.quantization is not None:
-            wanted = len(self.manifest.quantization["int8_products"])
+            wanted = len(self.manifest.quantization.int8)
         if found != wanted or not wanted:
             raise BackendError(
-                f"OpenVINO runs {found} of the {wanted} {products} products of {path} in "
-                f"{products} here: {dict(types)}"
+                f"OpenVINO runs {found} of the {wanted} {precision} matmuls of {path} in "
+                f"{precision} here: {dict(types)}"
             )
 
     def _compile(self, path: Path) -> Any:
         try:
             return self._core.compile_model(str(path), DEVICE, self._settings)
         except RuntimeError as error:
-            raise ArtefactError(f"OpenVINO cannot compile {path}: {_first_line(error)}") from error
+            raise ArtefactError(f"OpenVINO cannot compile {path}: {_reason(error)}") from error
 
     def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
-        """See :class:`ExportDenoiser`.
-
-        Raises:
-            BackendError: what OpenVINO says.
-        """
+        """See :class:`ExportDenoiser`."""
         request = self._request(k)
         try:
             results = request.infer(feed, share_inputs=True)
         except RuntimeError as error:
             raise BackendError(
-                f"OpenVINO failed in {self.manifest.graphs[k]}: {_first_line(error)}; if memory "
+                f"OpenVINO failed in {self.manifest.graphs[k]}: {_reason(error)}; if memory "
                 "ran out, try a smaller --batch"
             ) from error
         # The request writes its next results into the same memory.
@@ -153,16 +141,17 @@ class OpenVinoDenoiser(ExportDenoiser):
 
 
 def runs_in(manifest: Manifest, precision: str) -> str:
-    """What :mod:`lutdeploy.parity` calls an export of a precision, run in a precision."""
+    """The name by which :mod:`lutdeploy.parity` judges an export that runs in ``precision``."""
     if manifest.precision != "int8":
         return precision
     return "int8" if precision == "fp32" else f"int8-{precision}"
 
 
 def _describe(port: Any, names: Sequence[str]) -> tuple[str, str, tuple[str | int | None, ...]]:
-    """A compiled graph's input or output: its name among ``names``, dtype, shape.
+    """A compiled graph's input or output: its name, dtype and shape.
 
-    A port has the names of everything that it was fused with.
+    A port carries the names of everything that it was fused with, so the name is the one that
+    is among ``names``.
     """
     own = port.get_names()
     name = next((name for name in names if name in own), "/".join(sorted(own)))
@@ -176,7 +165,7 @@ def _runtime_info(layer: Any, key: str) -> str:
     return info[key].astype(str) if key in info else ""
 
 
-def _first_line(error: BaseException) -> str:
-    """OpenVINO begins with the place in its source; what it says stands last."""
+def _reason(error: BaseException) -> str:
+    """The last line of OpenVINO's message; those before name places in its source."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else "?"

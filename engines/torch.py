@@ -9,7 +9,7 @@ import torch
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import load_model
-from lutdeploy.errors import BackendError
+from lutdeploy.errors import BackendError, first_line
 from lutdeploy.reference import TorchDenoiser
 
 
@@ -19,11 +19,8 @@ class TorchEngine(TorchDenoiser):
     Args:
         model: a model.safetensors.
         device: "cpu", "cuda" or another torch device.
-        threads: of one operator, for the whole process, as torch has it; None leaves that.
-
-    Raises:
-        BackendError: the device is not there.
-        ArtefactError, UsageError: the file is damaged, foreign or missing.
+        threads: of one operator, for the whole process, which is how torch sets it; None
+            changes nothing.
     """
 
     def __init__(self, model: Path, device: str = "cpu", threads: int | None = None) -> None:
@@ -55,16 +52,12 @@ class TorchEngine(TorchDenoiser):
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or that is not there.
-
-    Raises:
-        BackendError: says what is there.
-    """
+    """Raise a BackendError where torch does not know a device or does not have it."""
     try:
-        torch.zeros(1, device=device).cpu()  # "meta" computes nothing that could come back
+        torch.zeros(1, device=device).cpu()  # device "meta" fails at .cpu(): it computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-        first = str(error).splitlines()[0]
         raise BackendError(
-            f"torch has no device {device!r} here; there are {', '.join(there)} ({first})"
+            f"torch has no device {device!r} here; there are {', '.join(there)} "
+            f"({first_line(error)})"
         ) from error

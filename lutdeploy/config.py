@@ -1,4 +1,4 @@
-"""What a model is: one frozen dataclass, the presets, the sizes.
+"""The hyper-parameters of a model, the presets and the sizes.
 
 Every constant of the specification is a field here and nowhere else.
 """
@@ -17,8 +17,7 @@ from lutdeploy.errors import ConfigError
 class ModelConfig:
     """Hyper-parameters of a :class:`lutdeploy.model.LutTransformer`.
 
-    Raises:
-        ConfigError: for impossible combinations, with the values in the message.
+    Impossible combinations raise a ConfigError with the values.
     """
 
     image_size: int = 64  # S, pixels
@@ -74,7 +73,7 @@ class ModelConfig:
 
     @property
     def tokens(self) -> int:
-        """Tokens in the blocks: the image's, and the LUT's if it is dynamic."""
+        """Tokens in the blocks: the image's and, of a dynamic LUT, the LUT's."""
         return self.image_tokens + (self.entries if self.lut == "dynamic" else 0)
 
     @property
@@ -111,11 +110,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> ModelConfig:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            ConfigError: not a mapping, or an unknown or missing field.
-        """
+        """The inverse of :meth:`to_dict`. An unknown or missing field is a ConfigError."""
         if not isinstance(values, dict):
             raise ConfigError(f"a model config is a JSON object, not {type(values).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}
@@ -138,11 +133,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def model_config(preset: str, size: str = "seed", **overrides: Any) -> ModelConfig:
-    """The config of a preset at a size, with any field overridden.
-
-    Raises:
-        ConfigError: unknown preset or size, or an impossible combination.
-    """
+    """The config of a preset at a size, with any field overridden."""
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     if size not in SIZES:

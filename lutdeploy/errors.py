@@ -1,36 +1,41 @@
-"""Every error that lutdeploy raises on purpose; the CLI prints each as one line.
+"""The errors that lutdeploy raises on purpose; the command line prints each as one line.
 
-An error says what was wrong, with the values, and what to do about it.
+A message says what is wrong, with the values, and what to do about it.
 """
 
 
 class LutDeployError(Exception):
-    """Base of all errors raised on purpose. The CLI exits with ``exit_code``."""
+    """The base of them all. The command line exits with ``exit_code``."""
 
     exit_code = 1
 
 
 class UsageError(LutDeployError):
-    """The request itself cannot be met: wrong value, wrong combination, nothing there."""
+    """A request that cannot be met: a wrong value or combination, or nothing there."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A model or training configuration that is impossible; the message holds the values."""
+    """An impossible configuration of a model, a schedule or a training."""
 
 
 class ArtefactError(LutDeployError):
-    """A file on disk is damaged, foreign, or not what its manifest says."""
+    """A file that is damaged, foreign, or not what its manifest says."""
 
 
 class BackendError(LutDeployError):
-    """A backend, execution provider or device that is not available or misbehaves."""
+    """A backend, execution provider or device that is missing or misbehaves."""
 
 
 class NonFiniteError(LutDeployError):
-    """NaN or Inf where there must be none: a loss, a state, a picture."""
+    """NaN or Inf in a loss, a state or a picture."""
 
 
 class ParityError(LutDeployError):
     """Two denoisers that must agree do not."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,8 @@
 """The network in its inference form: the exact rewrites, and what stays float32 in float16.
 
 The rewrites are those of the specification ("Exact rewrites for inference"), folded in float64
-and rounded once: one patch convolution, fused q-k-v and gate products, LayerNorm's affine in the
-product behind it, the time branch as one bias. Every export and PyTorch engine is made of it.
-Weights are stored [in, out].
+and rounded once: one patch convolution, fused q-k-v and gate matmuls, LayerNorm's affine in the
+matmul after it, the time branch as one bias. Exports and the GPU's PyTorch engine are made of it.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ def _constant(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(value.detach().to(dtype).contiguous(), requires_grad=False)
 
 
-class Product(nn.Module):
-    """x·W + b, with W [in, out]."""
+class Matmul(nn.Module):
+    """x·W + b, with W stored as [in, out]."""
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -34,13 +33,13 @@ class Product(nn.Module):
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """A LayerNorm's affine folded into the product behind it: (weight, bias) in float64."""
+    """Fold a LayerNorm's affine into the matmul after it: (weight, bias) in float64."""
     weight, bias = linear.weight.double(), linear.bias.double()
     return weight * norm.weight.double(), bias + weight @ norm.bias.double()
 
 
 class TimeBias(nn.Module):
-    """The whole time branch: t [B] to what it adds to every token, float32 [B, D]."""
+    """The whole time branch: from t [B] to the bias of every token, float32 [B, D]."""
 
     frequencies: Tensor
 
@@ -48,18 +47,18 @@ class TimeBias(nn.Module):
         super().__init__()
         assert stem.patch.bias is not None and stem.expand.bias is not None
         summed = stem.patch.weight.double().sum(dim=(2, 3))  # [D, stem]
-        inner = stem.time.bias.double() + stem.expand.bias.double()
+        inner = stem.time.bias.double() + stem.expand.bias.double()  # [stem]
         self.weight = _constant(summed @ stem.time.weight.double(), torch.float32)
         self.bias = _constant(summed @ inner + stem.patch.bias.double(), torch.float32)
         self.register_buffer("frequencies", stem.frequencies.clone())
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.frequencies
+        angles = t[:, None] * self.frequencies  # [B, h]
         return F.linear(torch.cat([angles.sin(), angles.cos()], dim=-1), self.weight, self.bias)
 
 
 class FusedStem(nn.Module):
-    """One convolution, the time bias, the position; LUT tokens appended where there are."""
+    """One convolution, the time bias, the position; then a dynamic LUT's tokens appended."""
 
     cos: Tensor
     sin: Tensor
@@ -70,9 +69,9 @@ class FusedStem(nn.Module):
         stem, quarter = model.stem, model.config.width // 4
         kernel = torch.einsum(
             "dsij,sc->dcij", stem.patch.weight.double(), stem.expand.weight.double().flatten(1)
-        )
+        )  # [D, C, P, P]
         self.kernel = _constant(kernel, dtype)
-        # rot(u) = [−u_b, u_a]: the sign moves into the table, what is left swaps quarters.
+        # rot(u) = [−u_b, u_a]: with the sign in the table, what is left swaps quarters.
         sign = torch.tensor([-1.0, 1.0, -1.0, 1.0]).repeat_interleave(quarter)
         self.register_buffer("cos", stem.cos.to(dtype))
         self.register_buffer("sin", (stem.sin * sign).to(dtype))
@@ -81,19 +80,19 @@ class FusedStem(nn.Module):
             self.lut_tokens = _constant(tokens, dtype)  # [N + K, D], zero on the image's rows
 
     def forward(self, x: Tensor, time_bias: Tensor) -> Tensor:
-        z = F.conv2d(x.to(self.dtype), self.kernel, stride=self.config.patch_size)
+        z = F.conv2d(x.to(self.dtype), self.kernel, stride=self.config.patch_size)  # [B, D, g, g]
         u = z.flatten(2).transpose(1, 2) + time_bias.to(self.dtype)[:, None]  # [B, N, D]
         row_a, row_b, column_a, column_b = u.chunk(4, dim=-1)
         swapped = torch.cat([row_b, row_a, column_b, column_a], dim=-1)
         tokens = u * self.cos + swapped * self.sin
         if self.config.lut == "static":
             return tokens
-        # Padding and a sum append the tokens without asking the graph for its batch size.
-        return F.pad(tokens, (0, 0, 0, self.config.entries)) + self.lut_tokens
+        # Appending by padding and adding needs no batch size in the graph.
+        return F.pad(tokens, (0, 0, 0, self.config.entries)) + self.lut_tokens  # [B, N + K, D]
 
 
 class FusedBlock(nn.Module):
-    """A transformer block as matmul-softmax-matmul with pre-scaled q and k."""
+    """A transformer block: attention as matmul-softmax-matmul, with q and k already scaled."""
 
     def __init__(self, block: Block, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -102,9 +101,9 @@ class FusedBlock(nn.Module):
         weight, bias = fold_norm(block.norm1, block.qkv)
         scale = torch.ones(3 * config.width, dtype=torch.float64)
         scale[: 2 * config.width] = (config.width // config.heads) ** -0.25
-        self.qkv = Product(weight * scale[:, None], bias * scale, dtype)
-        self.out = Product(block.out.weight, block.out.bias, dtype)
-        self.gated = Product(*fold_norm(block.norm2, block.gated), dtype)
+        self.qkv = Matmul(weight * scale[:, None], bias * scale, dtype)
+        self.out = Matmul(block.out.weight, block.out.bias, dtype)
+        self.gated = Matmul(*fold_norm(block.norm2, block.gated), dtype)
 
     def normalise(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), (self.width,), eps=self.eps).to(self.dtype)
@@ -115,39 +114,39 @@ class FusedBlock(nn.Module):
             for part in self.qkv(self.normalise(x)).chunk(3, dim=-1)
         )
         scores = q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1)  # [B, heads, N, N]
-        attended = scores.softmax(-1) @ v.permute(0, 2, 1, 3)
+        attended = scores.softmax(-1) @ v.permute(0, 2, 1, 3)  # [B, heads, N, D/heads]
         y = x + self.out(attended.permute(0, 2, 1, 3).flatten(2))
         value, gate = self.gated(self.normalise(y)).chunk(2, dim=-1)
         return y + value * F.silu(gate)
 
 
 class FusedHead(nn.Module):
-    """Tokens and LUT to pixels; float32 from the logits on."""
+    """Tokens and LUT to pixels. The weights and all after them are float32."""
 
     def __init__(self, model: LutTransformer, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = model.config
-        self.logits = Product(model.head.weight, model.head.bias, dtype)
+        self.logits = Matmul(model.head.weight, model.head.bias, dtype)
 
     def forward(self, tokens: Tensor, lut: Tensor) -> Tensor:
-        weights = activate_weights(self.logits(tokens).float(), self.config.weights)
+        weights = activate_weights(self.logits(tokens).float(), self.config.weights)  # [B, N, K]
         return tiles_to_image(weights @ lut, self.config)
 
 
 class FusedLut(nn.Module):
-    """A dynamic LUT [B, K, C·P·P] from its tokens; float32 from the factors on."""
+    """A dynamic LUT [B, K, C·P·P] from its tokens [B, K, D]. The outer products are float32."""
 
     def __init__(self, lut: DynamicLut, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = lut.config
-        self.factors = Product(lut.factors.weight, lut.factors.bias, dtype)
+        self.factors = Matmul(lut.factors.weight, lut.factors.bias, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return outer_entries(self.factors(tokens).float(), self.config)
 
 
 class FusedNetwork(nn.Module):
-    """x0 from x and the time bias; what every graph is made of."""
+    """x0 [B, C, S, S] from x [B, C, S, S] and the time bias [B, D]; the core of every graph."""
 
     def __init__(self, model: LutTransformer, precision: str) -> None:
         super().__init__()
@@ -208,8 +207,11 @@ class StepGraph(nn.Module):
 
 
 class FixedStepGraph(nn.Module):
-    """A ``per-step`` graph. Its row of the table comes in as arguments while it is traced
-    (as constants they would be folded away) and as initializers afterwards."""
+    """A ``per-step`` graph.
+
+    Its step's values are arguments while it is traced, because constants would be folded away;
+    the exporter makes initializers of them.
+    """
 
     def __init__(self, model: LutTransformer, precision: str) -> None:
         super().__init__()

@@ -26,21 +26,21 @@ def _picture(pixels: Pixels) -> Image.Image:
 
 
 def encode_png(pixels: Pixels) -> bytes:
-    """A PNG file of uint8 [H, W, C]; the same pixels give the same bytes."""
+    """Encode uint8 [H, W, C] as PNG; the same pixels give the same bytes."""
     buffer = io.BytesIO()
     _picture(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def decode_png(data: bytes) -> Pixels:
-    """The pixels of a PNG file, uint8 [H, W, C]."""
+    """Decode a PNG file to uint8 [H, W, C]."""
     with Image.open(io.BytesIO(data)) as file:
         pixels = np.asarray(file, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def encode_gif(frames: Sequence[Pixels], seconds: float = 4.0) -> bytes:
-    """An endless GIF of uint8 [H, W, C] frames; the last one stands still for a second."""
+    """Encode uint8 [H, W, C] frames as an endless GIF that shows the last one for a second."""
     durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [1000]
     first, *others = [_picture(frame) for frame in frames]
     buffer = io.BytesIO()
@@ -49,9 +49,9 @@ def encode_gif(frames: Sequence[Pixels], seconds: float = 4.0) -> bytes:
 
 
 def grid(pixels: Pixels, columns: int | None = None, gap: int = 0) -> Pixels:
-    """Tile uint8 [n, H, W, C] row by row into one picture, about square unless told.
+    """Tile uint8 [n, H, W, C] row by row into one picture; empty places and gaps are black.
 
-    Half as wide again as a square, if that leaves no place unfilled; those and gaps are black.
+    By default it is about square, and up to half as wide again where that leaves no place empty.
     """
     n, height, width, channels = pixels.shape
     square = math.ceil(math.sqrt(n))
@@ -75,22 +75,22 @@ def trajectory_rows(states: Sequence[NDArray[np.float32]], every: int = 4) -> Pi
 
     Args:
         states: x after 0, 1, … steps, each [n, C, S, S] in [−1, 1].
-        every: which steps are shown; the last one always is.
+        every: show every how many-th step; the last one is always shown.
     """
     kept = [state for k, state in enumerate(states) if k % every == 0 or k == len(states) - 1]
     return grid(to_uint8(np.concatenate(kept)), columns=len(states[0]))
 
 
 def lut_sheet(entries: NDArray[np.float32], factor: int = 4) -> Pixels:
-    """LUT entries [K, C, P, P] as a sheet of tiles, each scaled by its own largest magnitude."""
+    """Draw LUT entries [K, C, P, P] as tiles, each scaled by its own largest magnitude."""
     peaks = np.abs(entries).max(axis=(1, 2, 3), keepdims=True)
     return enlarge(grid(to_uint8(entries / np.where(peaks, peaks, 1)), gap=1), factor)
 
 
 def gram_picture(entries: NDArray[np.float32], side: int = 512) -> Pixels:
-    """The Gram matrix L·Lᵀ of LUT entries [K, C, P, P]: red positive, blue negative."""
-    flat = entries.reshape(len(entries), -1)
-    gram = flat @ flat.T
+    """Draw the Gram matrix L·Lᵀ of LUT entries [K, C, P, P]: red positive, blue negative."""
+    flat = entries.reshape(len(entries), -1)  # [K, C·P·P]
+    gram = flat @ flat.T  # [K, K]
     signed = gram / (float(np.abs(gram).max()) or 1.0)
     positive, negative = np.clip(signed, 0, 1), np.clip(-signed, 0, 1)
     rgb = np.stack([1 - negative, 1 - positive - negative, 1 - positive], axis=-1)

@@ -64,7 +64,7 @@ class DynamicLut(nn.Module):
         self.config = config
         self.tokens = nn.Parameter(torch.randn(config.entries, config.width) * 0.02)
         self.factors = nn.Linear(config.width, 2 * config.patch_size * config.channels)
-        # Entries are products of two factors: with the usual small bias they would start near 0.
+        # An entry is a product of two factors, which would start near 0 with the usual small bias.
         nn.init.normal_(self.factors.bias, std=0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The machine that computes: what a speed or a verdict was found on."""
+"""The machine that a speed or a verdict was measured on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lutdeploy.errors import first_line
+
 PACKAGES = (
     "lutdeploy",
     "torch",
@@ -21,7 +23,7 @@ PACKAGES = (
     "tensorrt",
     "numpy",
 )
-# What stands for a CUDA or ROCm driver under Linux, the first two for WSL and containers.
+# Where Linux shows a CUDA or ROCm driver; the first two are for WSL and containers.
 GPU_DRIVERS = (
     Path("/dev/dxg"),
     Path("/dev/nvidiactl"),
@@ -33,7 +35,7 @@ RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt")
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware, system and versions, as far as they decide what is measured."""
+    """Hardware, system and versions that decide what is measured."""
 
     cpu: str  # the model's name
     processors: int  # logical ones that this process may use
@@ -52,10 +54,10 @@ class Machine:
         return cls(**{**values, "gpus": tuple(values["gpus"])})
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides which backend is fastest and whether its numbers hold, as JSON values.
+        """The JSON values that a measurement depends on.
 
-        Equal dictionaries mean that a measurement of one machine holds on the other. Memory,
-        python and numpy stay out: neither speed nor numbers depend on them.
+        Where two machines have equal fingerprints, the measurements of one hold on the other.
+        Memory, python and numpy stay out, because neither speed nor numbers depend on them.
         """
         return {
             "cpu": self.cpu,
@@ -76,7 +78,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at the machine; imports torch where there may be a GPU, to ask it for them."""
+    """Describe this machine. It imports torch only where there may be a GPU."""
     import psutil
 
     return Machine(
@@ -90,7 +92,7 @@ def this_machine() -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Of python and of the packages that matter, where they are installed."""
+    """The versions of python and of those of ``PACKAGES`` that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -110,7 +112,7 @@ def import_problem(extra: str, *modules: str) -> str | None:
         except ModuleNotFoundError as error:
             return f"{error}; pip install 'lutdeploy[{extra}]'"
         except Exception as error:  # compiled parts raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             torch = importlib.metadata.version("torch")
             remedy = f"install a version of it that fits torch {torch}"
             if "torchvision" in reason:
@@ -121,7 +123,7 @@ def import_problem(extra: str, *modules: str) -> str | None:
 
 
 def _cpu() -> str:
-    with contextlib.suppress(OSError):  # Linux; elsewhere there is no such file
+    with contextlib.suppress(OSError):  # only Linux has this file
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -137,7 +139,7 @@ def _processors() -> int:
 
 def _gpus() -> tuple[str, ...]:
     if sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS):
-        return ()  # without the second that importing torch takes
+        return ()  # saves the second that importing torch takes
     import torch
 
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """The denoiser x0 = f(x_t, t), to be read beside the specification (steps 1 to 9).
 
-Products that read the same input are one product here: q, k, v; the two halves of the
-gated layer; and the 1×1 stem with the patch convolution behind it, which are both linear.
+Matmuls that read the same input are one matmul here: q, k, v, and the two halves of the gated
+layer. So are the 1×1 stem and the patch convolution after it, which are both linear.
 """
 
 from __future__ import annotations

@@ -2,19 +2,23 @@
 
 1. step: one step on identical inputs, at several timesteps.
 2. trajectory: from identical noise, the drift after every step.
-3. picture: the final images, clipped: max abs, PSNR, cosine.
+3. picture: the final images, clipped: PSNR.
 
-A denoiser that also walks the trajectory by itself, on its device, is judged by the end of
-that: it is what `lutdeploy sample` uses.
+A denoiser that also streams whole trajectories on its device is judged by the end of those, since
+`lutdeploy sample` uses them.
 
-Where the limits come from. float32: rounding alone, 1e-4 absolute on images of unit scale
-after a whole trajectory. fp16: what half precision costs on this very model, measured by
-running PyTorch's own (torch.autocast, float16) on the same inputs; an export may err three
-times as much, and its pictures must reach 40 dB. bf16: likewise with bfloat16, whose three bits
-less are 18 dB: PyTorch's own pictures reach 42 dB on the embedded model, so the limit is 35 dB.
-int8: likewise with the INT8 of :mod:`lutdeploy.quantization`, simulated in PyTorch; int8-bf16 is
-that with all else in bfloat16.
-Anything not finite fails everywhere.
+Where the limits come from:
+
+- fp32: rounding alone, 1e-4 absolute on images of unit scale after a whole trajectory.
+- fp16: the cost of half precision on this very model, measured by running PyTorch's own
+  (torch.autocast, float16) on the same inputs. An export may err three times as much, and its
+  pictures must reach 40 dB.
+- bf16: likewise with bfloat16. Its three bits less cost 18 dB: PyTorch's own pictures reach 42 dB
+  on the embedded model, so the limit is 35 dB.
+- int8: likewise with the INT8 of :mod:`lutdeploy.quantization`, simulated in PyTorch. int8-bf16
+  is that with all else in bfloat16.
+
+What is not finite fails everywhere.
 """
 
 from __future__ import annotations
@@ -31,22 +35,22 @@ from numpy.typing import NDArray
 from lutdeploy.errors import NonFiniteError
 from lutdeploy.images import to_uint8
 from lutdeploy.model import LutTransformer
-from lutdeploy.quantization import product_names, with_int8_products
+from lutdeploy.quantization import matmul_names, with_int8_matmuls
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Denoiser, Images, StreamingDenoiser, batch_noise, trajectory
 from lutdeploy.schedule import Schedule, Step, solver_schedule
 
 FLOAT32_LIMIT = 1e-4  # absolute, on images of unit scale
-HALF_FACTOR = 3.0
-# dB; 80 dB: 2e-4 in every pixel
+NARROW_FACTOR = 3.0  # how many times the error of PyTorch's own narrow precision may be
+# In dB; 80 dB is an error of 2e-4 in every pixel.
 MIN_PSNR = {"fp32": 80.0, "fp16": 40.0, "bf16": 35.0, "int8": 35.0, "int8-bf16": 35.0}
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8-bf16": torch.bfloat16}
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8-bf16": torch.bfloat16}
 TIMESTEPS = tuple(k / 10 for k in range(10))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two image batches are apart. Infinite where anything is not finite."""
+    """How far two image batches differ. Infinite where anything is not finite."""
 
     max_abs: float
     rms: float
@@ -55,11 +59,7 @@ class Difference:
 
 
 def difference(candidate: NDArray[Any], reference: NDArray[Any]) -> Difference:
-    """Compare [..., C, S, S] arrays of one shape.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Compare [..., C, S, S] arrays of one shape."""
     if candidate.shape != reference.shape:
         raise ValueError(f"shapes {candidate.shape} and {reference.shape} differ")
     ours, theirs = candidate.astype(np.float64), reference.astype(np.float64)
@@ -79,7 +79,7 @@ def difference(candidate: NDArray[Any], reference: NDArray[Any]) -> Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: passed when ``value`` is finite and on the right side of ``limit``."""
+    """One comparison: passed where ``value`` is on the right side of ``limit``."""
 
     level: str  # "step", "trajectory" or "picture"
     what: str
@@ -89,21 +89,28 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        # A limit is infinite when PyTorch's own half precision overflows: no evidence.
+        # PyTorch's own half precision overflowed where a limit is infinite, which proves nothing.
         if math.isnan(self.value) or not math.isfinite(self.limit):
             return False
         return self.value >= self.limit if self.measure == "PSNR dB" else self.value <= self.limit
 
+    @property
+    def nearness(self) -> float:
+        """value/limit of an error; infinite for a failed check."""
+        if not self.passed:
+            return math.inf
+        return self.value / self.limit if self.limit else 0.0
+
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one denoiser, the drift of its trajectory, and the final difference."""
+    """The checks of one denoiser, the drift of its trajectory and the difference at its end."""
 
     precision: str
     schedule: Schedule
     images: int
     checks: tuple[Check, ...]
-    drift: tuple[float, ...]  # rms after each step; of a loop graph the end alone
+    drift: tuple[float, ...]  # rms after each step; of a loop graph only at the end
     final: Difference
 
     @property
@@ -120,25 +127,25 @@ class Report:
 
     @classmethod
     def without_checks(cls, precision: str, schedule: Schedule) -> Report:
-        """Of a denoiser that was refused before it was compared."""
+        """The report on a denoiser that was refused before it was compared."""
         nothing = Difference(math.inf, math.inf, -math.inf, -1.0)
         return cls(precision, schedule, 0, (), (), nothing)
 
 
-def _limits(reference: NDArray[Any], half: NDArray[Any] | None) -> tuple[float, float]:
-    """The limits of (max abs, rms) for arrays that should equal ``reference``.
+def _limits(expected: NDArray[Any], narrow: NDArray[Any] | None) -> tuple[float, float]:
+    """The limits of (max abs, rms) for arrays that should equal ``expected``.
 
-    ``half`` is what the narrow precision makes of the same inputs in PyTorch, None for float32.
+    ``narrow`` is what PyTorch's own narrow precision makes of the same inputs; None for float32.
     """
-    if half is not None:
-        cost = difference(half, reference)
-        return HALF_FACTOR * cost.max_abs, HALF_FACTOR * cost.rms
-    scale = max(1.0, float(np.sqrt(np.square(reference, dtype=np.float64).mean())))
+    if narrow is not None:
+        cost = difference(narrow, expected)
+        return NARROW_FACTOR * cost.max_abs, NARROW_FACTOR * cost.rms
+    scale = max(1.0, float(np.sqrt(np.square(expected, dtype=np.float64).mean())))
     return FLOAT32_LIMIT * scale, FLOAT32_LIMIT * scale
 
 
-def _step_rows(candidate: Denoiser) -> list[Step]:
-    """Rows for level 1: those of its own schedule, or every tenth of t with all coefficients."""
+def _steps_to_check(candidate: Denoiser) -> list[Step]:
+    """The steps of level 1: eleven of its own schedule, or every tenth of t."""
     if candidate.schedule is None:
         last = solver_schedule("euler", 64).rows[-1].t
         return [Step(t, 0.5, 0.75, -0.25) for t in (*TIMESTEPS, last)]
@@ -148,28 +155,30 @@ def _step_rows(candidate: Denoiser) -> list[Step]:
 
 
 def check_steps(
-    reference: Denoiser, candidate: Denoiser, half: TorchDenoiser | None, noise: Images
+    reference: Denoiser, candidate: Denoiser, narrow: TorchDenoiser | None, noise: Images
 ) -> Iterator[Check]:
     """Level 1: both outputs of one step, from inputs that the reference made.
 
     x_t is t·x0 + (1−t)·noise, with x0 the reference's prediction from the noise alone.
     """
     x0_prev = reference.predict_x0(noise, np.zeros(len(noise), np.float32))
-    for row in _step_rows(candidate):
+    for row in _steps_to_check(candidate):
         x = np.float32(row.t) * x0_prev + np.float32(1 - row.t) * noise
-        expected = reference.step(x, row, x0_prev)
-        found = candidate.step(x, row, x0_prev)
-        halves = half.step(x, row, x0_prev) if half else (None, None)
-        for name, ours, theirs, lossy in zip(
-            ("x_next", "x0"), found, expected, halves, strict=True
-        ):
-            limit, _ = _limits(theirs, lossy)
-            value = difference(ours, theirs).max_abs
+        outputs = zip(
+            ("x_next", "x0"),
+            candidate.step(x, row, x0_prev),
+            reference.step(x, row, x0_prev),
+            narrow.step(x, row, x0_prev) if narrow else (None, None),
+            strict=True,
+        )
+        for name, found, expected, narrowed in outputs:
+            limit, _ = _limits(expected, narrowed)
+            value = difference(found, expected).max_abs
             yield Check("step", f"{name} at t = {row.t:.4g}", "max abs", value, limit)
 
 
 def _states(denoiser: Denoiser, noise: Images, schedule: Schedule) -> list[Images]:
-    """x after each step; filled with NaN from where the sampler gave up."""
+    """x after each step; NaN from the step on where sampling failed."""
     states: list[Images] = []
     try:
         for state in trajectory(denoiser, noise, schedule):
@@ -184,7 +193,7 @@ def _states(denoiser: Denoiser, noise: Images, schedule: Schedule) -> list[Image
 def _streamed(
     denoiser: StreamingDenoiser, noise: Images, schedule: Schedule, pixels: bool
 ) -> NDArray[Any]:
-    """The end of the trajectory as the denoiser walks it by itself; NaN where it gave up."""
+    """The end of the trajectory as the denoiser streams it; NaN where that failed."""
     try:
         parts = [e for _, e in denoiser.stream([(range(len(noise)), noise)], schedule, pixels)]
     except NonFiniteError:
@@ -197,8 +206,8 @@ def narrow_reference(model: LutTransformer, precision: str) -> TorchDenoiser | N
     if precision == "fp32":
         return None
     if precision.startswith("int8"):
-        model = with_int8_products(model, product_names(model))
-    return TorchDenoiser(model, autocast=HALVES.get(precision))
+        model = with_int8_matmuls(model, matmul_names(model))
+    return TorchDenoiser(model, autocast=AUTOCAST.get(precision))
 
 
 def compare(
@@ -213,7 +222,7 @@ def compare(
     """Compare a denoiser with a float32 reference on the CPU.
 
     Args:
-        model: what both compute; what a narrow precision costs it in PyTorch sets the limits.
+        model: what both compute. What a narrow precision costs it in PyTorch sets the limits.
         candidate: what is judged.
         precision: "fp32", "fp16", "bf16", "int8" or "int8-bf16", which decides the limits.
         schedule: the trajectory; by default the candidate's own, else 64 Euler steps.
@@ -222,34 +231,33 @@ def compare(
         reference: what is right; by default the PyTorch model in float32.
     """
     reference = reference or TorchDenoiser(model)
-    half = narrow_reference(model, precision)
+    narrow = narrow_reference(model, precision)
     schedule = schedule or candidate.schedule or solver_schedule("euler", 64)
     if noise is None:
         noise = batch_noise(0, range(4), model.config.image_shape)
     checks: list[Check] = []
     if "step" in levels and not candidate.whole_trajectory:
-        checks += check_steps(reference, candidate, half, noise)
-    drift: list[float] = []
+        checks += check_steps(reference, candidate, narrow, noise)
+    drift: list[Check] = []
     final = Difference(0.0, 0.0, math.inf, 1.0)
     if "trajectory" in levels or "picture" in levels:
         found = _states(candidate, noise, schedule)
         expected = _states(reference, noise, schedule)[-len(found) :]
-        lossy = _states(half, noise, schedule)[-len(found) :] if half else [None] * len(found)
-        first = schedule.steps - len(found) + 1
-        worst: Check | None = None
-        for k, (ours, theirs, other) in enumerate(zip(found, expected, lossy, strict=True), first):
-            _, limit = _limits(theirs, other)
-            drift.append(difference(ours, theirs).rms)
-            check = Check("trajectory", f"drift after step {k}", "rms", drift[-1], limit)
-            # Of 64 steps one is kept: the first that fails, else the nearest to its limit.
-            if worst is None or (worst.passed and _nearness(check) > _nearness(worst)):
-                worst = check
+        narrowed = (
+            _states(narrow, noise, schedule)[-len(found) :] if narrow else [None] * len(found)
+        )
+        states = zip(found, expected, narrowed, strict=True)
+        for step, (x, x_expected, x_narrow) in enumerate(states, schedule.steps - len(found) + 1):
+            _, limit = _limits(x_expected, x_narrow)
+            rms = difference(x, x_expected).rms
+            drift.append(Check("trajectory", f"drift after step {step}", "rms", rms, limit))
         streaming = candidate if isinstance(candidate, StreamingDenoiser) else None
         ends = _streamed(streaming, noise, schedule, False) if streaming else found[-1]
         final = difference(ends, expected[-1])
-        limit, _ = _limits(expected[-1], lossy[-1])
-        if "trajectory" in levels and worst is not None:
-            checks.append(worst)
+        limit, _ = _limits(expected[-1], narrowed[-1])
+        if "trajectory" in levels:
+            # One check for all steps: the first that fails, else the nearest to its limit.
+            checks.append(max(drift, key=lambda check: check.nearness))
             checks.append(Check("trajectory", "final state", "max abs", final.max_abs, limit))
         if "picture" in levels:
             checks.append(Check("picture", "images", "PSNR dB", final.psnr, MIN_PSNR[precision]))
@@ -257,11 +265,5 @@ def compare(
                 pixels = _streamed(streaming, noise, schedule, True).astype(np.int16)
                 apart = float(np.abs(pixels - to_uint8(ends)).max())
                 checks.append(Check("picture", "pixels made on the device", "max abs", apart, 1.0))
-    return Report(precision, schedule, len(noise), tuple(checks), tuple(drift), final)
-
-
-def _nearness(check: Check) -> float:
-    """value/limit, infinite for a failed check."""
-    if not check.passed:
-        return math.inf
-    return check.value / check.limit if check.limit else 0.0
+    rms_drift = tuple(check.value for check in drift)
+    return Report(precision, schedule, len(noise), tuple(checks), rms_drift, final)

@@ -19,8 +19,8 @@ class TorchDenoiser:
     Args:
         model: moved to ``device`` and used in eval mode.
         device: a torch device.
-        autocast: run the network under torch.autocast of this dtype: PyTorch's own half
-            precision. None is float32 throughout.
+        autocast: run the network under torch.autocast of this dtype, which is PyTorch's own
+            half precision; None runs it in float32.
     """
 
     schedule: Schedule | None = None
@@ -51,8 +51,8 @@ class TorchDenoiser:
         return following.cpu().numpy(), x0.cpu().numpy()
 
     def run(self, noise: Images) -> Images:
-        """Not here: the reference walks any schedule step by step."""
-        raise UsageError("the PyTorch model holds no trajectory; sample with a step table")
+        """Raise a UsageError: the model holds no schedule of its own."""
+        raise UsageError("the PyTorch model holds no trajectory; sample it with a schedule")
 
     def _tensor(self, array: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.device)

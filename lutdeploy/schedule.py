@@ -1,8 +1,9 @@
-"""Time grids and schedules. A solver is nothing but a schedule of (t, a, b, c, d).
+"""Time grids and schedules. A solver makes a schedule, a table of (t, a, b, c, d).
 
-Every solver of dx/dt = (x0 − x)/(1 − t) that predicts x0 is linear in what it has seen
-(spec "Sampling"), so one step of any of them is x' = a·x + b·x0 + c·x0_prev + d·x0_prev2.
-All arithmetic here is float64 and pure. docs/solvers.md derives the formulas.
+Every solver of dx/dt = (x0 − x)/(1 − t) that predicts x0 is linear in the states and predictions
+so far (spec "Sampling"), so one step of any of them is
+x' = a·x + b·x0 + c·x0_prev + d·x0_prev2. All arithmetic here is float64. docs/solvers.md derives
+the formulas.
 """
 
 from __future__ import annotations
@@ -16,15 +17,11 @@ import msgspec
 
 from lutdeploy.errors import ConfigError, UsageError
 
-GRIDS = ("uniform", "tuned")  # equal steps, warped by a shift; times found by a search
+GRIDS = ("uniform", "tuned")  # equal steps, warped by a shift; times that a search found
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One row: evaluate the network at t, then x' = a·x + b·x0 + c·x0_prev + d·x0_prev2.
-
-    Raises:
-        ConfigError: d without c, which no graph can compute (see ``history_ratio``).
-    """
+    """Evaluate the network at t, then x' = a·x + b·x0 + c·x0_prev + d·x0_prev2."""
 
     t: float
     a: float
@@ -33,26 +30,20 @@ class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     d: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.d and not self.c:
+        if self.d and not self.c:  # no graph could be given d, see history_ratio
             raise ConfigError(f"step at t = {self.t:g} has d = {self.d:g} but c = 0")
 
     @property
     def history_ratio(self) -> float:
-        """d/c: graphs have one history term, c·(x0_prev + d/c·x0_prev2)."""
+        """d/c. Graphs have one history term, c·(x0_prev + d/c·x0_prev2)."""
         return self.d / self.c if self.d else 0.0
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A whole trajectory: a row of coefficients for each network evaluation.
-
-    ``solver`` and ``shift`` say where the rows come from; ``grid`` is one of ``GRIDS``.
-
-    Raises:
-        ConfigError: no such grid.
-    """
+    """A whole trajectory: a row of coefficients for each network evaluation."""
 
     solver: str
-    shift: float
+    shift: float  # of a uniform time grid; 1 for a tuned one
     rows: tuple[Step, ...]
     grid: str = "uniform"
 
@@ -79,17 +70,13 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """t_0 = 0 … t_steps = 1, uniform, then warped by t ↦ s·t/(1 + (s−1)·t).
-
-    Raises:
-        ConfigError: steps < 1, or shift not a positive number of a sane size.
-    """
+    """t_0 = 0 … t_steps = 1: uniform, then warped by t ↦ s·t/(1 + (s−1)·t)."""
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, not {steps}")
     if not (shift > 0 and math.isfinite(shift)):
         raise ConfigError(f"shift must be a positive number, not {shift}")
     uniform = (k / steps for k in range(steps))
-    # The end is exact: rounding past 1 would make the last step overshoot x0.
+    # The end is set to 1: rounded to more, it would make the last step overshoot x0.
     grid = [*(shift * u / (1 + (shift - 1) * u) for u in uniform), 1.0]
     if any(t >= t_next for t, t_next in itertools.pairwise(grid)):
         raise ConfigError(f"shift {shift:g} leaves no time between some of {steps} steps")
@@ -111,9 +98,9 @@ def _log_snr(grid: list[float]) -> list[float]:
 
 
 def _dpmpp_2m(grid: list[float]) -> list[Step]:
-    """DPM-Solver++(2M) (Lu et al. 2022), λ = ln(t/(1−t)); first order where h_prev or h is ∞.
+    """DPM-Solver++(2M) (Lu et al. 2022), λ = ln(t/(1−t)).
 
-    That is on the first step, the second (whose h_prev is infinite) and the last.
+    It is first order where h or h_prev is infinite: on the first step, the second and the last.
     """
     rows, log_snr = _euler(grid), _log_snr(grid)
     for k in range(2, len(rows) - 1):
@@ -127,7 +114,8 @@ def _dpmpp_2m(grid: list[float]) -> list[Step]:
 
 def _moments(h: float) -> tuple[float, float, float]:
     """m_n = ∫_0^1 h·e^(−h(1−s))·s^n ds for n = 0, 1, 2."""
-    if h < 0.5:  # by parts they lose digits; the series Σ_k (−h)^k·n!/(n+k+1)! does not
+    # Integration by parts loses digits for small h; the series Σ_k h·(−h)^k·n!/(n+k+1)! does not.
+    if h < 0.5:
         series = []
         for n in range(3):
             term, total = h / (n + 1), 0.0
@@ -145,8 +133,8 @@ def _dpmpp_3m(grid: list[float]) -> list[Step]:
     """DPM-Solver++ multistep, third order (Lu et al. 2022, k = 3).
 
     x' = (1−t')/(1−t)·x + t'·∫ e^(λ−λ')·p(λ) dλ over the step, where p is the parabola through
-    the last three x0. As in DPM-Solver++(2M) orders rise as λ becomes finite: the first two
-    steps and the last are first order, the third is second order.
+    the last three x0. The first two steps and the last are first order, and the third is second
+    order, because λ is infinite at both ends.
     """
     rows, log_snr = _dpmpp_2m(grid), _log_snr(grid)
     for k in range(3, len(rows) - 1):
@@ -155,8 +143,9 @@ def _dpmpp_3m(grid: list[float]) -> list[Step]:
         r0 = (log_snr[k] - log_snr[k - 1]) / h
         r1 = (log_snr[k - 1] - log_snr[k - 2]) / h
         m0, m1, m2 = _moments(h)
-        # p(s) = x0 + first·s + second·s·(s + r0) with s = 0 … 1 over the step, by Newton's
-        # divided differences at s = 0, −r0, −r0−r1; each weight is what its integral gives.
+        # p(s) = x0 + D1·s + D2·s·(s + r0), s = 0 … 1 over the step, with the divided differences
+        # D1 = (x0 − x0_prev)/r0 and D2 = (D1 − (x0_prev − x0_prev2)/r1)/(r0 + r1). Its integral
+        # weights D1 by ``first`` and (r0 + r1)·D2 by ``second``.
         first = t_next * m1
         second = t_next * (m2 + r0 * m1) / (r0 + r1)
         b = t_next * m0 + first / r0 + second / r0
@@ -178,11 +167,7 @@ def _require_solver(solver: str) -> None:
 
 
 def solver_schedule(solver: str = "euler", steps: int = 64, shift: float = 1.0) -> Schedule:
-    """The schedule of a solver over a shifted uniform grid.
-
-    Raises:
-        ConfigError: unknown solver, steps < 1, or shift not positive.
-    """
+    """The schedule of a solver over a shifted uniform grid."""
     _require_solver(solver)
     return Schedule(solver, float(shift), tuple(SOLVERS[solver](time_grid(steps, shift))))
 
@@ -193,9 +178,6 @@ def tuned_schedule(solver: str, times: Sequence[float]) -> Schedule:
     Args:
         solver: its name.
         times: t_0 = 0 < … < t_steps = 1.
-
-    Raises:
-        ConfigError: unknown solver, or times that do not rise from 0 to 1.
     """
     _require_solver(solver)
     grid = [float(t) for t in times]

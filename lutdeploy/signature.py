@@ -1,7 +1,7 @@
-"""Names, dtypes and axes of the graphs' inputs and outputs, declared once.
+"""Names and shapes of the graphs' inputs and outputs, declared once.
 
-Export names its tensors by it, builders take their profiles from it, runtimes check their
-feeds and engines against it, parity compares what it lists.
+The export names its tensors by them, TensorRT's builder makes its profiles of them, and runtimes
+check what they are fed and what they have loaded against them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.schedule import Schedule, Step
 
-if TYPE_CHECKING:  # the command line reads this module and should not wait for numpy
+if TYPE_CHECKING:  # the command line imports this module and should not wait for numpy
     import numpy as np
     from numpy.typing import NDArray
 
@@ -25,10 +25,10 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output; every tensor is float32 and its first axis is the batch."""
+    """One input or output. Every tensor is float32 and its first axis is the batch."""
 
     name: str
-    row: tuple[int, ...]  # the shape behind the batch axis
+    row: tuple[int, ...]  # the shape without the batch axis
 
     @property
     def shape(self) -> tuple[str | int, ...]:
@@ -43,11 +43,7 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
 
     def check_feed(self, feed: Mapping[str, NDArray[np.float32]]) -> None:
-        """Check names, dtypes and shapes of a feed, and that all agree on the batch.
-
-        Raises:
-            UsageError: says what it got and what it expected.
-        """
+        """Raise a UsageError unless names, dtypes and shapes fit and agree on the batch."""
         names = [spec.name for spec in self.inputs]
         if set(feed) != set(names):
             raise UsageError(f"got inputs {sorted(feed)}, expected {sorted(names)}")
@@ -68,10 +64,11 @@ class Signature:
         outputs: Iterable[tuple[str, str, tuple[str | int | None, ...]]],
         what: str,
     ) -> None:
-        """Check the (name, dtype, shape) lists that a runtime reports for a graph.
+        """Raise an ArtefactError unless a graph has these inputs and outputs.
 
-        Raises:
-            ArtefactError: got and expected, for the first tensor that differs.
+        Args:
+            inputs, outputs: (name, dtype, shape) of each, as the runtime reports them.
+            what: the graph, for the message.
         """
         for kind, specs, found in (
             ("input", self.inputs, inputs),
@@ -92,7 +89,7 @@ class Signature:
 
 
 def step_signature(config: ModelConfig) -> Signature:
-    """The ``step`` graph: one row of any schedule, a row of coefficients per image."""
+    """The ``step`` graph: one step of any schedule, with its coefficients for each image."""
     image = config.image_shape
     return Signature(
         inputs=(
@@ -108,7 +105,7 @@ def step_signature(config: ModelConfig) -> Signature:
 
 
 def fixed_step_signature(config: ModelConfig, row: Step) -> Signature:
-    """A ``per-step`` graph: t, a, b, c are inside; x0_prev is asked for only where c ≠ 0."""
+    """A ``per-step`` graph: t, a, b, c are inside; x0_prev is an input only where c ≠ 0."""
     step = step_signature(config)
     wanted = ("x", "x0_prev") if row.c else ("x",)
     return Signature(tuple(s for s in step.inputs if s.name in wanted), step.outputs)
@@ -128,7 +125,7 @@ def graph_signature(
     Args:
         config: of the model inside.
         graph: "step", "per-step" or "loop".
-        schedule: the export's own steps; None for "step".
+        schedule: the export's own; None for "step".
         k: which of its graphs.
     """
     if graph == "loop":

@@ -409,7 +409,7 @@ def test_truncated_manifest(export_run: Path) -> None:
         (lambda v: v.pop("graphs"), "incomplete or damaged"),
         (lambda v: v.update(config={**v["config"], "width": 3}), "incomplete or damaged"),
         (lambda v: v["files"]["weights.bin"].update(bytes=float("inf")), "incomplete or damaged"),
-        (lambda v: v.update(graphs=[1]), "lists graph '1' without its hash"),
+        (lambda v: v.update(graphs=[1]), "Expected `str`, got `int` - at `$.graphs[0]`"),
         (lambda v: v.update(graphs=[]), "contradicts itself"),
         (lambda v: v.update(graph="per-step"), "contradicts itself"),
         (lambda v: v.update(graph="spiral"), "contradicts itself"),
@@ -518,7 +518,9 @@ def test_damaged_verdicts(text: str, export_run: Path) -> None:
     for path in (Run(export_run).old_verdicts, Run(export_run).verdicts / "0a.json"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        refused(export_run, f"{path.name} is ")
+        for arguments in readers(export_run):
+            if arguments[0] != "parity":  # which writes a new verdict without reading old ones
+                assert f"{path.name} is " in fail(1, *arguments)
         path.unlink()
 
 
@@ -530,7 +532,7 @@ def test_steps_that_an_export_does_not_hold(model_run: Path, exported: Exports) 
         ("sample", model_run, "--solver", "euler", "--out", model_run / "out"),
         ("parity", model_run, "--shift", 2),
     ):
-        assert "this export holds the steps of dpmpp-2m-5, not " in fail(2, *arguments)
+        assert "this export holds the steps of dpmpp-3m-5, not " in fail(2, *arguments)
     assert not (model_run / "out").exists()
 
 

@@ -270,25 +270,12 @@ def test_import_says_what_it_inferred_and_goes_back(tmp_path: Path, preset: str)
     assert all(torch.equal(back[key], value) for key, value in golden.state.items())
 
 
-def test_training_on_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", (3, 6, 0))
-    run(
-        "train",
-        "--data",
-        "synthetic",
-        "--preset",
-        "dynamic-64",
-        "--size",
-        "tiny",
-        "--steps",
-        2,
-        "--batch",
-        2,
-        "--out",
-        tmp_path / "r",
-        "--compile",
-        "off",
-    )
+DRAWN = ("--data", "synthetic", "--size", "tiny", "--set", "image_size=16", "--batch", 2)
+
+
+def test_training_on_drawn_images(tmp_path: Path) -> None:
+    options = ("--preset", "dynamic-64", "--steps", 2, "--compile", "off")
+    run("train", *DRAWN, *options, "--out", tmp_path / "r")
     assert load_model(Run(tmp_path / "r").model).config.lut == "dynamic"
 
 
@@ -296,13 +283,10 @@ def test_training_on_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_training_says_where_bf16_is_slow(
     speedup: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", (3, 4, 0))
     monkeypatch.setattr("lutdeploy.engines.doctor.bf16_speedup", lambda: speedup)
-    small = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--steps", 1)
-    options = ("--batch", 2, "--device", "cpu", "--precision", "bf16", "--out", tmp_path / "r")
-    assert (
-        "--precision fp32 trains faster here" in run("train", *small, *options).stderr
-    ) == warned
+    options = ("--steps", 1, "--device", "cpu", "--precision", "bf16", "--out", tmp_path / "r")
+    note = "--precision fp32 trains faster here"
+    assert (note in run("train", *DRAWN, *options).stderr) == warned
 
 
 def test_a_model_of_the_package_is_the_default(

@@ -24,7 +24,7 @@ TIME = ("time/", "time.")  # the time branch: once per step, left out of the for
 
 
 def multiply_adds(graph: onnx.GraphProto) -> int:
-    """Of all products of a graph at batch 1, from the shapes that ONNX infers."""
+    """Of all matmuls and convolutions of a graph at batch 1, from the shapes that ONNX infers."""
     shapes = {
         value.name: [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output, *graph.value_info)
@@ -56,28 +56,28 @@ def test_a_graph_multiplies_what_the_formula_says(
     assert multiply_adds(inferred.graph) == steps * manifest.config.multiply_adds()
 
 
-def weight_bytes(config: ModelConfig, body: int, products: int) -> int:
+def weight_bytes(config: ModelConfig, body: int, matmuls: int) -> int:
     """Bytes of the network's tensors of 1 KiB and more, which the weights file holds.
 
     Args:
         config: of a static model.
         body: bytes of a number in the body: 4 or 2.
-        products: bytes of a number in the blocks' matrices: as ``body``, or 1.
+        matmuls: bytes of a number in the blocks' matrices: as ``body``, or 1.
     """
     d, n, k = config.width, config.image_tokens, config.entries
     tensors = [(d * config.entry_values, body), (n * d, body), (n * d, body)]  # kernel, cos, sin
     tensors += [(d * 2 * config.time_frequencies, 4), (k * config.entry_values, 4)]
     tensors += [(d * k, body)]
     for width in (3, 1, 2):
-        tensors += config.depth * [(d * d * width, products)]
+        tensors += config.depth * [(d * d * width, matmuls)]
     return sum(count * size for count, size in tensors if count * size >= 1024)
 
 
 @pytest.mark.parametrize(
-    ("precision", "body", "products"), [("fp32", 4, 4), ("fp16", 2, 2), ("int8", 4, 1)]
+    ("precision", "body", "matmuls"), [("fp32", 4, 4), ("fp16", 2, 2), ("int8", 4, 1)]
 )
 def test_the_weights_take_the_bytes_of_their_precision(
-    exported: Exported, precision: str, body: int, products: int
+    exported: Exported, precision: str, body: int, matmuls: int
 ) -> None:
     folder = exported(precision=precision)
     manifest = read_manifest(folder)
@@ -89,7 +89,7 @@ def test_the_weights_take_the_bytes_of_their_precision(
         for entry in tensor.external_data
         if entry.key == "length"
     )
-    assert stored == weight_bytes(manifest.config, body, products)
+    assert stored == weight_bytes(manifest.config, body, matmuls)
 
 
 class Still:

@@ -22,27 +22,22 @@ from lutdeploy.artefacts.run import MODEL, Run
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.export.graphs import ExportPlan
+from lutdeploy.engines.export.int8 import float_ladder, measure_sensitivity, most_sensitive_first
 from lutdeploy.errors import BackendError, ConfigError
 from lutdeploy.model import Block, LutTransformer
 from lutdeploy.parity import difference
-from lutdeploy.quantization import (
-    float_ladder,
-    measure_sensitivity,
-    product_names,
-    with_int8_products,
-)
+from lutdeploy.quantization import matmul_names, with_int8_matmuls
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import batch_noise
 from lutdeploy.schedule import solver_schedule
 from tests.command import fail, succeed
-from tests.conftest import golden_model, quantizer
+from tests.conftest import golden_model
 
 Exported = Callable[..., Path]
-INT8_PRODUCTS = [f"blocks.{k}.{name}" for k in range(2) for name in ("qkv", "out", "gated")]
-has_int8 = pytest.mark.skipif(
-    "INT8" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="this CPU does not compute in int8",
-)
+INT8_MATMULS = tuple(f"blocks.{k}.{name}" for k in range(2) for name in ("qkv", "out", "gated"))
+OFFERED = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+has_int8 = pytest.mark.skipif("INT8" not in OFFERED, reason="this CPU does not compute in int8")
+has_bf16 = pytest.mark.skipif("BF16" not in OFFERED, reason="this CPU does not compute in bfloat16")
 
 
 def spiked_model() -> LutTransformer:
@@ -79,53 +74,53 @@ def test_the_graph_holds_int8_where_it_should_and_nowhere_else(
                 assert weight is not None
                 assert types[weight.input[0]] == onnx.TensorProto.INT8
                 narrow.append(node.name.partition("/")[0])
-    assert narrow == INT8_PRODUCTS
+    assert tuple(narrow) == INT8_MATMULS
     assert manifest.quantization is not None
-    assert manifest.quantization["int8_products"] == INT8_PRODUCTS
+    assert manifest.quantization.int8 == INT8_MATMULS
     quantised = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    assert len(quantised) == len(INT8_PRODUCTS), "the products' inputs, and no output"
+    assert len(quantised) == len(INT8_MATMULS), "the matmuls' inputs, and no output"
     assert manifest.files["weights.bin"].bytes < (
         read_manifest(exported(preset)).files["weights.bin"].bytes
     )
 
 
 @has_int8
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [("onnxruntime", None), ("openvino", None), pytest.param("openvino", "bf16", marks=has_bf16)],
+)
 def test_pictures_are_those_of_float32_to_35_db(
-    exported: Exported, preset: str, backend: str
+    exported: Exported, preset: str, backend: str, precision: str | None
 ) -> None:
-    folder = exported(preset, precision="int8")
-    with open_engine(EngineRequest(folder, backend)) as engine:
-        report = parity.compare(golden_model(preset), engine, "int8", solver_schedule("euler", 8))
+    folder, model = exported(preset, precision="int8"), golden_model(preset)
+    noise = batch_noise(0, range(2), model.config.image_shape)
+    judged_as = "int8-bf16" if precision else "int8"
+    with open_engine(EngineRequest(folder, backend, precision=precision)) as engine:
+        assert backend != "openvino" or engine.identity["device"] == f"CPU {judged_as}"
+        report = parity.compare(model, engine, judged_as, solver_schedule("euler", 6), noise)
     assert report.passed, report.failures()
     assert report.final.max_abs > 1e-4, "so it was int8 that ran"
 
 
 @has_int8
-@pytest.mark.skipif(
-    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="this CPU does not compute in bfloat16",
-)
-def test_the_rest_of_int8_may_be_bf16(exported: Exported, preset: str) -> None:
-    folder = exported(preset, precision="int8")
-    with open_engine(EngineRequest(folder, "openvino", precision="bf16")) as engine:
-        assert engine.identity["device"] == "CPU int8-bf16"
-        model, schedule = golden_model(preset), solver_schedule("euler", 8)
-        report = parity.compare(model, engine, "int8-bf16", schedule)
-        assert report.passed, report.failures()
-        with open_engine(EngineRequest(folder, "openvino")) as other:
-            x = batch_noise(0, range(2), model.config.image_shape)
-            t = np.full(2, 0.5, np.float32)
-            assert difference(engine.predict_x0(x, t), other.predict_x0(x, t)).max_abs > 1e-4
+@has_bf16
+def test_the_rest_of_int8_may_be_bf16(exported: Exported) -> None:
+    folder = exported(precision="int8")
+    x, t = batch_noise(0, range(2), (3, 64, 64)), np.full(2, 0.5, np.float32)
+    found = []
+    for precision in ("fp32", "bf16"):
+        with open_engine(EngineRequest(folder, "openvino", precision=precision)) as engine:
+            found.append(engine.predict_x0(x, t))
+    assert difference(*found).max_abs > 1e-4
 
 
-def test_a_simulated_product_is_that_of_the_graph(exported: Exported) -> None:
+def test_a_simulated_matmul_is_that_of_the_graph(exported: Exported) -> None:
     """Both are as far from float32 in the same direction: the errors are correlated."""
     model = golden_model("static-tanh-64")
     noise = batch_noise(0, range(4), model.config.image_shape)
     t = np.full(4, 0.5, np.float32)
     exact = TorchDenoiser(model).predict_x0(noise, t)
-    simulated = TorchDenoiser(with_int8_products(model, product_names(model)))
+    simulated = TorchDenoiser(with_int8_matmuls(model, matmul_names(model)))
     ours = simulated.predict_x0(noise, t) - exact
     with open_engine(EngineRequest(exported(precision="int8"), "onnxruntime")) as engine:
         theirs = engine.predict_x0(noise, t) - exact
@@ -133,13 +128,12 @@ def test_a_simulated_product_is_that_of_the_graph(exported: Exported) -> None:
     assert 0.4 < ours.std() / theirs.std() < 2.5
 
 
-def test_sensitivity_finds_the_product_that_int8_spoils() -> None:
+def test_sensitivity_finds_the_matmul_that_int8_spoils() -> None:
     model = spiked_model()
     sensitivity = measure_sensitivity(model, batch_noise(0, range(2), model.config.image_shape))
-    assert set(sensitivity.errors) == set(product_names(model))
-    assert sensitivity.ranked()[0] == "blocks.1.out"
-    timesteps = sensitivity.to_dict()["timesteps"]
-    assert all(len(errors) == len(timesteps) for errors in sensitivity.errors.values())
+    assert set(sensitivity.rms) == set(matmul_names(model))
+    assert most_sensitive_first(sensitivity)[0] == "blocks.1.out"
+    assert all(len(errors) == len(sensitivity.timesteps) for errors in sensitivity.rms.values())
 
 
 def test_the_ladder_keeps_ever_more_in_float() -> None:
@@ -155,27 +149,26 @@ def test_export_keeps_what_int8_spoils_in_float32(tmp_path: Path) -> None:
     folder = run.export_folder("step-int8")
     record = read_manifest(folder).quantization
     assert record is not None
-    assert record["float32_products"] == ["blocks.1.out"]
+    assert record.float32 == ("blocks.1.out",)
+    assert record.sensitivity is not None
     assert "in float32: blocks.1.out" in succeed("inspect", folder).stdout
     assert succeed("parity", run.path, "--backend", "openvino").stdout == "parity: passed\n"
     judged = [(v.device, v.precision) for v in read_verdicts(run) if v.check == "parity"]
     assert judged == [("CPU int8", "int8")]
 
 
-def test_a_model_that_does_not_bear_int8_gets_no_export(
+def test_a_model_that_does_not_bear_int8_gets_no_new_export(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(tmp_path / "run")
-    shutil.copytree(exported().parent.parent, run.path)
-    before = sorted(entry.name for entry in (run.path / "onnx").iterdir())
+    run, source = Run(tmp_path / "run"), exported(precision="int8")
+    old = shutil.copytree(source, run.export_folder(source.name))
+    shutil.copy(source.parent.parent / MODEL, run.model)
     monkeypatch.setitem(parity.MIN_PSNR, "int8", 1000.0)
-    monkeypatch.setattr("lutdeploy.quantization.float_ladder", lambda ranked: [()])
-    shutil.rmtree(run.export_folder("step-int8"), ignore_errors=True)
+    monkeypatch.setattr("lutdeploy.engines.export.int8.float_ladder", lambda ranked: [()])
     assert "does not bear int8" in fail(1, "export", run.path, "--int8")
-    after = sorted(entry.name for entry in (run.path / "onnx").iterdir())
-    assert [name for name in after if name != ".lock"] == [
-        name for name in before if name not in (".lock", "step-int8")
-    ]
+    assert read_manifest(old).created == read_manifest(source).created, "the old one is kept"
+    assert {entry.name for entry in run.exports_folder.iterdir()} <= {".lock", old.name}
+    assert read_verdicts(run) == []
 
 
 def test_int8_has_no_other_graph_precision_or_place(exported: Exported, tmp_path: Path) -> None:
@@ -205,23 +198,5 @@ def test_int8_that_is_really_float32_is_refused(
 ) -> None:
     folder = exported(precision="int8")
     monkeypatch.setitem(lutdeploy.engines.openvino.RUNTIME_TYPES, "int8", ("i4",))
-    with pytest.raises(BackendError, match="runs 0 of the 6 int8 products"):
+    with pytest.raises(BackendError, match="runs 0 of the 6 int8 matmuls"):
         lutdeploy.load(folder, "openvino")
-
-
-def test_products_kept_in_float32_count_for_openvino(exported: Exported, tmp_path: Path) -> None:
-    from lutdeploy.engines.export.graphs import export_model
-
-    model = golden_model("dynamic-64")
-    run = Run(tmp_path / "run")
-    save_model(model, run.model)
-    kept = ("blocks.0.gated",)
-    folder = export_model(
-        *(model, ExportPlan(precision="int8"), run, files.sha256(run.model)),
-        quantize=quantizer(model, kept),
-    )
-    with open_engine(EngineRequest(folder, "openvino")) as engine:
-        x = batch_noise(0, range(2), model.config.image_shape)
-        t = np.zeros(2, np.float32)
-        exact = TorchDenoiser(model).predict_x0(x, t)
-        assert 1e-4 < difference(engine.predict_x0(x, t), exact).rms < 0.1

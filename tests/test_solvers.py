@@ -15,7 +15,7 @@ from lutdeploy.errors import ConfigError
 from lutdeploy.schedule import SOLVERS, Schedule, Step, solver_schedule, time_grid, tuned_schedule
 
 NAN = math.nan
-TABLES = st.builds(
+SCHEDULES = st.builds(
     solver_schedule,
     st.sampled_from(sorted(SOLVERS)),
     st.integers(1, 80),
@@ -28,38 +28,27 @@ TIMES = st.lists(st.floats(1e-3, 1), min_size=1, max_size=20).map(
 TUNED = st.builds(tuned_schedule, st.sampled_from(sorted(SOLVERS)), TIMES)
 
 
-@given(TABLES | TUNED)
-def test_coefficients_sum_to_one(schedule: Schedule) -> None:
-    """With x = x0 = x0_prev = x0_prev2 nothing moves."""
-    for row in schedule.rows:
+@given(SCHEDULES | TUNED)
+def test_coefficients_of_every_step(schedule: Schedule) -> None:
+    for row in schedule.rows:  # with x = x0 = x0_prev = x0_prev2 nothing moves
         assert math.isclose(row.a + row.b + row.c + row.d, 1, abs_tol=1e-9)
-
-
-@given(TABLES | TUNED)
-def test_first_and_last_row(schedule: Schedule) -> None:
-    assert schedule.rows[0].t == 0
-    assert schedule.rows[0].c == 0
+        # d needs c and weighs less: the composed history stays of the size of an x0.
+        assert row.d == pytest.approx(row.c * row.history_ratio)
+        assert -1 < row.history_ratio <= 0
+    assert (schedule.rows[0].t, schedule.rows[0].c) == (0, 0)
     last = schedule.rows[-1]
     assert (last.a, last.b, last.c, last.d) == (0, 1, 0, 0)
 
 
-@given(TABLES | TUNED)
-def test_dict_round_trip_is_exact(schedule: Schedule) -> None:
+@given(SCHEDULES | TUNED)
+def test_json_is_exact_and_as_in_earlier_versions(schedule: Schedule) -> None:
     assert msgspec.json.decode(msgspec.json.encode(schedule), type=Schedule) == schedule
+    assert ("grid" in msgspec.to_builtins(schedule)) == (schedule.grid != "uniform")
 
 
-@given(TABLES | TUNED)
-def test_only_what_is_unusual_is_written(schedule: Schedule) -> None:
-    """What earlier versions wrote and read stays as it was, and with it every hash."""
-    values = msgspec.to_builtins(schedule)
-    assert ("grid" in values) == (schedule.grid != "uniform")
-
-
-def test_a_table_of_an_earlier_version_is_read() -> None:
-    rows = [[0.0, 0.5, 0.5, 0.0], [0.5, 0.0, 1.0, 0.0]]
-    assert msgspec.convert(
-        {"solver": "euler", "shift": 1.0, "rows": rows}, Schedule
-    ) == solver_schedule("euler", 2)
+def test_a_schedule_of_an_earlier_version_is_read() -> None:
+    values = {"solver": "euler", "shift": 1.0, "rows": [[0.0, 0.5, 0.5, 0.0], [0.5, 0.0, 1.0, 0.0]]}
+    assert msgspec.convert(values, Schedule) == solver_schedule("euler", 2)
 
 
 @given(TUNED)
@@ -77,14 +66,6 @@ def test_a_solver_knows_times_alone(steps: int, shift: float, solver: str) -> No
         solver_schedule(solver, steps, shift).rows
         == tuned_schedule(solver, time_grid(steps, shift)).rows
     )
-
-
-@given(TABLES | TUNED)
-def test_one_history_term_is_enough(schedule: Schedule) -> None:
-    """d needs c, and weighs less than it: the composed history stays of the size of an x0."""
-    for row in schedule.rows:
-        assert row.d == pytest.approx(row.c * row.history_ratio)
-        assert -1 < row.history_ratio <= 0
 
 
 def test_a_second_history_term_alone_is_refused() -> None:
@@ -183,12 +164,8 @@ def test_third_order_is_exact_for_parabolas(h: float, r0: float, r1: float) -> N
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_second_order_beats_first() -> None:
-    assert _endpoint_error("dpmpp-2m", 16) < _endpoint_error("euler", 64)
-
-
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("heun", 8), "heun"),
         (("euler", 0), "0"),
@@ -197,8 +174,8 @@ def test_second_order_beats_first() -> None:
         (("dpmpp-4m", 8), "there are euler, dpmpp-2m, dpmpp-3m"),
     ],
 )
-def test_impossible_tables_raise(arguments: tuple[str, int], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_impossible_schedules_raise(arguments: tuple[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         solver_schedule(*arguments)
 
 
@@ -220,7 +197,7 @@ def test_times_that_do_not_rise_raise(times: list[float]) -> None:
         {"solver": "euler", "shift": 1, "grid": "best", "rows": [[0, 0, 1, 0]]},
     ],
 )
-def test_damaged_tables_raise(broken: object) -> None:
+def test_damaged_schedules_raise(broken: object) -> None:
     with pytest.raises((ConfigError, msgspec.ValidationError)):
         msgspec.convert(broken, Schedule)
 

@@ -15,7 +15,6 @@ from benchmarks import gpu
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.schedule import SOLVERS
 from tests.conftest import golden_model
 from tests.doubles.cpu_device import CpuDevice
 
@@ -25,11 +24,11 @@ def test_a_trajectory_on_the_device(preset: str, precision: str, limit: float) -
     reference = TorchDenoiser(golden_model(preset))
     device = CpuDevice()
     with TorchDeviceDenoiser(golden_model(preset), device, precision) as denoiser:
-        for solver in SOLVERS:
-            found = lutdeploy.sample(denoiser, 3, steps=6, solver=solver, batch=2)
-            expected = lutdeploy.sample(reference, 3, steps=6, solver=solver)
+        for solver in ("euler", "dpmpp-3m"):
+            found = lutdeploy.sample(denoiser, 3, steps=5, solver=solver, batch=2)
+            expected = lutdeploy.sample(reference, 3, steps=5, solver=solver)
             assert np.abs(found - expected).max() < limit
-    assert device.captures == len(SOLVERS)
+    assert device.captures == 2
 
 
 @pytest.mark.gpu

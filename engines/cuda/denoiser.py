@@ -1,4 +1,4 @@
-"""The Denoiser protocol over programs on a device: what TensorRT and ONNX Runtime share there."""
+"""The Denoiser protocol over programs on a device, for TensorRT, ONNX Runtime and PyTorch."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ COEFFICIENTS = ("t", "a", "b", "c")
 
 
 class ExportProgram(Program, Protocol):
-    """A program over an export's kinds of graph."""
+    """A program for any kind of graph."""
 
     batch: int
 
     def set_coefficients(self, values: NDArray[np.float32]) -> None:
-        """For a "step" export: t, a, b, c of every step as float32 [steps, 4, B]."""
+        """Set t, a, b, c of every step, float32 [steps, 4, B], of a "step" export."""
 
 
 class DeviceDenoiser(abc.ABC):
     """Graphs on a device. A :class:`lutdeploy.sampling.StreamingDenoiser`.
 
-    Batches over the engine's largest size run in parts, under its smallest they are padded.
+    Batches larger than the engine's largest are split; those smaller than its smallest are padded.
 
     Args:
         config: of the model inside.
         graph: the kind of graph: "step", "per-step" or "loop".
-        schedule: the steps that it holds; None for "step", which follows any.
+        schedule: the only one it can follow; None for "step", which follows any.
         device: where it runs.
-        sizes: smallest and largest batch of the engine; None: no upper end.
+        sizes: smallest and largest batch of the engine; None means no limit.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class DeviceDenoiser(abc.ABC):
         sizes: tuple[int, int | None] = (1, None),
     ) -> None:
         self.graph, self.device = graph, device
-        self._config, self._table = config, schedule
+        self._config, self._schedule = config, schedule
         self._smallest, self._largest = sizes
         self._loops: tuple[Schedule, Loops] | None = None
         self._single: ExportProgram | None = None
@@ -74,11 +74,11 @@ class DeviceDenoiser(abc.ABC):
 
     @abc.abstractmethod
     def make_program(self, batch: int, steps: int, alone: bool) -> ExportProgram:
-        """The export's engines at one batch size.
+        """Make a program over the export's engines at one batch size.
 
         Args:
             batch: B.
-            steps: rows of the coefficient schedule, for a "step" export.
+            steps: of the schedule, for a "step" export.
             alone: for single evaluations at changing addresses.
         """
 
@@ -99,18 +99,14 @@ class DeviceDenoiser(abc.ABC):
 
     @property
     def schedule(self) -> Schedule | None:
-        return self._table
+        return self._schedule
 
     @property
     def whole_trajectory(self) -> bool:
         return self.graph == "loop"
 
     def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
-        """See :class:`lutdeploy.sampling.Denoiser`.
-
-        Raises:
-            UsageError: the export holds no graph for these timesteps.
-        """
+        """See :class:`lutdeploy.sampling.Denoiser`."""
         if self.schedule is not None:
             return predict_by_row(self, x, t)
         values = np.zeros((len(COEFFICIENTS), len(x)), np.float32)
@@ -137,7 +133,7 @@ class DeviceDenoiser(abc.ABC):
         """See :class:`lutdeploy.sampling.StreamingDenoiser`."""
         check_schedule(self, schedule)
         if self._loops is None or self._loops[0] != schedule:
-            self._loops = None  # free the last schedule's buffers first
+            self._loops = None  # free the previous schedule's buffers first
             self._loops = (
                 schedule,
                 Loops(lambda batch: self._loop(batch, schedule), self._smallest),
@@ -165,17 +161,13 @@ class DeviceDenoiser(abc.ABC):
         program.capturable &= self._captures
         ratios = () if self.whole_trajectory else [row.history_ratio for row in schedule.rows]
         loop = DeviceLoop(self.device, program, batch, self.config.image_shape, ratios)
-        self._captures = loop.captured  # it has said why not, and need not say it again
+        self._captures = loop.captured  # where it failed once, do not try (and log) again
         return loop
 
     def _evaluate(
         self, k: int, x: Images, x0_prev: Images, values: NDArray[np.float32] | None
     ) -> tuple[Images, Images]:
-        """One evaluation from host to host.
-
-        Args:
-            values: t, a, b, c as float32 [4, B], for a "step" export.
-        """
+        """One evaluation from host to host; ``values`` as for :func:`_coefficients`, [4, B]."""
         self._check(x)
         parts = []
         size = self._largest or len(x)
@@ -197,24 +189,24 @@ class DeviceDenoiser(abc.ABC):
     def _locate(
         self, noise: Images, indices: Sequence[int], schedule: Schedule, first: int
     ) -> None:
-        """Walk a trajectory that went wrong once more, step by step, to say where."""
+        """Repeat a failed trajectory step by step to say where it failed."""
         if not self.whole_trajectory:
             for _ in trajectory(self, noise, schedule, indices):
                 pass
         raise NonFiniteError(
             f"NaN or Inf after step {schedule.steps} in image {indices[first]}; `lutdeploy parity` "
-            "shows where the model and its engine part"
+            "shows where the model and its engine differ"
         )
 
 
 def _coefficients(rows: Sequence[Step], batch: int) -> NDArray[np.float32]:
-    """t, a, b, c of some steps for every image, float32 [steps, 4, B]."""
+    """The values of ``COEFFICIENTS`` for every step and image, float32 [steps, 4, B]."""
     values = np.array([[row.t, row.a, row.b, row.c] for row in rows], np.float32)
-    return values[:, :, None].repeat(batch, 2)
+    return values[:, :, None].repeat(batch, 2)  # [steps, 4, B]
 
 
 def _padded(array: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
-    """float32 [n, …] to [batch, …] by repeating its last row, contiguous."""
+    """Pad float32 [n, …] to [batch, …] with copies of its last row; contiguous."""
     missing = batch - len(array)
     if missing:
         array = np.concatenate([array, array[-1:].repeat(missing, 0)])

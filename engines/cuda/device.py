@@ -1,7 +1,6 @@
 """One CUDA device as the engines use it: streams, buffers, capture.
 
-The seam between the trajectory loop and torch.cuda. Tests put a CPU in its place, so
-everything that only a GPU can do stands in this file and nothing else does.
+Everything that only a GPU can do is in this file, and nothing else: tests put a CPU in its place.
 """
 
 from __future__ import annotations
@@ -13,23 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutdeploy.errors import BackendError
+from lutdeploy.errors import BackendError, first_line
 
 
 class CaptureError(BackendError):
-    """Work that a CUDA graph could not take; the device is usable as before."""
+    """A CUDA graph could not take this work; the device is usable as before."""
 
 
 class CudaDevice:
-    """A CUDA device with a stream each for upload, computation and download.
+    """A CUDA device with one stream each for upload, computation and download.
 
-    None of the three is the default stream, which would order itself against all others.
+    None of the three is the default stream, which waits for all others.
 
     Args:
         name: "cuda" or "cuda:N".
-
-    Raises:
-        BackendError: torch sees no such device.
     """
 
     def __init__(self, name: str = "cuda") -> None:
@@ -48,7 +44,7 @@ class CudaDevice:
         self.download = self._stream()
 
     def activate(self) -> None:
-        """Make it the current device of the calling thread, where other libraries look for it."""
+        """Make it the calling thread's current device, which other libraries use."""
         torch.cuda.set_device(self.torch_device)
 
     def _stream(self) -> Any:
@@ -56,7 +52,7 @@ class CudaDevice:
 
     @property
     def gpu(self) -> str:
-        """The GPU's name as the driver says it."""
+        """The GPU's name as the driver reports it."""
         return torch.cuda.get_device_name(self.torch_device)
 
     @property
@@ -67,7 +63,7 @@ class CudaDevice:
 
     @property
     def cuda_version(self) -> str:
-        """Of the CUDA runtime in this process, which is torch's."""
+        """The version of the CUDA runtime in this process, which is torch's."""
         return str(torch.version.cuda)
 
     @property
@@ -81,11 +77,11 @@ class CudaDevice:
         return int(self.compute.cuda_stream)
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """Torch operations inside go to ``stream``."""
+        """Send the torch operations of the block to ``stream``."""
         return torch.cuda.stream(stream)
 
     def event(self) -> Any:
-        """An event to record on one stream and to wait for on another, or on the host."""
+        """An event that one stream records and another, or the host, waits for."""
         return torch.cuda.Event()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,11 +89,11 @@ class CudaDevice:
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Zeros in host memory that copies can read and write beside computation."""
+        """Zeros in page-locked host memory, so that copies overlap with computation."""
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def combine(self, out: Tensor, x: Tensor, ratio: float, y: Tensor) -> None:
-        """out = x + ratio·y on the current stream, without memory of its own."""
+        """out = x + ratio·y on the current stream; allocates nothing."""
         torch.add(x, y, alpha=ratio, out=out)
 
     def synchronize(self) -> None:
@@ -105,13 +101,13 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``work`` enqueues on the compute stream; nothing runs yet.
+        """Record what ``work`` enqueues on the compute stream, without running it.
 
-        The caller has run ``work`` once and synchronised, and keeps its buffers: the
+        The caller has run ``work`` once and synchronised. It keeps the buffers, because the
         recording holds their addresses.
 
         Returns:
-            Enqueues the recording on the compute stream.
+            A function that enqueues the recording on the compute stream.
 
         Raises:
             CaptureError: something in ``work`` cannot be captured.
@@ -124,16 +120,12 @@ class CudaDevice:
                 work()
         except Exception as error:
             torch.cuda.set_stream(before)  # torch leaves its own when ending the capture fails
-            with contextlib.suppress(Exception):  # reports the failed capture once more
+            with contextlib.suppress(Exception):  # it reports the failed capture a second time
                 torch.cuda.synchronize(self.torch_device)
-            raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise CaptureError(f"{type(error).__name__}: {first_line(error)[:200]}") from error
 
         def replay() -> None:
             with torch.cuda.stream(self.compute):
                 graph.replay()
 
         return replay
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["?"])[0][:200]

@@ -1,9 +1,9 @@
 """Whole trajectories on a device, without a host round trip between their steps.
 
-A :class:`Program` enqueues single evaluations; :class:`DeviceLoop` chains them over two
-buffers that take turns, captures all of them in one CUDA graph, and moves noise and
-pictures beside the computation. The TensorRT, ONNX Runtime and PyTorch engines differ only
-in their program.
+A :class:`Program` enqueues single evaluations. :class:`DeviceLoop` chains them over two
+alternating buffers, captures the chain in one CUDA graph, and overlaps the copies of noise and
+pictures with the computation. The TensorRT, ONNX Runtime and PyTorch engines differ only in
+their program.
 """
 
 from __future__ import annotations
@@ -23,34 +23,30 @@ from lutdeploy.sampling import Batch, Images
 
 logger = logging.getLogger(__name__)
 
-IN_FLIGHT = 2  # batches of which one computes while the other's copies and pictures are made
+IN_FLIGHT = 2  # batches: one computes while the other is copied
 
 
 class Program(Protocol):
-    """The evaluations of one schedule at one batch size, ready to be enqueued.
+    """The evaluations of one schedule at one batch size, ready to be enqueued."""
 
-    ``evaluations`` is 1 for a graph that holds the whole trajectory. ``capturable`` is
-    false for a runtime that allocates or synchronises on its way.
-    """
-
-    evaluations: int
-    capturable: bool
+    evaluations: int  # 1 for a graph that holds the whole trajectory
+    capturable: bool  # false for a runtime that allocates or synchronises while it runs
 
     def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
-        """Evaluation k on the device's compute stream; all float32 [B, C, S, S]."""
+        """Enqueue evaluation k on the device's compute stream; all float32 [B, C, S, S]."""
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """float32 [B, C, S, S] in [−1, 1] (clipped) to uint8 [B, S, S, C].
+    """Convert float32 [B, C, S, S] in [−1, 1] (clipped) to uint8 [B, S, S, C].
 
-    The same operations in the same order as :func:`lutdeploy.images.to_uint8`, so the same bits.
+    It repeats the operations of :func:`lutdeploy.images.to_uint8`, so it gives the same bits.
     """
     scaled = images.clamp(-1, 1).mul_(127.5).add_(127.5).round_()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class _Slot:
-    """The buffers of one batch in flight: noise on its way in, a picture on its way out."""
+    """The buffers of one batch in flight, on the host and on the device."""
 
     def __init__(self, device: CudaDevice, batch: int, shape: tuple[int, int, int]) -> None:
         channels, height, width = shape
@@ -73,7 +69,7 @@ class DeviceLoop:
         program: its evaluations.
         batch: B, images per pass; smaller batches are padded.
         shape: (C, S, S).
-        ratios: d/c of each evaluation (:func:`lutdeploy.sampling.history`); none means 0.
+        ratios: d/c of each evaluation (:func:`lutdeploy.sampling.history`); empty means all 0.
     """
 
     def __init__(
@@ -97,7 +93,7 @@ class DeviceLoop:
         self._run = self._prepare()
 
     def _prepare(self) -> Callable[[], None]:
-        """Enqueue everything once, as lazy initialisation demands, then capture it."""
+        """Enqueue everything once, so that nothing initialises lazily later, then capture it."""
         with self.device.on(self.device.compute):
             for tensor in (*self._x, *self._x0):
                 tensor.zero_()
@@ -121,7 +117,7 @@ class DeviceLoop:
                 old, new = k % 2, (k + 1) % 2
                 history = self._x0[old]
                 if self._ratios[k] and self._history is not None:
-                    # What this evaluation will overwrite is still the x0 before the last.
+                    # The buffer that this evaluation overwrites still holds x0_prev2.
                     history = self._history
                     self.device.combine(history, self._x0[old], self._ratios[k], self._x0[new])
                 self.program.enqueue(k, self._x[old], history, self._x[new], self._x0[new])
@@ -133,11 +129,11 @@ class DeviceLoop:
         return self._x[self.program.evaluations % 2]
 
     def start(self, noise: Images, pixels: bool) -> _Slot:
-        """Enqueue a batch: its upload, the trajectory, the download. The host does not wait.
+        """Enqueue a batch: upload, trajectory, download. The host does not wait.
 
         Args:
             noise: float32 [n, C, S, S], n ≤ B.
-            pixels: bring uint8 pictures back, else float32 images.
+            pixels: return uint8 pictures, else float32 images.
         """
         slot, device = self._slots.popleft(), self.device
         slot.count, slot.pixels = len(noise), pixels
@@ -162,7 +158,11 @@ class DeviceLoop:
         return slot
 
     def finish(self, slot: _Slot) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Wait for a started batch: its images or pictures, and which of them are finite."""
+        """Wait for a started batch.
+
+        Returns:
+            float32 [n, C, S, S] or uint8 [n, S, S, C], and which of them are finite, bool [n].
+        """
         slot.downloaded.synchronize()
         images = slot.host_images[slot.pixels][: slot.count].numpy().copy()
         finite = slot.host_finite[: slot.count].numpy().copy()
@@ -170,14 +170,14 @@ class DeviceLoop:
         return images, finite
 
     def release(self, slot: _Slot) -> None:
-        """Take a slot back with which the device has finished."""
+        """Take back a slot that the device has finished with."""
         self._slots.append(slot)
 
 
 def evaluate(
     device: CudaDevice, program: Program, k: int, x: Images, x0_prev: Images
 ) -> tuple[Images, Images]:
-    """A single evaluation from host to host: (x_next, x0), each float32 [B, C, S, S]."""
+    """Run one evaluation from host to host: (x_next, x0), each float32 [B, C, S, S]."""
     with device.on(device.compute):
         tensors = [device.empty(x.shape) for _ in range(4)]
         for tensor, array in zip(tensors, (x, x0_prev), strict=False):
@@ -193,16 +193,16 @@ def run_batches(
     batches: Iterable[Batch],
     pixels: bool,
 ) -> Iterator[tuple[Batch, NDArray[Any], NDArray[np.bool_]]]:
-    """Run batches in order; while one computes, the next one's noise is made and uploaded.
+    """Run batches in order. While one computes, the next one's noise is made and uploaded.
 
     Args:
         device: of all the loops.
-        loop_for: the loop for so many images.
+        loop_for: returns the loop for a number of images.
         batches: (indices, noise) each.
         pixels: yield uint8 pictures, else float32 images.
 
     Yields:
-        The batch, its images or pictures, and which of them are finite, bool [n].
+        The batch and what :meth:`DeviceLoop.finish` returns for it.
     """
     pending: deque[tuple[Batch, DeviceLoop, _Slot]] = deque()
 
@@ -219,25 +219,25 @@ def run_batches(
             pending.append((batch, loop, loop.start(batch[1], pixels)))
         while pending:
             yield finish()
-    finally:  # also when nobody wants the rest: no buffer may go before the device is done
+    finally:  # also when the caller stops early: the device still uses the buffers
         device.synchronize()
         for _, loop, slot in pending:
             loop.release(slot)
 
 
 def split_batches(batches: Iterable[Batch], largest: int) -> Iterator[Batch]:
-    """The same images in the same order, at most ``largest`` at a time."""
+    """The same images in the same order, at most ``largest`` in a batch."""
     for indices, noise in batches:
         for start in range(0, len(noise), largest):
             yield indices[start : start + largest], noise[start : start + largest]
 
 
 class Loops:
-    """The loops of one schedule: made for a batch size when it comes, reused where they fit.
+    """The loops of one schedule, each made when a batch of its size first comes.
 
     Args:
-        make: a new loop for a batch size.
-        smallest: the least batch that the engine takes.
+        make: makes a loop for a batch size.
+        smallest: the smallest batch that the engine takes.
     """
 
     def __init__(self, make: Callable[[int], DeviceLoop], smallest: int = 1) -> None:
@@ -247,8 +247,8 @@ class Loops:
     def __call__(self, count: int) -> DeviceLoop:
         """The loop for ``count`` images.
 
-        A last, smaller batch is padded into a loop at hand when that wastes less than half
-        of the work: capturing another costs more.
+        A smaller batch is padded into an existing loop where that wastes at most half of the
+        work: capturing another loop costs more.
         """
         fitting = [size for size in self._loops if count <= size <= 2 * count]
         size = min(fitting, default=max(count, self._smallest))

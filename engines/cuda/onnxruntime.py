@@ -1,4 +1,4 @@
-"""ONNX Runtime on a GPU: bound device buffers, its own CUDA graphs, its own engine cache.
+"""ONNX Runtime on a GPU: bound device buffers and the provider's own CUDA graphs.
 
 Its runs cannot be captured from outside (they may allocate and synchronise), so the provider
 captures a graph of each evaluation itself, and :class:`lutdeploy.engines.cuda.loop.DeviceLoop`
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,22 +20,22 @@ from torch import Tensor
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.engines.cuda.denoiser import COEFFICIENTS, DeviceDenoiser
 from lutdeploy.engines.cuda.device import CudaDevice
-from lutdeploy.engines.onnxruntime import PROVIDERS, OnnxRuntimeDenoiser
-from lutdeploy.errors import BackendError
+from lutdeploy.engines.onnxruntime import CUDA, OnnxRuntimeDenoiser, execution_provider
+from lutdeploy.errors import BackendError, first_line
 from lutdeploy.signature import graph_signature
 
 
 class OnnxRuntimeProgram:
     """An export's sessions at one batch size, with every tensor bound to its place.
 
-    A provider replays its graph with the addresses that it saw, so the coefficients of a step
-    are copied to one place before it.
+    The provider replays a graph with the addresses that it captured, so each step's coefficients
+    are copied to the same place before it runs.
 
     Args:
         sessions: holds the sessions, on ``device``.
         device: where the tensors are.
         batch: B.
-        steps: rows of the coefficient schedule of a "step" export.
+        steps: of the schedule that a "step" export follows.
         graph_ids: numbers for the provider's graphs; None keeps it from capturing.
     """
 
@@ -52,44 +51,41 @@ class OnnxRuntimeProgram:
         self.capturable = False
         self._graph, self._graph_ids = sessions.manifest.graph, graph_ids
         self.evaluations = steps if self._graph == "step" else len(sessions.manifest.graphs)
-        self._table = device.empty((steps, len(COEFFICIENTS), batch))
-        self._row = [device.empty((batch,)) for _ in COEFFICIENTS]
+        self._coefficients = device.empty((steps, len(COEFFICIENTS), batch))
+        self._current = [device.empty((batch,)) for _ in COEFFICIENTS]
         self._bound: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def set_coefficients(self, values: NDArray[np.float32]) -> None:
         """See :class:`lutdeploy.engines.cuda.denoiser.ExportProgram`."""
         with self.device.on(self.device.compute):
-            self._table.copy_(torch.from_numpy(values))
+            self._coefficients.copy_(torch.from_numpy(values))
 
     def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
-        """See :class:`lutdeploy.engines.cuda.loop.Program`.
-
-        Raises:
-            BackendError: what ONNX Runtime says.
-        """
+        """See :class:`lutdeploy.engines.cuda.loop.Program`."""
         index = k if self._graph == "per-step" else 0
         session = self.sessions.session(index)
         if self._graph == "step":
-            for place, row in zip(self._row, self._table[k], strict=True):
-                place.copy_(row)
+            for place, value in zip(self._current, self._coefficients[k], strict=True):
+                place.copy_(value)
         tensors = {"x": x, "x0_prev": x0_prev, "x_next": x_next, "x0": x0}
         key = (index, *(tensor.data_ptr() for tensor in tensors.values()))
         if key not in self._bound:
             if self._graph == "loop":
                 tensors = {"noise": x, "image": x_next}
-            tensors |= dict(zip(COEFFICIENTS, self._row, strict=True))
+            tensors |= dict(zip(COEFFICIENTS, self._current, strict=True))
             self._bound[key] = self._bind(session, index, tensors)
         binding, options = self._bound[key]
         try:
             session.run_with_iobinding(binding, options)
         except Exception as error:  # its exceptions derive from RuntimeError or from nothing
-            first = (str(error).splitlines() or ["?"])[0]
-            raise BackendError(f"ONNX Runtime failed in evaluation {k}: {first[:200]}") from error
+            raise BackendError(
+                f"ONNX Runtime failed in evaluation {k}: {first_line(error)[:200]}"
+            ) from error
 
     def _bind(
         self, session: ort.InferenceSession, index: int, tensors: dict[str, Tensor]
     ) -> tuple[Any, Any]:
-        """Every tensor of graph ``index`` at its address, and the options of a run with them."""
+        """Bind every tensor of graph ``index``; the binding and the options to run it with."""
         manifest, binding = self.sessions.manifest, session.io_binding()
         signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, index)
         place = (self.device.torch_device.type, self.device.index)
@@ -103,7 +99,7 @@ class OnnxRuntimeProgram:
         options = ort.RunOptions()
         # The loop waits for its own events; a wait after each step would empty the queue.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        graph_id = next(self._graph_ids) if self._graph_ids else -1  # -1: no graph of this one
+        graph_id = next(self._graph_ids) if self._graph_ids else -1  # -1: capture nothing
         options.add_run_config_entry("gpu_graph_id", str(graph_id))
         return binding, options
 
@@ -113,29 +109,20 @@ class OnnxRuntimeDeviceDenoiser(DeviceDenoiser):
 
     Args:
         manifest: of the export folder.
-        provider: "cuda", "tensorrt" or an execution provider's name.
+        provider: "cuda" or an execution provider's name.
         device: the GPU.
-        cache: where the TensorRT provider keeps its engines; None: nowhere.
-
-    Raises:
-        ArtefactError, BackendError: as :class:`OnnxRuntimeDenoiser`.
     """
 
-    def __init__(
-        self, manifest: Manifest, provider: str, device: CudaDevice, cache: Path | None = None
-    ) -> None:
+    def __init__(self, manifest: Manifest, provider: str, device: CudaDevice) -> None:
         super().__init__(manifest.config, manifest.graph, manifest.schedule, device)
         self._graph_ids = itertools.count(1)
-
-        def options(k: int) -> dict[str, str]:
-            return provider_options(PROVIDERS.get(provider, provider), manifest, k, device, cache)
-
+        options = provider_options(execution_provider(provider), device)
         self._sessions = OnnxRuntimeDenoiser(manifest, provider, provider_options=options)
 
     def make_program(self, batch: int, steps: int, alone: bool) -> OnnxRuntimeProgram:
         """See :class:`DeviceDenoiser`."""
-        ids = None if alone else self._graph_ids
-        return OnnxRuntimeProgram(self._sessions, self.device, batch, steps, ids)
+        graph_ids = None if alone else self._graph_ids
+        return OnnxRuntimeProgram(self._sessions, self.device, batch, steps, graph_ids)
 
     def close(self) -> None:
         """Free loops and sessions when the GPU has finished."""
@@ -148,29 +135,17 @@ class OnnxRuntimeDeviceDenoiser(DeviceDenoiser):
         return self._sessions.identity
 
 
-def provider_options(
-    provider: str, manifest: Manifest, k: int, device: CudaDevice, cache: Path | None
-) -> dict[str, str]:
-    """What an execution provider is told for graph k of an export.
+def provider_options(provider: str, device: CudaDevice) -> dict[str, str]:
+    """The options of an execution provider on a device.
 
-    Our stream, the provider's own CUDA graphs (addresses and shapes are fixed), float32 that
-    is not TF32. TensorRT's engine cache knows graph names and input shapes but no weights, and
-    the names of our graphs are all alike, so its prefix carries the export's hash.
+    Our stream, the provider's own CUDA graphs (addresses and shapes are fixed), and float32
+    that is not TF32.
     """
-    shared = {"device_id": str(device.index), "user_compute_stream": str(device.stream_handle)}
-    if provider == PROVIDERS["cuda"]:
-        return {**shared, "enable_cuda_graph": "1", "use_tf32": "0"}
-    if provider != PROVIDERS["tensorrt"]:
+    if provider != CUDA:
         return {}
-    options = {**shared, "trt_cuda_graph_enable": "1"}
-    if cache is None:
-        return options
-    cache.mkdir(parents=True, exist_ok=True)
     return {
-        **options,
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(cache),
-        "trt_engine_cache_prefix": f"{manifest.weights_sha256[:16]}-{k:03d}",
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(cache),
+        "device_id": str(device.index),
+        "user_compute_stream": str(device.stream_handle),
+        "enable_cuda_graph": "1",
+        "use_tf32": "0",
     }

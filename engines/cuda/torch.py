@@ -1,7 +1,7 @@
-"""PyTorch's own step in half or full precision as a program on a device.
+"""PyTorch on a device in half or full precision, eager or compiled.
 
-The network is the one that is exported, with its rewrites and float32 islands, so it shows
-what a GPU does without TensorRT: eager or compiled, with and without a CUDA graph.
+It runs the network that is exported, with its rewrites and float32 islands, so it shows what a
+GPU does without TensorRT.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TorchProgram:
         module: a StepGraph on the device, compiled or not.
         device: where it runs.
         batch: B.
-        steps: rows of the coefficient schedule.
+        steps: of the schedule.
         capturable: whether the loop should be captured in a CUDA graph.
     """
 
@@ -35,29 +35,29 @@ class TorchProgram:
     ) -> None:
         self.batch, self.evaluations, self.capturable = batch, steps, capturable
         self._module, self._device = module, device
-        self._table = device.empty((steps, len(COEFFICIENTS), batch))
+        self._coefficients = device.empty((steps, len(COEFFICIENTS), batch))
 
     def set_coefficients(self, values: NDArray[np.float32]) -> None:
         """See :class:`lutdeploy.engines.cuda.denoiser.ExportProgram`."""
         with self._device.on(self._device.compute):
-            self._table.copy_(torch.from_numpy(values))
+            self._coefficients.copy_(torch.from_numpy(values))
 
     @torch.inference_mode()
     def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
         """See :class:`lutdeploy.engines.cuda.loop.Program`."""
-        following, prediction = self._module(x, *self._table[k], x0_prev)
+        following, prediction = self._module(x, *self._coefficients[k], x0_prev)
         x_next.copy_(following)
         x0.copy_(prediction)
 
 
 class TorchDeviceDenoiser(DeviceDenoiser):
-    """A model in PyTorch on a device, whole trajectories at a time.
+    """A model in PyTorch on a device, a whole trajectory at a time.
 
     Args:
         model: float32, on the CPU.
         device: where it runs.
         precision: "fp16" with the export's islands, or "fp32".
-        compile: with torch.compile.
+        compile: use torch.compile.
         graph: capture the trajectory in a CUDA graph.
     """
 

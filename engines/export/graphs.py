@@ -1,11 +1,11 @@
-"""From a PyTorch model to ONNX: exact rewrites, FP16 islands, three kinds of graph.
+"""From a PyTorch model to ONNX, in three kinds of graph.
 
-``step``      one row of any solver schedule: x, t, a, b, c, x0_prev → x_next, x0
-``per-step``  one graph per row of one schedule, t and the coefficients inside
+``step``      one step of any schedule: x, t, a, b, c, x0_prev → x_next, x0
+``per-step``  a graph for each step of one schedule, with t and the coefficients inside
 ``loop``      a whole schedule in one graph: noise → image
 
-Every kind shares one network, :class:`lutdeploy.fused.FusedNetwork`, traced by torch.export;
-all the graphs of an export share one external weights file.
+All kinds share one network, :class:`lutdeploy.fused.FusedNetwork`, traced by torch.export. The
+graphs of an export share one external weights file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 import lutdeploy
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest, hash_files
+from lutdeploy.artefacts.quantization_record import Quantization
 from lutdeploy.artefacts.run import Run
-from lutdeploy.errors import ArtefactError, ConfigError
+from lutdeploy.errors import ArtefactError, ConfigError, first_line
 from lutdeploy.fused import FixedStepGraph, StepGraph, TimeBias
 from lutdeploy.model import LutTransformer
 from lutdeploy.schedule import Schedule, Step
@@ -48,7 +49,8 @@ OPSET = 20
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096  # of each tensor in the weights file, so that it can be mapped
 
-ROW = ("time_bias", "a", "b", "c")  # initializers of a fixed step graph that differ by step
+# Initializers of the "per-step" graphs that differ from step to step.
+STEP_VALUES = ("time_bias", "a", "b", "c")
 
 # What stays float32 in an fp16 export. A test reads the dtypes back from the graph.
 ISLANDS = (
@@ -59,7 +61,7 @@ ISLANDS = (
     "lut: entries, outer products of a dynamic LUT, product with the weights",
     "sampler: a·x + b·x0 + c·x0_prev",
 )
-# What stays float32 in an int8 export, beside the products that its manifest names.
+# What stays float32 in an int8 export, besides the matmuls that its manifest names.
 INT8_ISLANDS = (
     *(island for island in ISLANDS if not island.startswith("head")),
     "stem: patch convolution",
@@ -70,16 +72,11 @@ INT8_ISLANDS = (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What to export. ``schedule`` is None for the ``step`` graph, which follows any schedule.
-
-    Raises:
-        ConfigError: unknown kind or precision, a schedule where none belongs, or int8 with another
-            graph than "step".
-    """
+    """What to export. Impossible combinations raise a ConfigError."""
 
     graph: str = "step"
     precision: str = "fp32"
-    schedule: Schedule | None = None
+    schedule: Schedule | None = None  # None for "step", which follows any schedule
 
     def __post_init__(self) -> None:
         if self.graph not in GRAPHS:
@@ -100,16 +97,13 @@ class ExportPlan:
         return f"{self.graph}-{self.precision}{schedule}"
 
 
-# PyTorch to ONNX.
-
-
 def _trace(module: nn.Module, signature: Signature, constants: dict[str, Tensor]) -> ir.Model:
-    """Export a module with the signature's names; the batch is the only dynamic axis.
+    """Export a module to ONNX. Only the batch axis is dynamic.
 
     Args:
         module: takes the inputs of the signature and ``constants`` as keyword arguments.
-        signature: names of inputs and outputs.
-        constants: arguments that become initializers of the graph, with their first values.
+        signature: names and shapes of inputs and outputs.
+        constants: arguments that become initializers of the graph, and their values.
     """
     batch = torch.export.Dim(BATCH)
     inputs = {spec.name: torch.rand(2, *spec.row) for spec in signature.inputs}
@@ -118,7 +112,7 @@ def _trace(module: nn.Module, signature: Signature, constants: dict[str, Tensor]
         warnings.simplefilter("ignore")  # deprecations inside the exporter itself
         logger = logging.getLogger("torch.onnx._internal.exporter._registration")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # it reports every optional package that is absent
+        logger.setLevel(logging.ERROR)  # it warns of every optional package that is absent
         try:
             program = torch.onnx.export(
                 module.eval(),
@@ -146,19 +140,19 @@ def _trace(module: nn.Module, signature: Signature, constants: dict[str, Tensor]
 
 
 def _scope(node: ir.Node) -> str:
-    """The module path of a node, as the exporter recorded it: ``blocks.3``, ``head``, …"""
-    parts = node.metadata_props.get("namespace", "").split("/")
-    paths = [part.split(":")[0].strip() for part in parts[1:-1]]  # without root and operator
+    """The path of the module that made a node: ``blocks.3``, ``head``, …"""
+    parts = node.metadata_props.get("namespace", "").split("/")  # "root: …/path: class/…/operator"
+    paths = [part.split(":")[0].strip() for part in parts[1:-1]]
     deepest = paths[-1] if paths else ""
     return deepest.removeprefix("network").lstrip(".")
 
 
 def _tidy(model: ir.Model, kept: set[str]) -> None:
-    """Name nodes after the module they come from and drop traces of the exporting machine.
+    """Name nodes after their modules and drop what the exporter recorded about this machine.
 
     Args:
         model: changed in place.
-        kept: names of initializers that are weights; the others are the exporter's constants.
+        kept: names of the initializers that are weights; the others are the exporter's constants.
     """
     scope, counts, lut = "", dict[str, int](), None
     for node in model.graph:
@@ -167,7 +161,7 @@ def _tidy(model: ir.Model, kept: set[str]) -> None:
         counts[kind] = counts.get(kind, 0) + 1
         node.name = f"{kind}_{counts[kind]}"
         node.metadata_props.clear()
-        if scope == "lut":  # the last value of this scope is the dynamic LUT
+        if scope == "lut":  # the last output of this scope is the dynamic LUT
             lut = node.outputs[0]
         for value in node.outputs:
             value.metadata_props.clear()
@@ -179,7 +173,7 @@ def _tidy(model: ir.Model, kept: set[str]) -> None:
     for name, value in list(model.graph.initializers.items()):
         if name in kept:
             value.name = name.removeprefix("network.")
-        elif value.const_value is not None:  # by content: one name is one value in every graph
+        elif value.const_value is not None:  # name it by its content, alike in every graph
             tensor = value.const_value
             text = f"{tensor.dtype} {tensor.shape}".encode() + tensor.tobytes()
             value.name = f"constant_{hashlib.sha256(text).hexdigest()[:12]}"
@@ -190,7 +184,7 @@ def _tidy(model: ir.Model, kept: set[str]) -> None:
 
 
 class WeightsFile:
-    """The one file of large tensors that all graphs of an export point into, by name."""
+    """The file of large tensors that all graphs of an export share."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -204,10 +198,10 @@ class WeightsFile:
         self.file.close()
 
     def move(self, model: ir.Model) -> None:
-        """Move a graph's large initializers here; one that is here already is pointed to."""
+        """Move a graph's large initializers here; a name that is here already is not repeated."""
         for name, value in sorted(model.graph.initializers.items()):
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < 1024 or name.endswith(ROW):
+            if tensor is None or tensor.nbytes < 1024 or name.endswith(STEP_VALUES):
                 continue
             if name not in self.placed:
                 offset = -(-self.file.tell() // ALIGNMENT) * ALIGNMENT
@@ -226,8 +220,8 @@ class WeightsFile:
         self.file.flush()
 
 
-def _row_values(time: TimeBias, row: Step) -> dict[str, Tensor]:
-    """The initializers of a fixed step graph; c only where it is used."""
+def _step_values(time: TimeBias, row: Step) -> dict[str, Tensor]:
+    """The values of ``STEP_VALUES`` for a step: [1, D] and [1]; c only where it is not 0."""
     with torch.no_grad():
         values = {"time_bias": time(torch.tensor([row.t], dtype=torch.float32))}
     for name in ("a", "b", "c") if row.c else ("a", "b"):
@@ -238,7 +232,10 @@ def _row_values(time: TimeBias, row: Step) -> dict[str, Tensor]:
 def _compose(
     prefix: str, row: Step, x0: ir.Value, x0_prev: ir.Value, shared: dict[str, ir.Value]
 ) -> tuple[list[ir.Node], ir.Value]:
-    """:func:`lutdeploy.sampling.history` as nodes: x0 + (d/c)·x0_prev, and its value."""
+    """:func:`lutdeploy.sampling.history` as nodes: x0 + (d/c)·x0_prev; the nodes and their value.
+
+    The constant d/c joins ``shared``.
+    """
     floats = ir.TensorType(ir.DataType.FLOAT)
     name = f"{prefix}history_ratio"
     ratio = ir.tensor(np.array([row.history_ratio], np.float32), name=name)
@@ -251,9 +248,9 @@ def _compose(
 
 
 def _unroll(steps: Iterable[ir.Model], schedule: Schedule, signature: Signature) -> ir.Model:
-    """Chain fixed step graphs into one graph; equal initializers are shared.
+    """Chain "per-step" graphs into one graph that shares their weights.
 
-    Each is copied before the next is asked for, so they may be one graph that changes.
+    Each is copied before the next is taken, so ``steps`` may yield one graph that it changes.
     """
     (noise,), (image,) = signature.inputs, signature.outputs
     floats = ir.TensorType(ir.DataType.FLOAT)
@@ -271,7 +268,7 @@ def _unroll(steps: Iterable[ir.Model], schedule: Schedule, signature: Signature)
             nodes += composed
         values = dict(zip(step.graph.inputs, (x, history), strict=False))
         for name, value in step.graph.initializers.items():
-            key = prefix + name if name in ROW else name
+            key = prefix + name if name in STEP_VALUES else name
             if key not in shared:
                 shared[key] = ir.Value(
                     name=key, type=value.type, shape=value.shape, const_value=value.const_value
@@ -310,15 +307,15 @@ def _unroll(steps: Iterable[ir.Model], schedule: Schedule, signature: Signature)
 
 
 def _fixed_steps(model: LutTransformer, precision: str, schedule: Schedule) -> Iterator[ir.Model]:
-    """The graph of each row; the network is traced once per signature.
+    """The graph of each step. The network is traced once with and once without x0_prev.
 
-    What is yielded is the traced graph itself, which takes the next row's values afterwards.
+    It yields the traced graph itself, and gives it the next step's values afterwards.
     """
     time = TimeBias(model.stem)
     fixed = FixedStepGraph(model, precision)
     traced: dict[bool, ir.Model] = {}
     for row in schedule.rows:
-        previous, values = bool(row.c), _row_values(time, row)
+        previous, values = bool(row.c), _step_values(time, row)
         if previous not in traced:
             signature = fixed_step_signature(model.config, row)
             traced[previous] = _trace(fixed, signature, values)
@@ -328,46 +325,42 @@ def _fixed_steps(model: LutTransformer, precision: str, schedule: Schedule) -> I
         yield traced[previous]
 
 
+def _graphs(model: LutTransformer, plan: ExportPlan) -> Iterator[tuple[str, ir.Model]]:
+    """The file names and graphs of a plan, in step order."""
+    if plan.schedule is None:
+        graph = StepGraph(model, plan.precision)
+        yield "step.onnx", _trace(graph, step_signature(model.config), {})
+        return
+    steps = _fixed_steps(model, plan.precision, plan.schedule)
+    if plan.graph == "per-step":
+        yield from ((f"step-{k:03d}.onnx", graph) for k, graph in enumerate(steps))
+    else:
+        yield "loop.onnx", _unroll(steps, plan.schedule, loop_signature(model.config))
+
+
 def write_graphs(model: LutTransformer, plan: ExportPlan, folder: Path) -> tuple[str, ...]:
     """Write the graphs of a plan and their weights file into an empty folder.
 
     Returns:
         The graphs' file names, in step order.
-
-    Raises:
-        ArtefactError: a graph that the ONNX checker refuses.
     """
-    config, names = model.config, list[str]()
+    names = []
     with WeightsFile(folder / WEIGHTS) as weights:
-
-        def write(graph: ir.Model, name: str) -> None:
+        for name, graph in _graphs(model, plan):
             weights.move(graph)
             ir.save(graph, folder / name)
             names.append(name)
-
-        if plan.schedule is None:
-            write(_trace(StepGraph(model, plan.precision), step_signature(config), {}), "step.onnx")
-        elif plan.graph == "per-step":
-            for k, graph in enumerate(_fixed_steps(model, plan.precision, plan.schedule)):
-                write(graph, f"step-{k:03d}.onnx")
-        else:
-            steps = _fixed_steps(model, plan.precision, plan.schedule)
-            write(_unroll(steps, plan.schedule, loop_signature(config)), "loop.onnx")
     for name in names:
         check_graph(folder / name)
     return tuple(names)
 
 
 def check_graph(path: Path) -> None:
-    """The ONNX checker with strict shape inference, weights file included.
-
-    Raises:
-        ArtefactError: what the checker says.
-    """
+    """Run the ONNX checker with strict shape inference on a graph and its weights file."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ArtefactError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ArtefactError(f"{path}: {first_line(error)}") from error
 
 
 def export_model(
@@ -376,30 +369,27 @@ def export_model(
     run: Run,
     source_sha256: str,
     verify: Callable[[Path], Any] = lambda folder: None,
-    quantize: Callable[[Path], dict[str, Any]] | None = None,
+    quantize: Callable[[Path], Quantization] | None = None,
     tuned: Sequence[Schedule] = (),
 ) -> Path:
-    """Export into the run folder, beside its other exports; an export of this name is replaced.
+    """Export into the run folder, beside its other exports; one of the same name is replaced.
 
     Args:
         model: the float32 model, on the CPU.
         plan: what to export.
         run: the run that gets the export.
         source_sha256: of the model file, for the manifest.
-        verify: called with the finished folder before it takes its place; what it raises
-            ends the export and leaves the run as it was.
-        quantize: of an int8 export, called with the float32 graph's file before the manifest is
-            written; puts the quantised graph in its place and returns the manifest's
-            ``quantization``.
+        verify: is called with the finished folder before it takes its place. An error that it
+            raises ends the export and leaves the run as it was.
+        quantize: for int8, is called with the float32 graph's file before the manifest is written.
+            It quantises the graph in place and returns the record for the manifest.
         tuned: the model's tuned schedules, for the manifest.
 
     Returns:
         The export folder.
     """
     if (quantize is None) == (plan.precision == "int8"):
-        raise ValueError(
-            f"precision {plan.precision} and quantize={quantize} contradict each other"
-        )
+        raise ValueError(f"precision {plan.precision} does not go with quantize={quantize}")
     target = run.export_folder(plan.name)
     with files.staged(target) as stage:
         graphs = write_graphs(model, plan, stage)

@@ -1,6 +1,6 @@
-"""Model weights on disk: our safetensors with the config inside, the author's state dicts.
+"""Model weights on disk: our safetensors files, and the author's state dicts.
 
-The author's layout is in the specification, "The author's checkpoints".
+The specification describes the author's layout under "The author's checkpoints".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lutdeploy.artefacts import files
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, ConfigError, UsageError
+from lutdeploy.errors import ArtefactError, ConfigError, UsageError, first_line
 from lutdeploy.model import LutTransformer
 
 METADATA_KEY = "lutdeploy"
@@ -51,12 +51,7 @@ def save_model(
 
 
 def read_metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and the ``about`` values of a model.safetensors, without its weights.
-
-    Raises:
-        ArtefactError: not a whole safetensors file, or not one of ours.
-        UsageError: no such file.
-    """
+    """The config and the ``about`` values of a model.safetensors; its weights are not read."""
     if not path.is_file():
         raise UsageError(f"{path}: no such model file")
     try:
@@ -74,12 +69,7 @@ def read_metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def load_model(path: Path) -> LutTransformer:
-    """Read a model.safetensors into a float32 model in eval mode, on the CPU.
-
-    Raises:
-        ArtefactError: damaged, foreign, or weights that do not fit the config.
-        UsageError: no such file.
-    """
+    """Read a model.safetensors into a float32 model in eval mode, on the CPU."""
     config, _ = read_metadata(path)
     try:
         with safe_open(path, "pt") as file:
@@ -109,11 +99,8 @@ def _check_shapes(
             raise ArtefactError(f"{what}: key {key} is unknown")
 
 
-# The author's state dicts.
-
-
 def _block_keys(index: int) -> dict[str, tuple[str, ...]]:
-    """Our layer of a block to the author's layers, in the order in which they are stacked."""
+    """The author's layers for each of our layers of a block, in the order of their stacking."""
     at = f"backbone.{index}"
     return {
         "norm1": (f"{at}.norm1",),
@@ -129,7 +116,7 @@ def _first_block(config: ModelConfig) -> int:
 
 
 def _layer_keys(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Every layer with weight and bias: our name to the author's names."""
+    """The author's names for each of our layers that has a weight and a bias."""
     layers: dict[str, tuple[str, ...]] = {
         "stem.time": ("time_mlp.0",),
         "stem.expand": ("expand",),
@@ -144,11 +131,12 @@ def _layer_keys(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     return layers
 
 
-_LINEAR_WITH_US = re.compile(r"(\.attn\.\w+\.0|\.ffw_\d|^projection)\.weight$")
+# The author's 1×1 convolutions [out, in, 1, 1], which are linear layers [out, in] here.
+_POINTWISE = re.compile(r"(\.attn\.\w+\.0|\.ffw_\d|^projection)\.weight$")
 
 
 def to_author_state(model: LutTransformer) -> dict[str, Tensor]:
-    """The model as a state dict in the author's layout; bit-exact, nothing is recomputed."""
+    """The model as a state dict in the author's layout, bit for bit."""
     config, state = model.config, model.state_dict()
     author: dict[str, Tensor] = {}
     if config.lut == "static":
@@ -160,17 +148,13 @@ def to_author_state(model: LutTransformer) -> dict[str, Tensor]:
             parts = state[f"{ours}.{kind}"].chunk(len(theirs))
             for their, part in zip(theirs, parts, strict=True):
                 key = f"{their}.{kind}"
-                pointwise = _LINEAR_WITH_US.search(key) is not None
-                author[key] = part[..., None, None].clone() if pointwise else part.clone()
+                part = part[..., None, None] if _POINTWISE.search(key) else part
+                author[key] = part.clone()
     return author
 
 
 def from_author_state(author: Mapping[str, Tensor], config: ModelConfig) -> LutTransformer:
-    """A float32 model from a state dict in the author's layout; the inverse of the above.
-
-    Raises:
-        ArtefactError: names the first missing, misshapen or unknown key.
-    """
+    """The inverse of :func:`to_author_state`, as a float32 model."""
     model = LutTransformer(config)
     expected = {key: tuple(value.shape) for key, value in to_author_state(model).items()}
     _check_shapes(author, expected, "not a state dict of this model")
@@ -178,7 +162,7 @@ def from_author_state(author: Mapping[str, Tensor], config: ModelConfig) -> LutT
     if config.lut == "static":
         state["lut.entries"] = author["lut"]
     else:
-        state["lut.tokens"] = author["backbone.6.tokens"][0, :, 0].T
+        state["lut.tokens"] = author["backbone.6.tokens"][0, :, 0].T  # [1, D, 1, K] to [K, D]
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     for ours, theirs in _layer_keys(config).items():
         for kind in ("weight", "bias"):
@@ -193,16 +177,13 @@ def infer_author_config(
 ) -> ModelConfig:
     """The config that fits a state dict in the author's layout.
 
-    The shapes tell the LUT kind, widths, depth and K; not the heads and not the activation.
+    The shapes tell the kind of LUT, the widths, the depth and K, but not the heads and the
+    activation.
 
     Args:
         author: the state dict.
         heads: attention heads; 8 in the post.
         weights: "tanh" or "softmax"; by default what the preset of this K uses.
-
-    Raises:
-        ArtefactError: a needed key is missing or has an impossible shape.
-        ConfigError: the sizes and ``heads`` do not go together.
     """
 
     def shape(key: str, dims: int) -> tuple[int, ...]:
@@ -228,7 +209,7 @@ def infer_author_config(
         patch_size=patch,
         channels=channels,
         width=width,
-        depth=len(blocks),  # a gap in the numbers shows as a missing key
+        depth=len(blocks),  # a gap in the numbers shows up as a missing key
         heads=heads,
         lut="dynamic" if dynamic else "static",
         entries=entries,
@@ -239,28 +220,24 @@ def infer_author_config(
 
 
 def read_author_file(path: Path) -> dict[str, Tensor]:
-    """Read a state dict saved with torch.save, executing nothing that it may contain.
-
-    Raises:
-        UsageError: no such file.
-        ArtefactError: code in the pickle, a damaged file, or no flat dict of tensors.
-    """
+    """Read a state dict saved with torch.save without executing code that it may contain."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; the error says enough
+            warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(Unsupported|Trying to load|GLOBAL).*?(?= Please|\n|$)", str(error))
-        reason = found[0] if found else str(error)  # without PyTorch's advice to trust the file
+        reason = found[0] if found else str(error)  # drops PyTorch's advice to trust the file
         raise ArtefactError(
             f"{path} refused: its pickle holds more than tensors, or is damaged, and is not "
             f"executed ({' '.join(reason.split())[:160]})"
         ) from error
     except Exception as error:  # torch.load raises anything on a damaged file
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ArtefactError(f"{path} is damaged or no torch.save file: {first}") from error
+        raise ArtefactError(
+            f"{path} is damaged or no torch.save file: {first_line(error)}"
+        ) from error
     if not isinstance(state, dict) or not state:
         raise ArtefactError(f"{path} holds a {type(state).__name__}, not a state dict")
     for key, value in state.items():
@@ -272,11 +249,7 @@ def read_author_file(path: Path) -> dict[str, Tensor]:
 def import_author_file(
     path: Path, heads: int = 8, weights: str | None = None, image_size: int = 64
 ) -> LutTransformer:
-    """Read one of the author's checkpoints into a float32 model.
-
-    Raises:
-        ArtefactError, ConfigError, UsageError: as the functions above, with the file's name.
-    """
+    """Read one of the author's checkpoints into a float32 model."""
     author = read_author_file(path)
     try:
         config = replace(infer_author_config(author, heads, weights), image_size=image_size)

@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,19 +28,25 @@ def write_atomic(path: Path, data: bytes) -> None:
         OSError: as the system says (a full disk, no permission); ``path`` is then untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         _name(error, path, temporary)
         raise
+
+
+def _beside(path: Path, prefix: str = ".") -> Path:
+    """A new name in the folder of ``path``. What is made there gets the mode that the umask says.
+
+    ``tempfile`` would make it private, and only changing the process's umask tells what it is.
+    """
+    return path.with_name(f"{prefix}{path.name}.{secrets.token_hex(8)}")
 
 
 def clear_leftovers(folder: Path, names: str) -> None:
@@ -57,17 +63,10 @@ def clear_leftovers(folder: Path, names: str) -> None:
             left.unlink()
 
 
-def _name(error: BaseException, path: Path, temporary: str | None = None) -> None:
-    """Tell a failed write which file it was for; a full disk, for one, does not say."""
-    if isinstance(error, OSError) and error.filename in (None, temporary):
+def _name(error: BaseException, path: Path, temporary: Path | None = None) -> None:
+    """Name the file that a failed write was for; a full disk, for one, names none."""
+    if isinstance(error, OSError) and error.filename in (None, str(temporary)):
         error.filename = str(path)
-
-
-def _umask() -> int:
-    """The process's umask; mkstemp ignores it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -189,12 +188,13 @@ def staged(target: Path) -> Iterator[Path]:
             os.replace(old / target.name, target)
         shutil.rmtree(old)
     clear_leftovers(target.parent, target.name)
-    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    stage = _beside(target)
+    stage.mkdir()
     try:
         yield stage
-        os.chmod(stage, 0o777 & ~_umask())
         if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}."))
+            old = _beside(target, ".old-")
+            old.mkdir()
             os.replace(target, old / target.name)
             os.replace(stage, target)
             shutil.rmtree(old)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from lutdeploy.artefacts import files
+from lutdeploy.artefacts.quantization_record import Quantization
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, LutDeployError
 from lutdeploy.schedule import Schedule
@@ -46,7 +46,7 @@ class Manifest(
     source_sha256: str
     graphs: tuple[str, ...]
     files: dict[str, FileRecord]
-    quantization: dict[str, Any] | None = None  # of an int8 export: engines/export/int8.py
+    quantization: Quantization | None = None  # of an int8 export
     tuned: tuple[Schedule, ...] = ()  # the model's tuned schedules when it was exported
 
     @property
@@ -98,10 +98,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     values = files.read_json(path)
     try:
-        if values.pop("format") != MANIFEST_FORMAT:
+        if (found := values.pop("format")) != MANIFEST_FORMAT:
             raise ArtefactError(
-                f"{path} is of another format than this version reads ({MANIFEST_FORMAT}); "
-                "export again"
+                f"{path} has format {found!r}, this version reads {MANIFEST_FORMAT}; export again"
             )
         values |= {"config": ModelConfig.from_dict(values["config"]), "folder": folder}
         manifest = msgspec.convert(values, Manifest)

@@ -1,8 +1,8 @@
-"""The folder that `lutdeploy sample` fills: pictures, manifest.jsonl, resumption.
+"""The folder that `lutdeploy sample` fills: pictures and manifest.jsonl.
 
-A picture's line in manifest.jsonl is written before the picture takes its name, and a
-picture with a line is never written again. So a run that is stopped at any moment is
-completed by the same command, and what is there stays as it is, byte for byte.
+A picture's line in manifest.jsonl is written before the picture takes its name, and a picture that
+has a line is never written again. So the same command completes a run that was stopped at any
+moment, and what is there stays as it is, byte for byte.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lutdeploy.schedule import Schedule
 MANIFEST = "manifest.jsonl"
 FORMATS = ("png", "npz")
 EXTRAS = ("grid.png", "trajectory.png", "trajectory.gif")
-WAITING_BATCHES = 2  # encoded beside the computation; bounded, so memory is flat in n
+WAITING_BATCHES = 2  # that may wait for the encoder; the bound keeps memory flat in n
 GRID_IMAGES = 256
 DIGITS = 6  # at least, in a picture's name
 
@@ -46,7 +46,7 @@ DIGITS = 6  # at least, in a picture's name
 def settings(
     identity: dict[str, Any], schedule: Schedule, seed: int, file_format: str
 ) -> dict[str, Any]:
-    """What decides a picture besides its index; stands in every line of the manifest."""
+    """What decides a picture besides its index; every line of the manifest holds it."""
     made = {
         **identity,
         "solver": schedule.solver,
@@ -55,16 +55,16 @@ def settings(
         "seed": seed,
         "format": file_format,
     }
-    if schedule.grid != "uniform":  # folders of earlier versions, without the key, stay the same
+    if schedule.grid != "uniform":  # without the key, as in the folders of earlier versions
         times = ",".join(map(repr, schedule.times)).encode()
         made |= {"grid": schedule.grid, "times_sha256": hashlib.sha256(times).hexdigest()}
     return made
 
 
 def _encode(image: NDArray[Any], file_format: str) -> bytes:
-    """One image [C, S, S]: an 8-bit PNG, or its float32 values as ``image`` in an npz.
+    """Encode an image [C, S, S] as an 8-bit PNG, or as array ``image`` of an npz.
 
-    For a PNG, uint8 pixels [S, S, C] will do.
+    For a PNG it may also be uint8 pixels [S, S, C].
     """
     if file_format == "png":
         return images.encode_png(image if image.dtype == np.uint8 else images.to_uint8(image))
@@ -74,7 +74,7 @@ def _encode(image: NDArray[Any], file_format: str) -> bytes:
 
 
 def _numbered(stem: str) -> bool:
-    """Whether a file may be one of this command's pictures, by its name without the ending."""
+    """Whether a file name without its suffix is that of one of this command's pictures."""
     return len(stem) >= DIGITS and stem.isdigit()
 
 
@@ -94,8 +94,9 @@ class SampleFolder:
             )
 
     def _read(self, manifest: Path) -> None:
+        text = manifest.read_text(encoding="utf-8", errors="replace")
         whole: list[str] = []
-        for line in manifest.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in text.splitlines():
             try:
                 values = json.loads(line)
                 index = int(values.pop("index"))
@@ -114,15 +115,14 @@ class SampleFolder:
                 )
             self.lines.add(index)
             whole.append(line + "\n")
-        text = "".join(whole)
-        if text != manifest.read_text(encoding="utf-8", errors="replace"):
-            files.write_atomic(manifest, text.encode())
+        if "".join(whole) != text:
+            files.write_atomic(manifest, "".join(whole).encode())
 
     def name(self, index: int) -> str:
         return f"{index:0{DIGITS}d}.{self.settings['format']}"
 
     def missing(self, n: int) -> list[int]:
-        """Which of images 0 … n−1 are not there yet."""
+        """Those of images 0 … n−1 that are not there yet."""
         return [
             index
             for index in range(n)
@@ -130,7 +130,7 @@ class SampleFolder:
         ]
 
     def progress(self, n: int) -> str:
-        """For someone whose run ended early."""
+        """One line for a person whose run ended early."""
         there = n - len(self.missing(n))
         return f"{there} of {n} images are in {self.path}; the same command makes the others"
 
@@ -148,11 +148,7 @@ class SampleFolder:
             os.replace(temporary, self.path / name)
 
     def read(self, index: int) -> images.Pixels:
-        """A stored picture as uint8 [S, S, C].
-
-        Raises:
-            ArtefactError: it is gone or damaged.
-        """
+        """A stored picture as uint8 [S, S, C]."""
         path = self.path / self.name(index)
         try:
             data = path.read_bytes()
@@ -160,13 +156,13 @@ class SampleFolder:
                 with np.load(io.BytesIO(data)) as arrays:
                     return images.to_uint8(arrays["image"])
             return images.decode_png(data)
-        except Exception as error:  # the decoders raise almost anything on bad bytes
+        except Exception as error:  # decoders raise almost anything on bad bytes
             raise ArtefactError(
                 f"{path} is damaged; delete it, and the same command makes it again"
             ) from error
 
     def write_extra(self, name: str, data: bytes) -> Path:
-        """Write one of the pictures about the pictures, unless it is there as it should be."""
+        """Write one of ``EXTRAS``, unless it is there with the same bytes."""
         path = self.path / name
         if not path.is_file() or path.read_bytes() != data:
             files.write_atomic(path, data)
@@ -177,17 +173,16 @@ class SampleFolder:
 def open_folder(
     path: Path, wanted: dict[str, Any], overwrite: bool = False
 ) -> Iterator[SampleFolder]:
-    """Lock a folder, check that it fits ``wanted``, and clear it first if told to.
+    """Lock a folder and check that its pictures have the ``wanted`` settings.
 
-    Raises:
-        UsageError: it is a file, not writable, in use, or holds other pictures.
+    A folder that is in use or holds other pictures is a UsageError; ``overwrite`` clears it.
     """
     files.output_folder(path)
     with files.lock(path, "`lutdeploy sample`"):
         for name in (MANIFEST, *EXTRAS):
             files.clear_leftovers(path, name)
         for suffix in FORMATS:
-            for left in path.glob(f".[0-9]*.{suffix}"):  # a picture whose writer was killed
+            for left in path.glob(f".[0-9]*.{suffix}"):  # pictures whose writer was killed
                 left.unlink()
         if overwrite:
             _clear(path)
@@ -195,7 +190,7 @@ def open_folder(
 
 
 def _clear(path: Path) -> None:
-    """Remove what this command makes, and nothing else."""
+    """Remove what `lutdeploy sample` makes, and nothing else."""
     for entry in path.iterdir():
         stem, _, suffix = entry.name.lstrip(".").partition(".")
         ours = entry.name in (MANIFEST, *EXTRAS) or (_numbered(stem) and suffix in FORMATS)
@@ -208,14 +203,10 @@ def _clear(path: Path) -> None:
 def fill(
     folder: SampleFolder, denoiser: Denoiser, schedule: Schedule, n: int, batch: int
 ) -> Iterator[int]:
-    """Make what is missing of images 0 … n−1, yielding how many each batch finished.
+    """Make the missing ones of images 0 … n−1; yields how many each batch finished.
 
-    Encoding runs in a thread beside the next batch's computation.
-
-    Raises:
-        UsageError: the denoiser holds other steps.
-        NonFiniteError: names step and image.
-        OSError: a full disk, say; what is written stays.
+    A thread encodes them while the next batch computes. What is written stays when an error
+    ends this.
     """
     check_schedule(denoiser, schedule)
     missing, seed = folder.missing(n), folder.settings["seed"]
@@ -241,11 +232,7 @@ def write_grid(folder: SampleFolder, n: int) -> Path:
 def write_trajectory(
     folder: SampleFolder, denoiser: Denoiser, schedule: Schedule, n: int, png: bool, gif: bool
 ) -> list[Path]:
-    """trajectory.png (noise on top, every fourth step below) and trajectory.gif, of 8 images.
-
-    Raises:
-        UsageError: a loop export, which shows nothing between noise and image.
-    """
+    """trajectory.png (noise on top, every fourth step below) and trajectory.gif, of 8 images."""
     if denoiser.whole_trajectory:
         raise UsageError("a loop export shows no steps; use a step or per-step export for this")
     noise = batch_noise(folder.settings["seed"], range(min(n, 8)), denoiser.config.image_shape)

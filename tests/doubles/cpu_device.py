@@ -60,7 +60,6 @@ class CpuDevice(CudaDevice):
         self.name, self.capture_fails = gpu, capture_fails
         self._compute_capability = compute_capability
         self.capturing, self.captures, self.replays = False, 0, 0
-        self.used: list[Any] = []  # the streams, in the order of their use
 
     @property
     def gpu(self) -> str:
@@ -79,7 +78,6 @@ class CpuDevice(CudaDevice):
 
     @contextlib.contextmanager
     def on(self, stream: Any) -> Iterator[None]:
-        self.used.append(stream)
         yield
 
     def event(self) -> CpuEvent:
