@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from lutdeploy.config import ModelConfig, model_config
 from lutdeploy.errors import UsageError
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import Denoiser
+from lutdeploy.schedule import solver_schedule
 from lutdeploy.training.data import draw_set, load_folder
 from lutdeploy.training.evaluation.data import (
     RealImages,
@@ -86,7 +86,11 @@ def drawn(tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> Any:
-    return json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    return files.read_json(folder / EVALUATION)
+
+
+def split_of(data: Path, trained: Trained | None) -> RealImages:
+    return load_real(str(data), None, 64, 3, trained)
 
 
 # The command
@@ -116,15 +120,14 @@ def test_a_run_end_to_end(trained: Path, data: Path, tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:)', text)  # nothing is loaded
     assert text.count("data:image/png;base64,") == 2 + 16 + 16
 
-    again = succeed("evaluate", run, *options, "--out", tmp_path / "again")  # --data is known
-    assert again.exit_code == 0
+    succeed("evaluate", run, *options, "--out", tmp_path / "again")  # --data is known
     assert read(tmp_path / "again") == found
 
 
 def test_a_folder_of_samples_equals_the_run(trained: Path, data: Path, tmp_path: Path) -> None:
     succeed("sample", trained, "-n", 18, "--steps", 2, "--out", tmp_path / "s")
     succeed("evaluate", tmp_path / "s", "--data", data, "--json", tmp_path / "x" / "s.json")
-    found = json.loads((tmp_path / "x" / "s.json").read_text(encoding="utf-8"))
+    found = files.read_json(tmp_path / "x" / "s.json")
     assert not (tmp_path / "s" / EVALUATION).exists()
     assert (tmp_path / "s" / EVALUATION_PAGE).is_file()
     assert found["settings"]["steps"] == 2 and found["settings"]["pictures"] == 18
@@ -186,10 +189,7 @@ def test_interrupted_or_full_disk_keeps_what_was_there(
 
 
 def test_too_few_pictures(trained: Path, data: Path, drawn: Path, tmp_path: Path) -> None:
-    (tmp_path / "few").mkdir()
-    for k in range(10):
-        shutil.copy(drawn / f"{k:06d}.png", tmp_path / "few")
-    few = tmp_path / "few"
+    few = write_pictures(tmp_path / "few", faces(10, seed=1))
     assert "10 images are too few; at least 16" in fail(2, "evaluate", few, "--data", data)
     assert "-n 8: 8 images are too few" in fail(2, "evaluate", trained, "-n", 8)
     assert "half of the real images: 5 images" in fail(2, "evaluate", drawn, "--data", few)
@@ -217,7 +217,9 @@ def test_unreadable_pictures_are_skipped_and_named(drawn: Path, data: Path) -> N
     assert "no picture is readable; first: " in fail(2, "evaluate", drawn, "--data", data)
 
 
-def test_folders_without_pictures(tmp_path: Path, data: Path, drawn: Path) -> None:
+def test_folders_without_pictures_and_files_without_features(
+    tmp_path: Path, data: Path, drawn: Path
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     line = fail(2, "evaluate", empty, "--data", data)
@@ -227,6 +229,9 @@ def test_folders_without_pictures(tmp_path: Path, data: Path, drawn: Path) -> No
     assert "no such folder of images" in fail(2, "evaluate", drawn, "--data", tmp_path / "no")
     assert "no such run" in fail(2, "evaluate", tmp_path / "no", "--data", data)
     assert "--data is needed" in fail(2, "evaluate", drawn)
+    features = tmp_path / "inception.pth"
+    features.write_bytes(b"no weights")
+    assert "inception.pth" in fail(1, "evaluate", drawn, "--data", data, "--features", features)
 
 
 def test_results_that_belong_nowhere(
@@ -249,12 +254,6 @@ def test_options_of_a_run_beside_a_folder(
 ) -> None:
     line = fail(2, "evaluate", drawn, "--data", data, *option)
     assert f"{option[0]} is for a RUN; {drawn} holds pictures" in line
-
-
-def test_damaged_features_file(drawn: Path, data: Path, tmp_path: Path) -> None:
-    path = tmp_path / "inception.pth"
-    path.write_bytes(b"no weights")
-    assert "inception.pth" in fail(1, "evaluate", drawn, "--data", data, "--features", path)
 
 
 @pytest.mark.parametrize("module", ["torchmetrics.image.fid", "jinja2"])
@@ -299,7 +298,7 @@ def test_with_a_torchvision_for_another_torch(drawn: Path, data: Path, tmp_path:
 
 
 def test_the_split_is_the_one_of_the_training(trained: Path, data: Path) -> None:
-    real = load_real(str(data), None, 64, 3, Trained.of_run(Run(trained)))
+    real = split_of(data, Trained.of_run(Run(trained)))
     chosen, held = load_folder(data, 64).split(0.33, 5)
     everything = load_folder(data, 64).images
     np.testing.assert_array_equal(real.training, everything[chosen])
@@ -312,13 +311,13 @@ def test_a_split_that_nothing_vouches_for_warns(trained: Path, data: Path, tmp_p
     values = files.read_json(run.settings)
     more = write_pictures(tmp_path / "more", faces(70))
     files.write_json(run.settings, {**values, "data": str(more)})
-    real = load_real(str(more), None, 64, 3, Trained.of_run(run))
+    real = split_of(more, Trained.of_run(run))
     assert "the model saw 43" in real.warnings[0]
     files.write_json(run.settings, {**values, "held_out": 0.0})
-    real = load_real(str(data), None, 64, 3, Trained.of_run(run))
+    real = split_of(data, Trained.of_run(run))
     assert "held nothing out" in real.warnings[0] and len(real.held_out) == 3
     files.write_json(run.settings, {**values, "data": "synthetic"})
-    real = load_real(str(data), None, 64, 3, Trained.of_run(run))
+    real = split_of(data, Trained.of_run(run))
     assert real.warnings == () and "the model was trained on synthetic" in real.split
 
 
@@ -329,12 +328,12 @@ def test_a_model_of_the_package_knows_its_split(
     training = {"held_out": 0.33, "seed": 5, "training_images": 43}
     monkeypatch.setattr("lutdeploy.artefacts.shipped.facts", lambda name: {"training": training})
     path = shipped.model_path()
-    real = load_real(str(data), None, 64, 3, Trained.of_model(path))
+    real = split_of(data, Trained.of_model(path))
     chosen, held = load_folder(data, 64).split(0.33, 5)
     assert (len(real.training), len(real.held_out)) == (len(chosen), len(held)) == (43, 21)
     assert real.warnings == () and "as in the model's training" in real.split
     training["training_images"] = 44
-    real = load_real(str(data), None, 64, 3, Trained.of_model(path))
+    real = split_of(data, Trained.of_model(path))
     assert "the model saw 44" in real.warnings[0] and "split here" in real.split
 
 
@@ -356,17 +355,13 @@ def test_compare_sets_is_repeatable_and_zero_for_itself() -> None:
         compare_sets(a[:8], b[:8], extractor)
 
 
-def test_copies_raise_the_alarm_of_memorisation() -> None:
+def test_copies_and_collapse_raise_their_alarms() -> None:
     real = RealImages(faces(64), faces(20, seed=1), "")
     copies = np.concatenate([real.training[:10], real.training[10:20, ..., ::-1]])
     found = evaluate(copies, real, MEANS)
     assert sum("memorisation: 100.0% of the samples" in alarm for alarm in found.alarms) == 2
     assert found.memorisation[0].closest[0].distance == 0
     assert not evaluate(faces(20, seed=2), real, MEANS).alarms
-
-
-def test_one_picture_again_and_again_raises_the_alarm_of_collapse() -> None:
-    real = RealImages(faces(64), faces(20, seed=1), "")
     found = evaluate(np.repeat(faces(1, seed=2), 20, axis=0), real, MEANS)
     assert any(alarm.startswith("collapse: ") for alarm in found.alarms)
 
@@ -384,12 +379,9 @@ class Recalling:
         return model_config("static-tanh-64", "tiny")
 
     def predict_x0(self, x: sampling.Images, t: NDArray[np.float32]) -> sampling.Images:
-        level = t[:, None, None, None]
-        found = []
-        for state, at in zip(x, level, strict=True):
-            distances = np.square(at * self.known - state).mean((1, 2, 3))
-            found.append(self.known[distances.argmin()])
-        return np.stack(found)
+        pairs = zip(x, t, strict=True)
+        distances = [np.square(at * self.known - x_t).mean((1, 2, 3)) for x_t, at in pairs]
+        return self.known[np.argmin(distances, axis=1)]
 
 
 def test_a_model_that_knows_its_training_images_raises_the_alarm_of_overfitting() -> None:
@@ -416,8 +408,6 @@ def test_x0_errors_are_the_mean_squares(golden_runs: Runs) -> None:
 
 def test_samples_in_memory_are_those_of_the_folder(tmp_path: Path, golden_runs: Runs) -> None:
     run = golden_runs("static-tanh-64")
-    from lutdeploy.schedule import solver_schedule
-
     denoiser = TorchDenoiser(golden_model("static-tanh-64"))
     drawn = draw_samples(denoiser, 5, solver_schedule("euler", 2), seed=3, batch=2)
     common = ("-n", 5, "--steps", 2, "--seed", 3, "--batch", 2)
@@ -439,12 +429,9 @@ def test_too_few_held_out_images_are_said(data: Path) -> None:
     found = evaluate(faces(16, seed=2), none, MEANS, denoiser)
     assert found.errors is None and found.memorisation[0].held_out is None
     assert "no held-out images: no x0 error curve" in found.notes
-
-
-def test_held_out_images_that_were_trained_on_are_said() -> None:
-    training = faces(40)
-    found = evaluate(faces(16, seed=2), RealImages(training, training[:16], ""), MEANS)
-    assert "some held-out images are training images, to the last pixel" in found.notes
+    seen = RealImages(real.training, real.training[:16], "")
+    note = "some held-out images are training images, to the last pixel"
+    assert note in evaluate(faces(16, seed=2), seen, MEANS).notes
 
 
 def test_only_inception_is_called_fid() -> None:

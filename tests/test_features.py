@@ -99,6 +99,9 @@ def test_features_depend_on_each_image_alone(faces: Pixels) -> None:
     extractor = open_extractor()
     features = extractor(faces[:70])  # more than a batch
     assert features.shape == (70, feature_network.FEATURES) and features.dtype == np.float32
+    assert extractor.sha256 == feature_network.SHA256
+    for name in (extractor.name, extractor.frechet_name, extractor.kernel_name):
+        assert "lutdeploy features" in name and "FID" not in name and "KID" not in name
     np.testing.assert_allclose(extractor(faces[66:68]), features[66:68], atol=1e-4)
 
 
@@ -109,13 +112,6 @@ def test_features_of_other_sizes_and_of_grey(faces: Pixels) -> None:
     assert np.abs(extractor(twice) - same).mean() < 0.5 * np.abs(other - same).mean()
     grey = faces[:4, :1]
     np.testing.assert_array_equal(extractor(grey), extractor(grey.repeat(3, axis=1)))
-
-
-def test_own_distances_are_never_called_fid(faces: Pixels) -> None:
-    extractor = open_extractor()
-    assert extractor.sha256 == feature_network.SHA256
-    for name in (extractor.name, extractor.frechet_name, extractor.kernel_name):
-        assert "lutdeploy features" in name and "FID" not in name and "KID" not in name
 
 
 def test_own_weights_are_verified(tmp_path: Path) -> None:

@@ -73,15 +73,11 @@ def test_options_and_overrides_make_the_settings(said: list[str]) -> None:
     [(999, "g++", False), (1000, "g++", True), (1000, None, False)],
 )
 def test_long_runs_compile_where_there_is_a_compiler(
-    steps: int,
-    compiler: str | None,
-    compiles: bool,
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    steps: int, compiler: str | None, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: compiler)
-    settings = new_settings(request(compile="auto", steps=steps), said.append)
-    assert settings.compile == compiles
+    said: list[str] = []
+    assert new_settings(request(compile="auto", steps=steps), said.append).compile == compiles
     assert bool(said) == (compiler is None)
 
 
@@ -166,11 +162,11 @@ def test_a_description_names_unreadable_files_and_slow_bf16(said: list[str]) -> 
     assert "0.25 × the speed of float32; --precision fp32" in said[22]
 
 
-def test_processes_that_share_a_cpu_have_no_peak() -> None:
-    several = Processes("cpu")
-    assert session.peak_of(several, "fp32", lambda device, precision: 5.0) == 5
-    several.count = 2
-    assert session.peak_of(several, "fp32", lambda device, precision: 5.0) is None
+@pytest.mark.parametrize(("count", "peak"), [(1, 5), (2, None)])
+def test_processes_that_share_a_cpu_have_no_peak(count: int, peak: float | None) -> None:
+    processes = Processes("cpu")
+    processes.count = count
+    assert session.peak_of(processes, "fp32", lambda device, precision: 5.0) == peak
 
 
 def test_a_signal_is_a_request_and_a_second_an_interrupt(run: Run) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,14 @@ SYNTHETIC_IMAGES = 2048
 OnProgress = Callable[[int, int], None]  # how many are done, of how many
 
 
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
+def _generator(seed: int, index: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed | index << 64))
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Decoded images and the files that could not be decoded."""
@@ -36,7 +44,7 @@ class ImageSet:
 
         At least one image stays for training.
         """
-        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(self.images))
+        order = _generator(seed).permutation(len(self.images))
         held = min(round(fraction * len(order)), len(order) - 1)
         return np.sort(order[held:]), np.sort(order[:held])
 
@@ -91,17 +99,14 @@ def load_folder(
     channels: int = 3,
     memory_limit: int | None = None,
     scratch: Path | None = None,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> ImageSet:
     """Decode every image below a folder; unreadable ones are skipped and named.
 
     Args:
-        folder: searched recursively.
-        size, channels: of the result.
         memory_limit: bytes of pixels above which they live in a file, not in memory; half
             of the machine's memory by default.
         scratch: where that file is made; the system's temporary folder by default.
-        on_progress: called with the number of files done and their total.
     """
     files = find_images(folder)
     limit = psutil.virtual_memory().total // 2 if memory_limit is None else memory_limit
@@ -118,17 +123,14 @@ def load_folder(
             return f"{path}: {type(error).__name__}: {reason}"[:300]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = iter(files)
-        done = 0
-        while chunk := list(islice(pending, 1024)):  # bounded: decoded images wait in memory
-            for result in pool.map(attempt, chunk):
+        for start in range(0, len(files), 1024):  # bounded: decoded images wait in memory
+            for result in pool.map(attempt, files[start : start + 1024]):
                 if isinstance(result, str):
                     skipped.append(result)
                 else:
                     pixels[kept] = result
                     kept += 1
-                done += 1
-                on_progress(done, len(files))
+                on_progress(kept + len(skipped), len(files))
     if not kept:
         raise UsageError(
             f"{folder}: none of {len(files)} image files is readable; first: {skipped[0]}"
@@ -142,8 +144,7 @@ def draw_set(
     """Drawn cat faces, uint8 [count, C, size, size]; image i depends on (seed, i) alone."""
     images = np.empty((count, channels, size, size), np.uint8)
     for index in range(count):
-        generator = np.random.Generator(np.random.Philox(key=seed | index << 64))
-        picture = draw_cat(generator, size)
+        picture = draw_cat(_generator(seed, index), size)
         pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
         images[index] = pixels if channels == 1 else np.moveaxis(pixels, -1, 0)
     return ImageSet(images, ())
@@ -154,7 +155,7 @@ def load_images(
     size: int,
     channels: int,
     scratch: Path | None = None,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> ImageSet:
     """The images that --data names: a folder's (:func:`load_folder`), or drawn for "synthetic"."""
     if source == "synthetic":
@@ -168,16 +169,8 @@ def batch_indices(count: int, batch: int, seed: int, start: int) -> Iterator[NDA
     The batch of a step is a function of (seed, step) alone, so a resumed run continues
     exactly: ``start`` is the step to begin at.
     """
-    epoch, order = -1, np.empty(0, np.intp)
-    step = start
+    epoch, place = divmod(start * batch, count)
+    orders = (_generator(seed, k + 1).permutation(count) for k in itertools.count(epoch))
+    positions = itertools.islice(itertools.chain.from_iterable(orders), place, None)
     while True:
-        picked = np.empty(batch, np.intp)
-        for j in range(batch):
-            wanted, place = divmod(step * batch + j, count)
-            if wanted != epoch:
-                epoch = wanted
-                key = seed | (epoch + 1) << 64
-                order = np.random.Generator(np.random.Philox(key=key)).permutation(count)
-            picked[j] = order[place]
-        yield picked
-        step += 1
+        yield np.fromiter(itertools.islice(positions, batch), np.intp, batch)

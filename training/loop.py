@@ -131,7 +131,6 @@ def train(
     data: ImageSet,
     run: Run,
     *,
-    device: str = "cpu",
     processes: Processes | None = None,
     resume: bool = False,
     cadence: Cadence | None = None,
@@ -141,18 +140,14 @@ def train(
     """Train, yielding after every step.
 
     Args:
-        settings: what decides the numbers.
-        data: from :mod:`lutdeploy.training.data`.
         run: where everything is written; the caller holds its lock.
-        device: a torch device.
-        processes: those that train together; this one alone by default.
+        processes: those that train together; this one alone, on the CPU, by default.
         resume: continue from the run's training state, if it has one yet.
-        cadence: how often to write.
         should_stop: asked after every step; true in any process saves and ends.
         peak: FLOP/s of matrix products in the settings' precision, of all processes together.
     """
     cadence = cadence or Cadence()
-    processes = processes or Processes(device)
+    processes = processes or Processes("cpu")
     place, part = processes.device, processes.part(settings.batch)
     perceptual = load_perceptual(place) if settings.perceptual == "lpips" else None
     chosen, held = data.split(settings.held_out, settings.seed)
@@ -198,12 +193,11 @@ def train(
         held_out = None
         with clock.paused():
             if len(held) and (ends or state.step % cadence.held_out == 0):
-                held_out = state.choose(
-                    [
-                        held_out_loss(average, held_pixels, settings, place, perceptual)
-                        for average in state.averages
-                    ]
+                losses = (
+                    held_out_loss(average, held_pixels, settings, place, perceptual)
+                    for average in state.averages
                 )
+                held_out = state.choose(list(losses))
             if processes.writes:
                 if ends or state.step % cadence.checkpoint == 0:
                     state.save(run, len(chosen))
@@ -246,9 +240,8 @@ class _Clock:
 
     def read(self, step: int) -> None:
         now = time.perf_counter()
-        rate = (
-            (step - self._step) * self.settings.batch / max(now - self._start - self._pauses, 1e-9)
-        )
+        seconds = max(now - self._start - self._pauses, 1e-9)
+        rate = (step - self._step) * self.settings.batch / seconds
         self.images_per_second = round(rate, 1)
         if self.peak is not None:
             self.of_peak = round(self.settings.training_flops() * rate / self.peak, 3)

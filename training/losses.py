@@ -28,12 +28,8 @@ def sample_timesteps(n: int, settings: TrainSettings, generator: torch.Generator
 def denoising_loss(x0: Tensor, x: Tensor, t: Tensor, velocity_floor: float | None) -> Tensor:
     """mean (x0−x)², or with a floor mean (x0−x)²/max(1−t, floor)².
 
-    The latter is the error of the velocity (x0−x_t)/(1−t), kept finite near t = 1.
-
-    Args:
-        x0, x: predicted and clean images, [B, C, S, S].
-        t: timesteps, [B].
-        velocity_floor: the smallest 1−t that counts, or None.
+    The latter is the error of the velocity (x0−x_t)/(1−t), kept finite near t = 1. Predicted x0
+    and clean x are [B, C, S, S], timesteps t [B].
     """
     squared = (x0 - x).square().mean(dim=(1, 2, 3))  # [B]
     if velocity_floor is not None:
@@ -93,18 +89,12 @@ class Objective(nn.Module):
             block.dropout = settings.dropout
 
     def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The loss, float32.
-
-        Args:
-            x: clean images in [−1, 1], [B, C, S, S].
-            noise: N(0, I) of the same shape.
-            t: timesteps in [0, 1], [B].
-        """
+        """The loss, float32, of clean images x [B, C, S, S] in [−1, 1]; noise N(0, I), t [B]."""
         settings, model = self.settings, self.model
         at = t[:, None, None, None]
         x_t = at * x + (1 - at) * noise
-        autocast = settings.precision == "bf16"
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+        bf16 = settings.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             x0 = model(x_t, t).float()
         loss = denoising_loss(x0, x, t, settings.velocity_floor)
         if self.perceptual is not None:

@@ -7,7 +7,7 @@ depend on their number. Accelerate joins them and averages their gradients.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +71,10 @@ class JoinedProcesses(Processes):
         self.device = self._accelerator.device
 
     def join(self, module: nn.Module) -> nn.Module:
-        joined: nn.Module = self._accelerator.prepare_model(module)
-        return joined
+        return cast(nn.Module, self._accelerator.prepare_model(module))
 
     def mean(self, values: Tensor) -> Tensor:
-        mean: Tensor = self._accelerator.reduce(values, "mean")
-        return mean
+        return cast(Tensor, self._accelerator.reduce(values, "mean"))
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
@@ -88,10 +86,6 @@ def is_first() -> bool:
 
 
 def open_processes(device: str) -> Processes:
-    """This process, joined with the others where torchrun started several.
-
-    Args:
-        device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
-    """
+    """This process on "cpu" or "cuda", joined with the others where torchrun started several."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return JoinedProcesses(device) if several else Processes(device)

@@ -30,23 +30,15 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line of `lutdeploy train` asks for.
+    """What the command line of `lutdeploy train` asks for."""
 
-    Attributes:
-        given: names of the options that stand there; the others have their defaults.
-        overrides: FIELD=VALUE of --set.
-        compile: "auto", "on" or "off".
-        warm_restart: see :func:`extended`.
-        fields: the options that are fields of TrainSettings; None or () is the recipe's value.
-    """
-
-    given: frozenset[str]
+    given: frozenset[str]  # options that stand there; the others have their defaults
     preset: str
     size: str
-    overrides: tuple[str, ...]
-    compile: str
-    warm_restart: bool
-    fields: dict[str, Any]
+    overrides: tuple[str, ...]  # FIELD=VALUE of --set
+    compile: str  # "auto", "on" or "off"
+    warm_restart: bool  # see extended()
+    fields: dict[str, Any]  # of TrainSettings; None or () is the recipe's value
 
 
 def choose_device(name: str) -> str:
@@ -128,16 +120,15 @@ def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     if "compile" in request.given and request.compile != "auto":
         asked.append(("--compile", request.compile, "on" if settings.compile else "off"))
     given = {name: request.fields[name] for name in request.fields if name in request.given}
-    changes = {name: given.pop(name) for name in ("data", "steps") if name in given}
+    data, steps = given.pop("data", settings.data), given.pop("steps", settings.steps)
     for name, value in given.items():
         plain = list(value) if isinstance(value, tuple) else value
         asked.append((f"--{name.replace('_', '-')}", plain, values[name]))
     for name, value, held in asked:
         if value != held:
             raise UsageError(f"{name} {value}: {run.path} was started with {held}")
-    steps = changes.pop("steps", settings.steps)
     reached = read_position(run).step if run.training_state.is_file() else 0
-    settings = msgspec.structs.replace(settings, **changes)
+    settings = msgspec.structs.replace(settings, data=data)
     return extended(settings, steps, reached, request.warm_restart, note)
 
 
@@ -148,15 +139,8 @@ def extended(
 
     By default the rate goes on as in a run that had this length from the beginning, which is a
     jump where the run had nearly ended. A warm restart (Loshchilov & Hutter 2017) goes through
-    warm-up and decay again, over the steps that are left.
-
-    Args:
-        settings: with the old last step.
-        steps: the new one.
-        reached: steps that are done.
-        warm_restart: restart where the run is made longer. Asked for again at the same length, as
-            by a command that is repeated after a kill, it changes nothing.
-        note: gets the old and the new rate.
+    warm-up and decay again, over the steps that are left after those ``reached``. Asked for again
+    at the same length, as by a command repeated after a kill, it changes nothing.
     """
     longer = steps > settings.steps
     if warm_restart and not settings.cosine:
@@ -188,8 +172,7 @@ def describe(
 ) -> None:
     """Say what is trained on what, which files were skipped, and where bfloat16 does not pay.
 
-    Args:
-        bf16_speedup: measures the speed of bfloat16 on this CPU in multiples of float32's.
+    ``bf16_speedup`` measures the speed of bfloat16 on this CPU in multiples of float32's.
     """
     model, device = settings.model, processes.device.type
     note(
@@ -214,8 +197,7 @@ def peak_of(
 ) -> float | None:
     """FLOP/s of matrix products, all processes together; None where they share a CPU.
 
-    Args:
-        matmul_peak: measures it for one process, from device and precision.
+    ``matmul_peak`` measures it for one process, from device and precision.
     """
     device = processes.device.type
     if device == "cpu" and processes.count > 1:

@@ -63,36 +63,29 @@ def best_schedule(path: Path) -> Schedule:
 
 def facts(
     settings: TrainSettings,
-    parameters: int,
     about: dict[str, Any],
     sampled: dict[str, Evaluation],
     best: str,
     real: RealImages,
     extractor: Extractor,
 ) -> dict[str, Any]:
-    """What NAME.json holds; ``sampled``: an evaluation for each schedule."""
-    first = sampled[best]
+    """What NAME.json holds of the training and of an evaluation for each schedule."""
     training = msgspec.to_builtins(settings)
     del training["data"]  # a path of this machine
+    training |= {name: about[name] for name in ("step", "images_seen", "ema")}
+    training |= {"training_images": len(real.training), "held_out_images": len(real.held_out)}
+    first, reference = (msgspec.to_builtins(sampled[k]) for k in (best, REFERENCE.describe()))
     return {
-        "parameters": parameters,
-        "training": {
-            **training,
-            "step": about["step"],
-            "images_seen": about["images_seen"],
-            "ema": about["ema"],
-            "training_images": len(real.training),
-            "held_out_images": len(real.held_out),
-        },
+        "training": training,
         "sampling": {"steps": best, "seed": 0},
         "features": {"name": extractor.name, "sha256": extractor.sha256},
-        "metrics": msgspec.to_builtins(first.rows[0].metrics),
-        "floor": msgspec.to_builtins(first.rows[1].metrics),
-        "reference_metrics": msgspec.to_builtins(sampled[REFERENCE.describe()].rows[0].metrics),
-        "x0_errors": msgspec.to_builtins(first.errors),
-        "memorisation": msgspec.to_builtins(first.memorisation),
-        "likeness": msgspec.to_builtins(first.likeness),
-        "alarms": list(first.alarms),
+        "metrics": first["rows"][0]["metrics"],
+        "floor": first["rows"][1]["metrics"],
+        "reference_metrics": reference["rows"][0]["metrics"],
+        "x0_errors": first["errors"],
+        "memorisation": first["memorisation"],
+        "likeness": first["likeness"],
+        "alarms": list(first["alarms"]),
     }
 
 
@@ -106,9 +99,8 @@ def card(name: str, values: dict[str, Any]) -> str:
     if values["sampling"]["steps"] == REFERENCE.describe():
         del rows[1]
     preset = ModelConfig.from_dict(values["training"]["model"]).preset()
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(name=name, rows=rows, preset=preset, **values)
 
 
@@ -138,8 +130,7 @@ def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: 
     path = write_weights(run, name)
     model = checkpoint.load_model(path)
     _, about = checkpoint.read_metadata(path)
-    config = model.config
-    size, channels = config.image_size, config.channels
+    size, channels = model.config.image_size, model.config.channels
     real = load_real(data or settings.data, None, size, channels, Trained.of_run(run))
     extractor = open_extractor()
     denoiser = TorchDenoiser(model, "cpu")
@@ -151,13 +142,12 @@ def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: 
         judged = denoiser if schedule == best else None  # x0 errors need no schedule
         sampled[schedule.describe()] = evaluate(samples, real, extractor, judged)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    values = facts(settings, parameters, about, sampled, best.describe(), real, extractor)
-    values["remark"] = remark
+    found = facts(settings, about, sampled, best.describe(), real, extractor)
+    values = {"parameters": parameters, **found, "remark": remark}
     files.write_json(path.with_suffix(".json"), values)
     files.write_atomic(docs / f"{name}.md", card(name, values).encode())
     grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))
-    found = {"samples": grid, **pictures.of_model(model)}
-    for kind, picture in found.items():
+    for kind, picture in {"samples": grid, **pictures.of_model(model)}.items():
         files.write_atomic(docs / f"{name}.{kind}.png", images.encode_png(picture))
     click.echo(path)
 

@@ -1,10 +1,9 @@
 """The first weights of a model that starts as a copy of its input: x0 = x_t.
 
-A patch transformer that starts from noise spends most of its training on learning to copy:
-near t = 1 the clean image is almost there, and the model still paints a blur of it. Here it
-copies from the first step. The stem writes the principal components of the patches into the
-channels that the rotary position turns least, the head reads them, the LUT holds the same
-components, and the blocks add nothing yet. What is left to learn is how x0 differs from x_t.
+A patch transformer that starts from noise spends most of its training on learning to copy.
+Here it copies from the first step: the stem writes the principal components of the patches into
+the channels that the rotary position turns least, the head reads them, the LUT holds the same
+components, and the blocks add nothing yet.
 
 The amplitude of a component is the coefficient that a weight of ±1 paints. Softmax weights
 cannot be negative; there entries of both signs hold each component.
@@ -55,11 +54,7 @@ def least_rotated_channels(config: ModelConfig, count: int) -> Tensor:
 
 
 def principal_directions(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The principal components of patches about 0, the largest first.
-
-    Args:
-        patches: float64 [n, C·P·P].
-        count: how many, at most C·P·P.
+    """The principal components of patches, float64 [n, C·P·P], about 0, the largest first.
 
     Returns:
         Orthonormal directions [count, C·P·P], and the patches' deviation along each, [count].
@@ -98,9 +93,8 @@ def separable_directions(
 def start_as_copy(model: LutTransformer, images: Tensor) -> None:
     """Set the weights so that x0 is x_t, within what the LUT's entries and the channels can hold.
 
-    Args:
-        model: on the CPU; not one with a dynamic LUT and softmax weights.
-        images: uint8 [n, C, S, S], whose patches are decomposed.
+    The model is on the CPU, without a dynamic LUT under softmax weights. The patches of the
+    images, uint8 [n, C, S, S], are decomposed.
     """
     config = model.config
     patches = image_to_tiles(images.float().div_(127.5).sub_(1), config).flatten(0, 1).double()
@@ -145,8 +139,7 @@ def _set_stem(model: LutTransformer, directions: Tensor, channels: Tensor) -> No
     stem.patch.weight[channels] = 0
     assert stem.patch.bias is not None
     stem.patch.bias[channels] = 0
-    kernels = directions.float().unflatten(1, (c, p, p))
-    stem.patch.weight[channels, :c] = kernels
+    stem.patch.weight[channels, :c] = directions.float().unflatten(1, (c, p, p))
 
 
 def _set_softmax_pairs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from lutdeploy.training.evaluation.features import Extractor
-    from lutdeploy.training.evaluation.subject import Subject
+    from lutdeploy.training.evaluation.subject import Request, Subject
 
 
 @click.command("evaluate")
 @engine_request("[RUN|DIR]")
 @click.option(
-    "--data",
-    help="Folder of real images, or 'synthetic'. Default: what the run was trained on.",
+    "--data", help="Folder of real images, or 'synthetic'. Default: what the run was trained on."
 )
 @click.option("--held-out", type=PATH, help="Folder of images that the model never saw.")
 @click.option(
@@ -69,19 +69,19 @@ def command(
     extractor = open_extractor(features, device if device.startswith("cuda") else "cpu")
     path, batch = engine.path, engine.batch or 64
     if subjects.holds_pictures(path):
-        plain = EngineRequest(path, batch=engine.batch, device=engine.device)
-        if engine != plain or schedule != ScheduleRequest():
-            raise UsageError(
-                f"options of an engine or a schedule are for a RUN; {path} holds pictures that "
-                "are made"
-            )
+        plain = asdict(EngineRequest(path, batch=batch, device=engine.device))
+        asked = {**asdict(engine), **asdict(schedule)}  # where nothing was said: plain, or None
+        for name, value in asked.items():
+            if value != plain.get(name):
+                option = "time-grid" if name == "grid" else name
+                raise UsageError(f"--{option} is for a RUN; {path} holds pictures that are made")
         if data is None:
             raise UsageError("--data is needed: a folder of real images, or 'synthetic'")
-        folder = subjects.prepare_results(out or path, json_file)
-        asked = subjects.Request(count, data, held_out, seed, batch)
+        request = subjects.Request(count, data, held_out, seed, batch, out or path, json_file)
+        subjects.prepare_results(request)
         with progress_bar() as bar:
-            subject = subjects.read_pictures(path, asked, _lines(bar), note)
-        _finish(subject, extractor, seed, folder, json_file)
+            subject = subjects.read_pictures(path, request, _lines(bar), note)
+        _finish(subject, extractor, request)
         return
     trained = Trained.of_model(path)
     data = data or (trained.data if trained else None)
@@ -90,8 +90,9 @@ def command(
     run = None if shipped.is_shipped(path) else locate(path).run
     if out is None and run is None and not shipped.is_shipped(path):
         raise UsageError(f"{path} belongs to no run folder; --out names a folder for the results")
-    folder = subjects.prepare_results(out or find_run(path, note).path, json_file)
-    asked = subjects.Request(count, data, held_out, seed, batch)
+    folder = out or find_run(path, note).path
+    request = subjects.Request(count, data, held_out, seed, batch, folder, json_file)
+    subjects.prepare_results(request)
     with open_engine(engine, note) as denoiser:
         if not engine.unverified:
             require_passed(path, denoiser.identity, note)
@@ -101,9 +102,9 @@ def command(
         title = str(run.path) if run else path.stem
         with progress_bar() as bar:
             subject = subjects.sample_pictures(
-                denoiser, followed, trained, title, origin, asked, _lines(bar), note
+                denoiser, followed, trained, title, origin, request, _lines(bar), note
             )
-        _finish(subject, extractor, seed, folder, json_file)
+        _finish(subject, extractor, request)
 
 
 def _lines(bar: Progress) -> Callable[[str, int, int], None]:
@@ -118,23 +119,16 @@ def _lines(bar: Progress) -> Callable[[str, int, int], None]:
     return update
 
 
-def _finish(
-    subject: Subject, extractor: Extractor, seed: int, folder: Path, json_file: Path | None
-) -> None:
+def _finish(subject: Subject, extractor: Extractor, request: Request) -> None:
     """Measure, show, write."""
     from lutdeploy.training.evaluation.evaluate import evaluate
     from lutdeploy.training.evaluation.subject import write_results
 
     with progress_bar("what") as bar:
         task = bar.add_task("evaluate", total=None, what="")
+        compared = subject.pixels, subject.real, extractor, subject.denoiser
         found = evaluate(
-            subject.pixels,
-            subject.real,
-            extractor,
-            subject.denoiser,
-            seed,
-            subject.notes,
-            on_phase=lambda what: bar.update(task, what=what),
+            *compared, request.seed, subject.notes, lambda what: bar.update(task, what=what)
         )
     show_evaluation(found, extractor)
-    click.echo(write_results(found, subject, extractor, seed, folder, json_file))
+    click.echo(write_results(found, subject, extractor, request))

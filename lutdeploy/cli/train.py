@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from lutdeploy.training.loop import Progress
 
 
-@click.command("train")
+@click.command("train", context_settings={"show_default": True})
 @click.option("--data", help="Folder of images (nested PNG, JPEG, WebP), or 'synthetic'.")
-@click.option(
-    "--preset", type=click.Choice(tuple(PRESETS)), default="static-tanh-64", show_default=True
-)
-@click.option("--size", type=click.Choice(tuple(SIZES)), default="small", show_default=True)
+@click.option("--preset", type=click.Choice(tuple(PRESETS)), default="static-tanh-64")
+@click.option("--size", type=click.Choice(tuple(SIZES)), default="small")
 @click.option(
     "--set",
     "overrides",
@@ -40,11 +38,9 @@ if TYPE_CHECKING:
     help="With --resume and more --steps: warm up and decay the learning rate again, over the "
     "steps that are left. Default: the rate of a run of so many steps from the beginning.",
 )
-@click.option(
-    "--recipe", type=click.Choice(("modern", "post")), default="modern", show_default=True
-)
-@click.option("--steps", type=POSITIVE, default=5000, show_default=True)
-@click.option("--batch", type=POSITIVE, default=64, show_default=True)
+@click.option("--recipe", type=click.Choice(("modern", "post")), default="modern")
+@click.option("--steps", type=POSITIVE, default=5000)
+@click.option("--batch", type=POSITIVE, default=64)
 @SEED
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Default: the recipe's.")
 @click.option("--t-mean", type=float, help="μ of logit t. Default: the recipe's.")
@@ -59,23 +55,19 @@ if TYPE_CHECKING:
     "--held-out",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.05,
-    show_default=True,
     help="Fraction of the images that is never trained on.",
 )
 @click.option("--perceptual", type=click.Choice(("none", "lpips")), help="Default: the recipe's.")
-@click.option("--precision", type=click.Choice(("fp32", "bf16")), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(("fp32", "bf16")), default="fp32")
 @click.option(
     "--compile",
     type=click.Choice(("auto", "on", "off")),
     default="auto",
-    show_default=True,
     help="torch.compile; auto: from 1000 steps, where there is a C++ compiler.",
 )
-@click.option(
-    "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True
-)
-@click.option("--checkpoint-every", type=POSITIVE, default=500, show_default=True)
-@click.option("--sample-every", type=POSITIVE, default=500, show_default=True)
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto")
+@click.option("--checkpoint-every", type=POSITIVE, default=500)
+@click.option("--sample-every", type=POSITIVE, default=500)
 @click.pass_context
 def command(
     context: click.Context,
@@ -112,7 +104,7 @@ def command(
     run = Run(out)
     with session.hold_folder(run, resume):
         processes = open_processes(session.choose_device(device))
-        say = note if processes.writes else _say_nothing
+        say: Callable[[str], None] = note if processes.writes else lambda text: None
         if resume:
             settings = session.resumed_settings(run, request, say)
         else:
@@ -142,10 +134,6 @@ def command(
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(INTERRUPTED)
     click.echo(run.model)
-
-
-def _say_nothing(text: str) -> None:
-    """The note of every process but the first."""
 
 
 def _follow(steps: Iterable[Progress], total: int) -> int:

@@ -19,16 +19,18 @@ from lutdeploy.artefacts.sample_folder import EXTRAS, MANIFEST
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.sampling import Denoiser, finished_batches, noise_batches
 from lutdeploy.schedule import Schedule
-from lutdeploy.training.data import ImageSet, OnProgress, find_images, load_images
+from lutdeploy.training.data import (
+    ImageSet,
+    OnProgress,
+    find_images,
+    load_images,
+    no_progress,
+)
 from lutdeploy.training.evaluation.distances import Pixels
 from lutdeploy.training.state import read_position
 
 SPLIT = 0.05  # held out where nothing says what was
 NAMED_FILES = 5  # unreadable files that a message names
-
-
-def _silent(done: int, total: int) -> None:
-    """No progress to show."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +105,19 @@ def load_real(
     size: int,
     channels: int,
     trained: Trained | None = None,
-    on_progress: OnProgress = _silent,
+    on_progress: OnProgress = no_progress,
 ) -> RealImages:
-    """Training and held-out images.
+    """Training and held-out images of ``data``, a folder or "synthetic".
 
-    Held out is what ``held_out`` holds; else what the model's own training held out of the
-    same ``data``; else 5 %, with a warning that the model may have seen them.
-
-    Args:
-        data: a folder or "synthetic".
-        held_out: a folder of images that the model never saw.
-        size, channels: of the pictures.
-        trained: what the model's training says.
+    Held out is what the folder ``held_out`` holds; else what the model's own training held out
+    of the same ``data``; else 5 %, with a warning that the model may have seen them.
     """
     found = load_images(data, size, channels, on_progress=on_progress)
     if held_out is None:
         fraction, seed, split, warnings = _choose_split(data, found, trained)
         chosen, held = found.split(fraction, seed)
-        warnings = _skipped(found.skipped) + warnings
-        return RealImages(found.images[chosen], found.images[held], split, warnings)
+        skipped = _skipped(found.skipped)
+        return RealImages(found.images[chosen], found.images[held], split, skipped + warnings)
     other = load_images(str(held_out), size, channels, on_progress=on_progress)
     training = found.images
     if trained is not None:
@@ -142,9 +138,9 @@ def _choose_split(
         return SPLIT, 0, ours, (f"no training settings tell the split: {unknown}",)
     if trained.is_from(data) is False:
         return SPLIT, 0, f"{ours}; the model was trained on {trained.data}", ()
-    if trained.held_out == 0:
-        return SPLIT, 0, ours, (f"the training held nothing out: {unknown}",)
     fraction, seed = trained.held_out, trained.seed
+    if fraction == 0:
+        return SPLIT, 0, ours, (f"the training held nothing out: {unknown}",)
     split = f"held out: {fraction:.1%} of {data}, seed {seed}, as in the model's training"
     if trained.fits(found):
         return fraction, seed, split, ()
@@ -161,18 +157,16 @@ def draw_samples(
     schedule: Schedule,
     seed: int = 0,
     batch: int = 64,
-    on_progress: OnProgress = _silent,
+    on_progress: OnProgress = no_progress,
 ) -> Pixels:
     """The pictures that `lutdeploy sample` writes, in memory: uint8 [n, C, S, S]."""
     shape = denoiser.config.image_shape
     pixels = np.empty((n, *shape), np.uint8)
     batches = noise_batches(seed, range(n), batch, shape)
-    done = 0
     for indices, ends in finished_batches(denoiser, batches, schedule, pixels=True):
         made = ends if ends.dtype == np.uint8 else images.to_uint8(ends)  # [B, S, S, C]
         pixels[indices[0] : indices[-1] + 1] = np.moveaxis(made, -1, 1)
-        done += len(indices)
-        on_progress(done, n)
+        on_progress(indices[-1] + 1, n)
     return pixels
 
 
@@ -199,14 +193,12 @@ def _read_origin(folder: Path) -> dict[str, Any]:
         return {"manifest": "unreadable"}
 
 
-def read_samples(folder: Path, n: int, on_progress: OnProgress = _silent) -> Samples:
+def read_samples(folder: Path, n: int, on_progress: OnProgress = no_progress) -> Samples:
     """The first n pictures of a folder, by name: of `lutdeploy sample`, or any others."""
     paths = sorted(path for path in folder.glob("*.npz") if path.stem.isdigit())
     if not paths:
-        try:
+        with contextlib.suppress(UsageError):
             paths = [path for path in find_images(folder) if path.name not in EXTRAS]
-        except UsageError:
-            paths = []
     if not paths:
         raise UsageError(f"{folder} holds neither a {MODEL} nor pictures to judge")
     kept: list[Pixels] = []
@@ -238,11 +230,9 @@ def _size(picture: Pixels) -> str:
 
 
 def require_resolution(source: str, side: int) -> None:
-    """Refuse real images that are smaller than the pictures: enlarged, they would be blurred.
+    """Refuse real images smaller than ``side`` pixels: enlarged, they would be blurred.
 
-    Args:
-        source: a folder, of which the first image is looked at, or "synthetic".
-        side: of the pictures, in pixels.
+    Looks at the first image of the folder ``source``, if it is not "synthetic".
     """
     if source == "synthetic":
         return

@@ -84,9 +84,8 @@ def kernel_distance(a: Features, b: Features, seed: int = 0) -> tuple[float, flo
     random = np.random.default_rng(seed)
     values = []
     for _ in range(KERNEL_SUBSETS):
-        chosen = [random.choice(len(s), size, replace=False) for s in (a, b)]
-        x, y = (torch.from_numpy(s[rows]).double() for s, rows in zip((a, b), chosen, strict=True))
-        values.append(float(poly_mmd(x, y)))
+        subsets = (s[random.choice(len(s), size, replace=False)] for s in (a, b))
+        values.append(float(poly_mmd(*(torch.from_numpy(s).double() for s in subsets))))
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -138,28 +137,23 @@ def neighbourhoods(samples: Features, reference: Features) -> Neighbourhoods:
     )
 
 
-def _gaussian(x: torch.Tensor) -> torch.Tensor:
-    """[B, C, S, S] under the binomial kernel 1 4 6 4 1, edges mirrored."""
-    channels = x.shape[1]
-    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-    kernel = taps.expand(channels, 1, 1, 5)
-    x = F.conv2d(F.pad(x, (2, 2, 2, 2), "reflect"), kernel, groups=channels)
-    return F.conv2d(x, kernel.mT, groups=channels)
+def smooth(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """[B, C, S, S] under a separable kernel of odd length, [K], edges mirrored."""
+    kernel = taps.expand(x.shape[1], 1, 1, -1)
+    x = F.pad(x, (len(taps) // 2,) * 4, "reflect")
+    return F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel))
 
 
 def laplacian_pyramid(pixels: Pixels) -> dict[int, torch.Tensor]:
-    """Levels by their side, S to 16: what each adds to the next coarser one, and the coarsest.
-
-    Args:
-        pixels: uint8 [n, C, S, S].
-    """
+    """Levels by their side, S to 16: what each adds to the next coarser one, and the coarsest."""
     x = torch.from_numpy(pixels).float()
+    binomial = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     levels = {}
     while x.shape[-1] % 2 == 0 and x.shape[-1] // 2 >= COARSEST_LEVEL:
-        coarse = _gaussian(x)[..., ::2, ::2]
+        coarse = smooth(x, binomial)[..., ::2, ::2]
         spread = torch.zeros_like(x)
         spread[..., ::2, ::2] = 4 * coarse  # zeros between lose three quarters of the mean
-        levels[x.shape[-1]] = x - _gaussian(spread)
+        levels[x.shape[-1]] = x - smooth(spread, binomial)
         x = coarse
     levels[x.shape[-1]] = x
     return levels
@@ -186,8 +180,7 @@ def _patches(level: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
 def sliced_wasserstein(a: Pixels, b: Pixels, seed: int = 0) -> dict[int, float]:
     """The distance between patches of each pyramid level, times 1000, by the level's side.
 
-    Args:
-        a, b: uint8 [n, C, S, S], as many of each; the first 4,096 count.
+    Of as many images of each set; the first 4,096 count.
     """
     if a.shape != b.shape:
         raise UsageError(f"sliced Wasserstein needs two equal sets, not {a.shape} and {b.shape}")
@@ -218,7 +211,7 @@ def ms_ssim_of_pairs(pixels: Pixels, pairs: int, seed: int = 0) -> NDArray[np.fl
 
     The published weights of as many scales as fit (three at 64×64), scaled to sum to 1.
     """
-    metrics = require_torchmetrics().functional.image
+    ms_ssim = require_torchmetrics().functional.image.multiscale_structural_similarity_index_measure
     scales = ms_ssim_scales(pixels.shape[-1])
     weights = np.array(MS_SSIM_WEIGHTS[:scales])
     weights /= weights.sum()
@@ -227,12 +220,8 @@ def ms_ssim_of_pairs(pixels: Pixels, pairs: int, seed: int = 0) -> NDArray[np.fl
     second = (first + random.integers(1, len(pixels), pairs)) % len(pixels)  # never itself
     values = []
     for start in range(0, pairs, 64):
-        x, y = (
-            torch.from_numpy(pixels[rows[start : start + 64]]).float() for rows in (first, second)
-        )
-        values.append(
-            metrics.multiscale_structural_similarity_index_measure(
-                x, y, data_range=255.0, betas=tuple(weights.tolist()), reduction="none"
-            )
-        )
+        chosen = (rows[start : start + 64] for rows in (first, second))
+        x, y = (torch.from_numpy(pixels[rows]).float() for rows in chosen)
+        betas = tuple(weights.tolist())
+        values.append(ms_ssim(x, y, data_range=255.0, betas=betas, reduction="none"))
     return torch.cat(values).double().numpy()

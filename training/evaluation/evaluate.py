@@ -110,14 +110,9 @@ class Evaluation:
 def compare_sets(
     samples: Pixels, reference: Pixels, extractor: Extractor, seed: int = 0
 ) -> Metrics:
-    """Measure samples against as many reference images.
+    """Measure samples against as many reference images, at least 16; uint8 [n, C, S, S].
 
     Distances depend on the number of images: compare only results of the same number.
-
-    Args:
-        samples, reference: uint8 [n, C, S, S], at least 16.
-        extractor: of the features, from features.open_extractor.
-        seed: of the subsets, patches and projections.
     """
     if samples.shape != reference.shape:
         raise UsageError(
@@ -197,15 +192,13 @@ def _rows(
 
 
 def x0_errors(denoiser: Denoiser, held_out: Pixels, training: Pixels) -> ErrorCurve:
-    """The denoiser's error on held-out images and on as many training images.
+    """The error, at any t, on as many held-out and training images, uint8 [n, C, S, S].
 
-    Args:
-        denoiser: predicts x0 at any t.
-        held_out, training: uint8 [n, C, S, S]; 256 of each are used at most, spread evenly.
+    256 of each are used at most, spread evenly.
     """
     count = min(len(held_out), len(training), ERROR_IMAGES)
     noise = batch_noise(ERROR_SEED, range(count), denoiser.config.image_shape)
-    found = []
+    found = []  # [level, image] of each kind
     for pixels in (held_out, training):
         spread = np.linspace(0, len(pixels) - 1, count).round().astype(int)
         x = pixels[spread].astype(np.float32) / 127.5 - 1
@@ -218,13 +211,12 @@ def x0_errors(denoiser: Denoiser, held_out: Pixels, training: Pixels) -> ErrorCu
                 difference = denoiser.predict_x0(state, times) - x[part]
                 errors[level, part] = np.square(difference).mean((1, 2, 3))
         found.append(errors)
-    means = [errors.mean(axis=1) for errors in found]
     per_image = [errors.mean(axis=0) for errors in found]
     return ErrorCurve(
         images=count,
         times=TIMES,
-        held_out=tuple(means[0].tolist()),
-        training=tuple(means[1].tolist()),
+        held_out=tuple(found[0].mean(axis=1).tolist()),
+        training=tuple(found[1].mean(axis=1).tolist()),
         gap=float(per_image[0].mean() - per_image[1].mean()),
         gap_error=float(np.sqrt(sum(e.var(ddof=1) / count for e in per_image))),
     )
@@ -235,10 +227,11 @@ def _likeness(samples: Pixels, real: Pixels, seed: int) -> Likeness | None:
     if scales == 0:
         return None
     count = min(SSIM_PAIRS, len(samples) * (len(samples) - 1) // 4)
-    pairs = [ms_ssim_of_pairs(pixels, count, seed) for pixels in (samples, real)]
-    errors = [float(p.std(ddof=1) / np.sqrt(len(p))) for p in pairs]
-    means = [float(p.mean()) for p in pairs]
-    return Likeness(count, scales, means[0], errors[0], means[1], errors[1])
+    figures: list[float] = []
+    for pixels in (samples, real):
+        values = ms_ssim_of_pairs(pixels, count, seed)
+        figures += [float(values.mean()), float(values.std(ddof=1) / np.sqrt(count))]
+    return Likeness(count, scales, *figures)
 
 
 def require_images(real: RealImages) -> None:
@@ -256,38 +249,30 @@ def evaluate(
     notes: tuple[str, ...] = (),
     on_phase: OnPhase = lambda _: None,
 ) -> Evaluation:
-    """The whole evaluation.
+    """The whole evaluation of samples, uint8 [n, C, S, S], beside real images of the same side.
 
     Args:
-        samples: uint8 [n, C, S, S].
-        real: training and held-out images of the same side and channels.
-        extractor: of the features.
         denoiser: the model that made the samples, for its x0 errors; None where there is none.
-        seed: of splits, subsets, patches, projections and pairs.
         notes: what a reader should know besides.
-        on_phase: called with what is done next.
     """
     require_size("samples", len(samples))
     require_images(real)
     on_phase("features")
-    flipped = real.training[..., ::-1]
     made, training = with_features(samples, extractor), with_features(real.training, extractor)
-    flipped_features = extractor(flipped)
-    width = flipped_features.shape[1]
+    flipped = with_features(real.training[..., ::-1], extractor)
+    width = training.features.shape[1]
     held_out = Set(real.held_out, np.empty((0, width), np.float32))
     if len(real.held_out):
         held_out = with_features(real.held_out, extractor)
     rows = _rows(made, training, held_out, seed, on_phase)
     on_phase("nearest training images")
-    both_ways = training.features, flipped_features
-    copies = (
-        memorisation("pixels", samples, real.held_out, (real.training, flipped)),
-        memorisation("features", made.features, held_out.features, both_ways),
+    copies = tuple(
+        memorisation(space, *(getattr(s, space) for s in (made, held_out, training, flipped)))
+        for space in ("pixels", "features")
     )
     on_phase("likeness of pairs")
     likeness = _likeness(samples, real.training, seed)
-    errors = None
-    no_errors = _why_no_errors(denoiser, real)
+    errors, no_errors = None, _why_no_errors(denoiser, real)
     if denoiser is not None and not no_errors:
         on_phase("x0 errors by noise level")
         errors = x0_errors(denoiser, real.held_out, real.training)
@@ -326,11 +311,9 @@ def _remarks(
 
 def _why_no_errors(denoiser: Denoiser | None, real: RealImages) -> tuple[str, ...]:
     """Why a model gets no x0 errors, as a sentence, if it gets none."""
-    if denoiser is None:
-        return ()
-    if len(real.held_out) < 2:
+    if denoiser is not None and len(real.held_out) < 2:
         return ("no held-out images: no x0 error curve",)
-    if denoiser.schedule is not None:
+    if denoiser is not None and denoiser.schedule is not None:
         return (
             "this export holds its own timesteps alone: no x0 error curve; a step export or "
             "--backend torch gives one",

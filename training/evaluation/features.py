@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,22 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_author_file
 from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError
 from lutdeploy.training.evaluation.distances import Features, Pixels
-from lutdeploy.training.evaluation.feature_network import SHA256, SIDE, load_network
+from lutdeploy.training.evaluation.feature_network import (
+    SHA256,
+    SIDE,
+    FeatureNetwork,
+    load_network,
+)
 from lutdeploy.training.evaluation.inception import Inception
 
 BATCH = 64
-# The file of published figures, pt_inception-2015-12-05-6726825d.pth, begins its hash so.
-PUBLISHED_INCEPTION = "6726825d"
+PUBLISHED_INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # named by the hash's beginning
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
     try:
         if path is None:
             return Extractor(
-                network=_own_features(load_network().to(device)),
+                network=partial(_own_features, load_network().to(device)),
                 device=device,
                 name="lutdeploy features",
                 sha256=SHA256,
@@ -73,10 +78,10 @@ def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
     except ArtefactError as error:
         raise ArtefactError(
             f"{path} does not hold the Inception weights that FID is defined by "
-            f"(pt_inception-2015-12-05-6726825d.pth): {error}"
+            f"({PUBLISHED_INCEPTION}): {error}"
         ) from error
     digest = files.sha256(path)
-    known = "as published" if digest.startswith(PUBLISHED_INCEPTION) else "not the published file"
+    known = "as published" if digest[:8] in PUBLISHED_INCEPTION else "not the published file"
     return Extractor(
         network=network,
         device=device,
@@ -87,17 +92,13 @@ def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
     )
 
 
-def _own_features(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """lutdeploy's network with its scaling; images of another side than 64 are resized."""
-
-    def features(pixels: Tensor) -> Tensor:
-        x = pixels.float().div(127.5).sub(1)
-        if x.shape[-1] != SIDE:
-            x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
-        found: Tensor = network(x)
-        return found
-
-    return features
+def _own_features(network: FeatureNetwork, pixels: Tensor) -> Tensor:
+    """Of lutdeploy's network; images of another side than 64 are resized."""
+    x = pixels.float().div(127.5).sub(1)
+    if x.shape[-1] != SIDE:
+        x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
+    found: Tensor = network(x)
+    return found
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -4,8 +4,7 @@ It is the network of the file pt_inception-2015-12-05, with that file's names: I
 (Szegedy et al. 2015) as TensorFlow's 2015 graph computes it, which differs from the paper in
 three places: averages leave out the padding, the last block takes a maximum in place of an
 average, and images are resized without centring the pixels. torch-fidelity and pytorch-fid
-have it too, but import torchvision, whose compiled part loads beside few builds of torch, and
-torch-fidelity executes what a weights file has pickled.
+have it too, but need a torchvision built for torch; torch-fidelity executes pickled code.
 """
 
 from __future__ import annotations
@@ -20,6 +19,12 @@ SIDE = 299  # pixels of its input
 FEATURES = 2048
 CLASSIFIER = {"fc.weight": (1008, FEATURES), "fc.bias": (1008,)}  # in the file, and not used
 PARTS = ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias")
+
+# Branches of the blocks by their side in pixels: layers one after another.
+AT_35 = ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3")
+TO_17 = ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3")
+AT_17 = ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5")
+TO_8 = ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4")
 
 
 def resize(x: Tensor, side: int) -> Tensor:
@@ -70,11 +75,11 @@ class Inception:
         x = self._layer(x, "Conv2d_4a_3x3", padded=False)  # [B, 192, 71, 71]
         x = F.max_pool2d(x, 3, 2)
         for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-            x = self._at_35(x, block)  # [B, 288, 35, 35] at the end
-        x = self._to_17(x, "Mixed_6a")  # [B, 768, 17, 17]
+            x = self._keep_side(x, block, AT_35)  # [B, 288, 35, 35] at the end
+        x = self._halve_side(x, "Mixed_6a", TO_17)  # [B, 768, 17, 17]
         for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-            x = self._at_17(x, block)
-        x = self._to_8(x, "Mixed_7a")  # [B, 1280, 8, 8]
+            x = self._keep_side(x, block, AT_17)
+        x = self._halve_side(x, "Mixed_7a", TO_8)  # [B, 1280, 8, 8]
         x = self._at_8(x, _average(x), "Mixed_7b")  # [B, 2048, 8, 8]
         x = self._at_8(x, F.max_pool2d(x, 3, 1, 1), "Mixed_7c")
         return x.mean((2, 3))
@@ -89,56 +94,31 @@ class Inception:
         x = F.conv2d(x, kernel, None, stride, padding)
         return torch.relu(F.batch_norm(x, mean, variance, weight, bias, eps=1e-3))
 
-    def _branch(self, x: Tensor, block: str, *layers: str, stride: int = 1) -> Tensor:
-        """Layers one after another; the last one has the stride."""
-        for layer in layers:
-            x = self._layer(x, f"{block}.{layer}", stride if layer == layers[-1] else 1)
-        return x
+    def _branches(self, x: Tensor, block: str, *branches: str, stride: int = 1) -> list[Tensor]:
+        """What each branch makes of x; its last layer has the stride."""
+        ends = []
+        for branch in branches:
+            end, layers = x, branch.split()
+            for layer in layers:
+                last = layer == layers[-1]
+                end = self._layer(end, f"{block}.branch{layer}", stride if last else 1)
+            ends.append(end)
+        return ends
 
-    def _at_35(self, x: Tensor, block: str) -> Tensor:
-        ends = [
-            self._branch(x, block, "branch1x1"),
-            self._branch(x, block, "branch5x5_1", "branch5x5_2"),
-            self._branch(x, block, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
-            self._branch(_average(x), block, "branch_pool"),
-        ]
-        return torch.cat(ends, 1)
+    def _keep_side(self, x: Tensor, block: str, branches: tuple[str, ...]) -> Tensor:
+        ends = self._branches(x, block, *branches)
+        return torch.cat([*ends, *self._branches(_average(x), block, "_pool")], 1)
 
-    def _to_17(self, x: Tensor, block: str) -> Tensor:
-        threes = ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
-        ends = [
-            self._branch(x, block, "branch3x3", stride=2),
-            self._branch(x, block, *threes, stride=2),
-            F.max_pool2d(x, 3, 2),
-        ]
-        return torch.cat(ends, 1)
-
-    def _at_17(self, x: Tensor, block: str) -> Tensor:
-        ends = [
-            self._branch(x, block, "branch1x1"),
-            self._branch(x, block, *(f"branch7x7_{k}" for k in range(1, 4))),
-            self._branch(x, block, *(f"branch7x7dbl_{k}" for k in range(1, 6))),
-            self._branch(_average(x), block, "branch_pool"),
-        ]
-        return torch.cat(ends, 1)
-
-    def _to_8(self, x: Tensor, block: str) -> Tensor:
-        ends = [
-            self._branch(x, block, "branch3x3_1", "branch3x3_2", stride=2),
-            self._branch(x, block, *(f"branch7x7x3_{k}" for k in range(1, 5)), stride=2),
-            F.max_pool2d(x, 3, 2),
-        ]
-        return torch.cat(ends, 1)
+    def _halve_side(self, x: Tensor, block: str, branches: tuple[str, ...]) -> Tensor:
+        ends = self._branches(x, block, *branches, stride=2)
+        return torch.cat([*ends, F.max_pool2d(x, 3, 2)], 1)
 
     def _at_8(self, x: Tensor, pooled: Tensor, block: str) -> Tensor:
-        threes = self._branch(x, block, "branch3x3_1")
-        twice = self._branch(x, block, "branch3x3dbl_1", "branch3x3dbl_2")
+        one, threes, twice = self._branches(x, block, "1x1", "3x3_1", "3x3dbl_1 3x3dbl_2")
         ends = [
-            self._branch(x, block, "branch1x1"),
-            self._branch(threes, block, "branch3x3_2a"),
-            self._branch(threes, block, "branch3x3_2b"),
-            self._branch(twice, block, "branch3x3dbl_3a"),
-            self._branch(twice, block, "branch3x3dbl_3b"),
-            self._branch(pooled, block, "branch_pool"),
+            one,
+            *self._branches(threes, block, "3x3_2a", "3x3_2b"),
+            *self._branches(twice, block, "3x3dbl_3a", "3x3dbl_3b"),
+            *self._branches(pooled, block, "_pool"),
         ]
         return torch.cat(ends, 1)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 # A sample that lies three times nearer to one training image than to any other is a copy of
 # it (Yoon et al. 2023, section 3; Somepalli et al. 2023 compare with held-out images likewise).
 COPY_RATIO = 1 / 3
+CLOSEST = 16  # pairs that are shown
 BLOCK = 1024
 
 
@@ -59,9 +60,8 @@ class Neighbours:
     @property
     def ratio(self) -> NDArray[np.float64]:
         """d1/d2; 0 for an exact copy, also of an image that is there twice."""
-        return np.divide(
-            self.first, self.second, out=np.zeros_like(self.first), where=self.second > 0
-        )
+        zeros = np.zeros_like(self.first)
+        return np.divide(self.first, self.second, out=zeros, where=self.second > 0)
 
     def summary(self) -> Summary:
         return Summary(
@@ -72,10 +72,10 @@ class Neighbours:
             share_copies=float((self.ratio < COPY_RATIO).mean()),
         )
 
-    def closest(self, count: int = 16) -> tuple[Closest, ...]:
+    def closest(self) -> tuple[Closest, ...]:
         """The queries that lie nearest to a training image."""
         columns = (self.index, self.mirrored, self.first, self.ratio)
-        order = np.argsort(self.first, kind="stable")[:count]
+        order = np.argsort(self.first, kind="stable")[:CLOSEST]
         return tuple(Closest(int(q), *(column[q].item() for column in columns)) for q in order)
 
 
@@ -84,10 +84,7 @@ def nearest_two(
 ) -> Neighbours:
     """The two nearest rows of ``training``, each as near as it or its mirror image is.
 
-    Args:
-        queries: [q, …], pixels or features.
-        training: [n, …], at least two.
-        mirrored: [n, …], the same images flipped.
+    Queries [q, …], pixels or features; training [n, …], at least two; mirrored: the same flipped.
     """
     x = torch.from_numpy(queries.reshape(len(queries), -1)).float()
     lengths = x.square().sum(1, keepdim=True)
@@ -123,9 +120,13 @@ def nearest_two(
 
 
 def memorisation(
-    space: str, samples: NDArray[Any], held_out: NDArray[Any], training: tuple[NDArray[Any], ...]
+    space: str,
+    samples: NDArray[Any],
+    held_out: NDArray[Any],
+    training: NDArray[Any],
+    mirrored: NDArray[Any],
 ) -> Memorisation:
-    """Samples and held-out images beside the training images, which come with their flips."""
-    found = nearest_two(samples, *training)
-    floor = nearest_two(held_out, *training).summary() if len(held_out) else None
+    """Samples and held-out images beside the training images and those flipped."""
+    found = nearest_two(samples, training, mirrored)
+    floor = nearest_two(held_out, training, mirrored).summary() if len(held_out) else None
     return Memorisation(space, found.summary(), floor, found.closest())

@@ -58,16 +58,9 @@ def memorisation_table(evaluation: Evaluation) -> Table:
     for found in evaluation.memorisation:
         for what, nearest in (("samples", found.samples), ("held-out", found.held_out)):
             if nearest is not None:
-                rows.append(
-                    [
-                        found.space,
-                        f"{nearest.images:,} {what}",
-                        f"{nearest.median_nearest:.3g}",
-                        f"{nearest.smallest_nearest:.3g}",
-                        f"{nearest.median_ratio:.3f}",
-                        f"{nearest.share_copies:.2%}",
-                    ]
-                )
+                distances = f"{nearest.median_nearest:.3g}", f"{nearest.smallest_nearest:.3g}"
+                ratios = f"{nearest.median_ratio:.3f}", f"{nearest.share_copies:.2%}"
+                rows.append([found.space, f"{nearest.images:,} {what}", *distances, *ratios])
     heads = ["space", "images", "median d1", "smallest d1", "median d1/d2", "d1/d2 < 1/3"]
     return Table("Nearest training images, flips included", heads, rows, text_columns=2)
 
@@ -160,14 +153,9 @@ def page(
     title: str,
     facts: dict[str, Any],
 ) -> str:
-    """The HTML page: everything is inside it, nothing is loaded.
+    """The HTML page of ``facts`` and pictures, uint8 [n, C, S, S]; nothing is loaded from outside.
 
-    Args:
-        evaluation: what was found.
-        extractor: whose features were used.
-        samples, training: uint8 [n, C, S, S], that the evaluation's indices point into.
-        title: of the page.
-        facts: settings and hashes by name; those that are None are left out.
+    Facts that are None are left out.
     """
     template = require_jinja2().Template(
         TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -183,9 +171,7 @@ def page(
         sample_grid=_picture(samples[:GRID_IMAGES], columns=8),
         real_grid=_picture(training[spread], columns=8),
         grid_images=min(len(samples), GRID_IMAGES),
-        closest=[
-            (found.space, _pairs(found, samples, training)) for found in evaluation.memorisation
-        ],
+        closest=[(m.space, _pairs(m, samples, training)) for m in evaluation.memorisation],
         errors=error_table(curve) if curve else None,
         error_sentence=error_sentence(curve) if curve else "",
         chart=chart(curve) if curve else None,

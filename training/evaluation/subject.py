@@ -39,13 +39,15 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """How many pictures are compared with which images: -n, --data, --held-out, --seed, --batch."""
+    """What the command line of `lutdeploy evaluate` asks for."""
 
-    count: int
+    count: int  # of pictures
     data: str
     held_out: Path | None
     seed: int
     batch: int
+    folder: Path  # of the results
+    json_file: Path | None
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,8 @@ def sample_pictures(
     require_size(f"-n {request.count}", request.count)
     real = _real_images(request, denoiser.config.image_shape, trained, on_progress, note)
     require_images(real)
-    progress = partial(on_progress, "sample")
-    seed, batch = request.seed, request.batch
-    pixels = draw_samples(denoiser, request.count, schedule, seed, batch, progress)
+    how = request.count, schedule, request.seed, request.batch
+    pixels = draw_samples(denoiser, *how, partial(on_progress, "sample"))
     return Subject(title, pixels, real, origin, denoiser=denoiser)
 
 
@@ -106,30 +107,23 @@ def _real_images(
     note: Note,
 ) -> RealImages:
     """The images that pictures of a shape (C, S, S) are compared with."""
-    channels, side, _ = shape
     progress = partial(on_progress, "data")
-    real = load_real(request.data, request.held_out, side, channels, trained, progress)
+    real = load_real(request.data, request.held_out, shape[-1], shape[0], trained, progress)
     note(f"data: {len(real.training)} training images, {len(real.held_out)} {real.split}")
     return real
 
 
-def prepare_results(folder: Path, json_file: Path | None) -> Path:
-    """The folder of the results: made, and known to be writable before the long work."""
-    files.output_folder(folder)
-    if json_file is not None:
-        if json_file.is_dir():
-            raise UsageError(f"--json names a file; {json_file} is a folder")
-        files.output_folder(json_file.parent)
-    return folder
+def prepare_results(request: Request) -> None:
+    """Make the folder of the results, known to be writable before the long work."""
+    files.output_folder(request.folder)
+    if request.json_file is not None:
+        if request.json_file.is_dir():
+            raise UsageError(f"--json names a file; {request.json_file} is a folder")
+        files.output_folder(request.json_file.parent)
 
 
 def write_results(
-    found: Evaluation,
-    subject: Subject,
-    extractor: Extractor,
-    seed: int,
-    folder: Path,
-    json_file: Path | None = None,
+    found: Evaluation, subject: Subject, extractor: Extractor, request: Request
 ) -> Path:
     """Write the JSON and the page, whose path is returned."""
     facts = {
@@ -140,17 +134,15 @@ def write_results(
         "split": subject.real.split,
         "features": extractor.name,
         "features_sha256": extractor.sha256,
-        "evaluation_seed": seed,
+        "evaluation_seed": request.seed,
         "lutdeploy": __version__,
         "torch": str(torch.__version__),
     }
-    names = {
-        "frechet_distance": extractor.frechet_name,
-        "kernel_distance": extractor.kernel_name,
-    }
-    values = {"format": FORMAT, "settings": facts, "names": names}
-    files.write_json(json_file or folder / EVALUATION, values | msgspec.to_builtins(found))
+    names = {"frechet_distance": extractor.frechet_name, "kernel_distance": extractor.kernel_name}
+    values = {"format": FORMAT, "settings": facts, "names": names, **msgspec.to_builtins(found)}
+    files.write_json(request.json_file or request.folder / EVALUATION, values)
     title = f"Evaluation of {subject.title}"
     page = report.page(found, extractor, subject.pixels, subject.real.training, title, facts)
-    files.write_atomic(folder / EVALUATION_PAGE, page.encode())
-    return folder / EVALUATION_PAGE
+    path = request.folder / EVALUATION_PAGE
+    files.write_atomic(path, page.encode())
+    return path

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lutdeploy.errors import LutDeployError
 from lutdeploy.training.data import batch_indices, load_folder
+from lutdeploy.training.evaluation.distances import smooth
 from lutdeploy.training.evaluation.feature_network import SIDE, WIDTHS, FeatureNetwork, save_network
 
 SHIFTS = ("none", "blur", "noise", "shuffle")
@@ -54,11 +55,9 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     place = [uniform(-1, 1) * (1 - scale) for _ in range(2)]
-    rows = [
-        torch.stack([cos * flip, -sin, place[0]], 1),
-        torch.stack([sin * flip, cos, place[1]], 1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    entries = [cos * flip, -sin, place[0], sin * flip, cos, place[1]]
+    affine = torch.stack(entries, 1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     grey = x.mean(1, keepdim=True)
     x = torch.lerp(grey, x, uniform(0.4, 1.4)[:, None, None, None])
@@ -72,13 +71,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
     radius = max(1, math.ceil(3 * sigma))
     at = torch.arange(-radius, radius + 1, dtype=x.dtype)
     kernel = torch.exp(-(at**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, -1)
-    x = F.conv2d(
-        F.pad(x, (radius, radius, 0, 0), "reflect"), kernel[..., None, :], groups=x.shape[1]
-    )
-    return F.conv2d(
-        F.pad(x, (0, 0, radius, radius), "reflect"), kernel[..., None], groups=x.shape[1]
-    )
+    return smooth(x, kernel / kernel.sum())
 
 
 def shuffle_patches(x: Tensor, patches: int, generator: torch.Generator) -> Tensor:
@@ -156,12 +149,8 @@ def train_network(images: NDArray[np.uint8], settings: FeatureSettings) -> Featu
 @torch.no_grad()
 def _standardise(network: FeatureNetwork, images: NDArray[np.uint8]) -> None:
     """Set the mean and the scale of the features to those of the images."""
-    pooled = torch.cat(
-        [
-            network.pooled(torch.from_numpy(images[start : start + 256]).float() / 127.5 - 1)
-            for start in range(0, len(images), 256)
-        ]
-    )
+    blocks = torch.from_numpy(images).split(256)
+    pooled = torch.cat([network.pooled(block.float() / 127.5 - 1) for block in blocks])
     network.mean.copy_(pooled.mean(0))
     # A feature that is almost always zero would otherwise outweigh the rest.
     spread = pooled.std(0)
