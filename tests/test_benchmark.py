@@ -319,8 +319,7 @@ def test_contenders_come_from_the_exports(tmp_path: Path) -> None:
     assert {c.export for c in alone if c.backend == "openvino"} == {steps.name}
     on_gpu = contenders.list_contenders(model, (half,), None, gpu=True)
     assert {c.name for c in on_gpu if c.device != "cpu"} == {
-        *("torch-cuda-fp16", "torch-cuda-compiled-fp16"),
-        *("onnxruntime-cuda-fp16", "onnxruntime-tensorrt-fp16"),
+        *("torch-cuda-fp16", "torch-cuda-compiled-fp16", "onnxruntime-cuda-fp16"),
     }
     chosen = contenders.choose(on_gpu, ["onnxruntime-fp16"])
     assert [c.name for c in chosen] == ["original", "onnxruntime-fp16"]

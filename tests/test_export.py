@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -16,7 +17,10 @@ from onnx import TensorProto, numpy_helper
 
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.verdicts import Verdict, read_verdicts, store_verdict
 from lutdeploy.config import PRESETS, model_config
+from lutdeploy.engines import EngineRequest, open_engine
+from lutdeploy.engines.export.check import export_checked
 from lutdeploy.engines.export.graphs import ISLANDS, OPSET, ExportPlan, export_model
 from lutdeploy.errors import ConfigError
 from lutdeploy.fused import FusedNetwork, TimeBias
@@ -249,6 +253,23 @@ def test_an_export_again_is_the_newest_and_the_same_bytes(
         export_model(model, ExportPlan(), run, "0" * 64, refuse)
     assert read_manifest(folder) == before, "a refused export leaves the old one"
     assert sorted(p.name for p in run.exports_folder.iterdir()) == ["step-fp16", "step-fp32"]
+
+
+def test_the_check_after_an_export_leaves_a_verdict(tmp_path: Path) -> None:
+    run, model = Run(tmp_path), golden_model("static-tanh-64")
+
+    def export() -> Verdict:
+        export_checked(model, ExportPlan(), run, "0" * 64, (), print)
+        (verdict,) = read_verdicts(run)
+        return verdict
+
+    found = export()
+    assert (found.check, found.export, found.passed) == ("export", "step-fp32", True)
+    with open_engine(EngineRequest(run.export_folder("step-fp32"), "onnxruntime")) as engine:
+        assert found.judged(engine.identity)
+    parity = msgspec.structs.replace(found, check="parity", passed=False)
+    store_verdict(run, parity)
+    assert export() == parity, "parity has asked more of the same bytes"
 
 
 def test_plan_names_and_impossible_plans() -> None:

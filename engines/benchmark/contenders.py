@@ -26,7 +26,6 @@ CPU_RUNTIMES = {
     "fp16": (("onnxruntime", "fp16"),),
     "int8": (("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "int8-bf16")),
 }
-GPU_PROVIDERS = ("cuda", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -173,10 +172,10 @@ def list_contenders(
         for backend, precision in CPU_RUNTIMES.get(m.precision, ()):
             name = f"{backend}-{precision}"
             found.append(Contender(name, backend, precision, m.folder, export=m.name))
-        for device in GPU_PROVIDERS if gpu and m.precision != "int8" else ():
-            name = f"onnxruntime-{device}-{m.precision}"
+        if gpu and m.precision != "int8":
+            name = f"onnxruntime-cuda-{m.precision}"
             found.append(
-                Contender(name, "onnxruntime", m.precision, m.folder, "engine", device, m.name)
+                Contender(name, "onnxruntime", m.precision, m.folder, "engine", "cuda", m.name)
             )
     built = newest_built_export(run) if gpu and run is not None else None
     for m in manifests:
