@@ -12,6 +12,7 @@ NOTES = (
     "backend: ",
     "machine: ",
     "data: ",
+    "learning rate: ",
     "  skipped ",
     "inferred: ",
     "this export ",

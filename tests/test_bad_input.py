@@ -630,7 +630,7 @@ def test_a_mistake_leaves_no_empty_run(pictures: Path, tmp_path: Path) -> None:
         ("optimizer=sgd", "optimizer cannot be 'sgd'"),
         ("t_std=wide", "t_std cannot be 'wide'"),
         ("ema=[]", "ema cannot be []"),
-        ("ema=0.9", "ema cannot be 0.9: Expected `array`"),
+        ("ema=0.9", "ema cannot be 0.9: expected `array`"),
         ("stem_channels=2", "start copy needs stem_channels of 3 at least, not 2"),
     ],
 )

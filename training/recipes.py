@@ -112,6 +112,7 @@ def _checked(values: dict[str, Any]) -> TrainSettings:
         if found is None:  # a missing or unknown field
             raise ConfigError(f"not the settings of a training run: {error}") from error
         reason, name = found.groups()
+        reason = reason[0].lower() + reason[1:]
         raise ConfigError(f"{name} cannot be {values[name]!r}: {reason}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +70,18 @@ def command(
     extractor = open_extractor(features, device if device.startswith("cuda") else "cpu")
     path, batch = engine.path, engine.batch or 64
     if subjects.holds_pictures(path):
-        plain = EngineRequest(path, batch=engine.batch, device=engine.device)
-        if engine != plain or schedule != ScheduleRequest():
-            raise UsageError(
-                f"options of an engine or a schedule are for a RUN; {path} holds pictures that "
-                "are made"
-            )
+        plain = asdict(EngineRequest(path, batch=batch, device=engine.device))
+        asked = {**asdict(engine), **asdict(schedule)}  # where nothing was said: plain, or None
+        for name, value in asked.items():
+            if value != plain.get(name):
+                option = "time-grid" if name == "grid" else name
+                raise UsageError(f"--{option} is for a RUN; {path} holds pictures that are made")
         if data is None:
             raise UsageError("--data is needed: a folder of real images, or 'synthetic'")
         folder = subjects.prepare_results(out or path, json_file)
-        asked = subjects.Request(count, data, held_out, seed, batch)
+        request = subjects.Request(count, data, held_out, seed, batch)
         with progress_bar() as bar:
-            subject = subjects.read_pictures(path, asked, _lines(bar), note)
+            subject = subjects.read_pictures(path, request, _lines(bar), note)
         _finish(subject, extractor, seed, folder, json_file)
         return
     trained = Trained.of_model(path)
@@ -91,7 +92,7 @@ def command(
     if out is None and run is None and not shipped.is_shipped(path):
         raise UsageError(f"{path} belongs to no run folder; --out names a folder for the results")
     folder = subjects.prepare_results(out or find_run(path, note).path, json_file)
-    asked = subjects.Request(count, data, held_out, seed, batch)
+    request = subjects.Request(count, data, held_out, seed, batch)
     with open_engine(engine, note) as denoiser:
         if not engine.unverified:
             require_passed(path, denoiser.identity, note)
@@ -101,7 +102,7 @@ def command(
         title = str(run.path) if run else path.stem
         with progress_bar() as bar:
             subject = subjects.sample_pictures(
-                denoiser, followed, trained, title, origin, asked, _lines(bar), note
+                denoiser, followed, trained, title, origin, request, _lines(bar), note
             )
         _finish(subject, extractor, seed, folder, json_file)
 
