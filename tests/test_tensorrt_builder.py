@@ -95,7 +95,8 @@ def test_another_option_is_another_engine(tensorrt: TensorRT, exported_run: Runs
     assert found == {("1:2:4", False), ("2", False), ("2", True)}
     trt = tensorrt.module
     for record in records(run):
-        engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(record.read_plan())
+        runtime = trt.Runtime(trt.Logger())  # outlives the engine
+        engine = runtime.deserialize_cuda_engine(record.read_plan())
         static, special = record.profile.static, record.fields["refittable"]
         assert tuple(engine.get_tensor_shape("x")) == (2 if static else -1, 3, 64, 64)
         assert engine.refittable == special
@@ -114,7 +115,8 @@ def test_a_float32_export_says_that_it_is_one(tensorrt: TensorRT, exported_run: 
     assert verdict.layers is not None
     assert verdict.layers["float16_products"] == 0
     trt = tensorrt.module
-    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(record.read_plan())
+    runtime = trt.Runtime(trt.Logger())  # outlives the engine
+    engine = runtime.deserialize_cuda_engine(record.read_plan())
     layers = engine.create_engine_inspector().get_engine_information(
         trt.LayerInformationFormat.JSON
     )
