@@ -191,7 +191,7 @@ def test_what_tensorrt_reports_without_an_exception_is_an_error(
     for name, value in fault.items():
         setattr(tensorrt.controls, name, value)
     assert said in told("build", run.path, *BATCH)
-    assert set(outcomes(run)) == {"not checked"}
+    assert set(outcomes(run)) <= {"not checked"}
     for name in fault:
         setattr(tensorrt.controls, name, getattr(Controls(), name))
     succeed("build", run.path, *BATCH)  # nothing stands in the way of the next one
