@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
     with safe_open(path, "np") as file:
         slices = [file.get_slice(name) for name in file.keys()]
         dtypes = sorted({part.get_dtype() for part in slices})
-        sizes = [part.get_shape() for part in slices]
-    parameters = 0
-    for shape in sizes:
-        count = 1
-        for extent in shape:
-            count *= extent
-        parameters += count
+        parameters = sum(prod(part.get_shape()) for part in slices)
     return {
         "kind": "model",
         "path": str(path),
@@ -81,11 +76,8 @@ def inspect_model(path: Path) -> dict[str, Any]:
 def inspect_engines(run: Run, machine: plan.Machine | None) -> list[dict[str, Any]]:
     """The TensorRT engines of a run: what each was built for, its verdict, why it is stale.
 
-    Plans are held against their recorded hash, and not deserialised.
-
-    Args:
-        run: the run folder.
-        machine: what engines are tied to here; None compares them with the exports alone.
+    Plans are held against their recorded hash, and not deserialised. ``machine`` is what engines
+    are tied to here; None compares them with the exports alone.
     """
     found = []
     for state in plan.survey(run, machine):
@@ -123,12 +115,7 @@ def _inspect_tuned_steps(run: Run, model_sha256: str) -> dict[str, Any] | None:
 
 
 def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, Any]:
-    """A run folder with its exports, engines and last parity verdicts, an export, or a model.
-
-    Args:
-        path: of one of the three.
-        machine: see :func:`inspect_engines`.
-    """
+    """A run folder with its exports, engines and last parity verdicts, an export, or a model."""
     located = locate(path)
     if located.export is not None:
         return inspect_export(located.export)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,10 @@ def run(exported_run: Callable[..., Run]) -> Run:
     return exported_run("step")
 
 
-def manifest_of(run: Run) -> Manifest:
-    return read_manifest(run.exports()[0])
-
-
-def record_of(run: Run, machine: plan.Machine = HERE, **options: Any) -> plan.PlanRecord:
+def record_of(run: Run, **options: Any) -> plan.PlanRecord:
     """A plan and its record in the run, as a build leaves them."""
-    fields = plan.key_fields(manifest_of(run), "step.onnx", plan.BuildOptions(**options), machine)
+    manifest = read_manifest(run.exports()[0])
+    fields = plan.key_fields(manifest, "step.onnx", plan.BuildOptions(**options), HERE)
     record = plan.PlanRecord(
         path=run.plan_record(plan.key_of(fields)),
         fields=fields,
@@ -68,11 +64,16 @@ def test_impossible_batch_profiles_say_so(text: str) -> None:
 
 
 def test_every_field_changes_the_key(run: Run) -> None:
-    manifest = manifest_of(run)
-    options = plan.BuildOptions()
-    fields = plan.key_fields(manifest, "step.onnx", options, HERE)
+    manifest = read_manifest(run.exports()[0])
+
+    def fields_of(
+        manifest: Manifest = manifest, machine: plan.Machine = HERE, **options: Any
+    ) -> dict[str, Any]:
+        return plan.key_fields(manifest, "step.onnx", plan.BuildOptions(**options), machine)
+
+    fields = fields_of()
     variants = [
-        plan.key_fields(manifest, "step.onnx", dataclasses.replace(options, **change), HERE)
+        fields_of(**change)
         for change in (
             {"batch": plan.BatchProfile(1, 64, 128)},
             {"workspace_mib": 64},
@@ -82,21 +83,12 @@ def test_every_field_changes_the_key(run: Run) -> None:
             {"refittable": True},
         )
     ]
-    variants += [
-        plan.key_fields(
-            manifest, "step.onnx", options, dataclasses.replace(HERE, **{name: "other"})
-        )
-        for name in ("tensorrt", "cuda", "gpu", "compute_capability")
-    ]
+    for name in ("tensorrt", "cuda", "gpu", "compute_capability"):
+        variants.append(fields_of(machine=dataclasses.replace(HERE, **{name: "other"})))
     for name in ("step.onnx", "weights.bin"):
         files = {**manifest.files, name: FileRecord(manifest.files[name].bytes, "0" * 64)}
-        changed = msgspec.structs.replace(manifest, files=files)
-        variants.append(plan.key_fields(changed, "step.onnx", options, HERE))
-    variants.append(
-        plan.key_fields(
-            msgspec.structs.replace(manifest, precision="fp32"), "step.onnx", options, HERE
-        )
-    )
+        variants.append(fields_of(msgspec.structs.replace(manifest, files=files)))
+    variants.append(fields_of(msgspec.structs.replace(manifest, precision="fp32")))
     keys = {plan.key_of(f) for f in (fields, *variants)}
     assert len(keys) == len(variants) + 1
     assert plan.key_of(dict(reversed(fields.items()))) == plan.key_of(fields)
@@ -118,9 +110,9 @@ def test_a_truncated_record_is_named(run: Run, length: int) -> None:
 
 def test_a_record_of_another_key_is_refused(run: Run) -> None:
     record = record_of(run)
-    values = json.loads(record.path.read_text())
+    values = files.read_json(record.path)
     values["fields"]["gpu"] = "GPU B"
-    record.path.write_text(json.dumps(values))
+    files.write_json(record.path, values)
     with pytest.raises(ArtefactError, match="another engine"):
         plan.read_record(record.path)
     renamed = record.path.with_name("0" * 20 + ".json")

@@ -19,7 +19,6 @@ from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.engines.tensorrt import plan
-from lutdeploy.engines.tensorrt.layers import LayerReport
 from tests.command import invoke, succeed
 from tests.conftest import TensorRT, one_version
 from tests.doubles import install
@@ -67,9 +66,6 @@ def test_an_engine_for_each_graph_with_all_its_verdicts(
         assert verdict.layers["fused_attention"] == 2 * passes
         assert record.fields["tensorrt"] == tensorrt.module.__version__
         assert "double" in record.fields["gpu"], "a double must be seen for what it is"
-        assert plan.plan_version(record.read_plan()) == ".".join(
-            tensorrt.module.__version__.split(".")[:3]
-        )
     assert run.timing_cache.is_file()
 
 
@@ -99,9 +95,7 @@ def test_another_option_is_another_engine(tensorrt: TensorRT, exported_run: Runs
     assert found == {("1:2:4", False), ("2", False), ("2", True)}
     trt = tensorrt.module
     for record in records(run):
-        runtime = trt.Runtime(trt.Logger())
-        runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(record.read_plan())
+        engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(record.read_plan())
         static, special = record.profile.static, record.fields["refittable"]
         assert tuple(engine.get_tensor_shape("x")) == (2 if static else -1, 3, 64, 64)
         assert engine.refittable == special
@@ -120,8 +114,7 @@ def test_a_float32_export_says_that_it_is_one(tensorrt: TensorRT, exported_run: 
     assert verdict.layers is not None
     assert verdict.layers["float16_products"] == 0
     trt = tensorrt.module
-    runtime = trt.Runtime(trt.Logger())
-    engine = runtime.deserialize_cuda_engine(record.read_plan())
+    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(record.read_plan())
     layers = engine.create_engine_inspector().get_engine_information(
         trt.LayerInformationFormat.JSON
     )
@@ -136,24 +129,13 @@ def test_fp16_that_is_really_float32_fails_loudly(tensorrt: TensorRT, exported_r
     said = told("build", run.path, *BATCH)
     assert "the engine is not what its export says: an fp16 export, but in another" in said
     assert outcomes(run) == ["FAILED"]
-    refused = told("sample", run.path, "--backend", "tensorrt", "--out", run.path / "out")
-    assert "FAILED its checks" in refused
-    assert "--unverified" in refused
 
 
 @one_version
-@pytest.mark.parametrize(
-    ("inspector", "warning"),
-    [
-        ("unfused", "warning: attention is fused in 0 of 2 places; apart run "),
-        ("opaque", "warning: the inspector shows no matrix product"),
-    ],
-)
-def test_what_cannot_be_seen_or_is_slow_is_a_warning(
-    tensorrt: TensorRT, exported_run: Runs, inspector: str, warning: str
-) -> None:
-    tensorrt.controls.inspector = inspector
-    assert warning in succeed("build", exported_run().path, *BATCH).stderr
+def test_attention_that_is_not_fused_is_a_warning(tensorrt: TensorRT, exported_run: Runs) -> None:
+    tensorrt.controls.inspector = "unfused"
+    said = succeed("build", exported_run().path, *BATCH).stderr
+    assert "warning: attention is fused in 0 of 2 places; apart run " in said
 
 
 @one_version
@@ -237,7 +219,7 @@ def test_the_timing_cache_is_kept_and_a_foreign_one_reported(
 
 
 @one_version
-@pytest.mark.parametrize("damage", ["plan", "record", "half a record", "no plan"])
+@pytest.mark.parametrize("damage", ["plan", "record"])
 def test_a_damaged_engine_is_built_again(tensorrt: TensorRT, built_run: Runs, damage: str) -> None:
     run = built_run()
     (record,) = records(run)
@@ -245,11 +227,9 @@ def test_a_damaged_engine_is_built_again(tensorrt: TensorRT, built_run: Runs, da
         data = bytearray(record.plan.read_bytes())
         data[len(data) // 2] ^= 1
         record.plan.write_bytes(data)
-    elif damage == "no plan":
-        record.plan.unlink()
     else:
         text = record.path.read_bytes()
-        record.path.write_bytes(text[: len(text) // 2] if damage == "half a record" else b"")
+        record.path.write_bytes(text[: len(text) // 2])
     refused = told("sample", run.path, "--backend", "tensorrt", "--out", run.path / "out")
     assert record.plan.stem in refused
     assert "STALE: " in succeed("inspect", run.path).stdout
@@ -259,33 +239,26 @@ def test_a_damaged_engine_is_built_again(tensorrt: TensorRT, built_run: Runs, da
     assert outcomes(run) == ["passed"]
 
 
+@one_version
 def test_a_stale_engine_is_named_field_by_field(
     tensorrt: TensorRT, built_run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = built_run()
-    name = records(run)[0].plan.name
+    (record,) = records(run)
     tensorrt.controls.gpu_name = "another GPU"
     tensorrt.again(gpu="another GPU", compute_capability="8.6")
     tensorrt.controls.deserialized = 0
     refused = told("sample", run.path, "--backend", "tensorrt", "--out", run.path / "out")
-    assert f"{name}: gpu: built with TensorRT double" in refused
+    assert f"{record.plan.name}: gpu: built with TensorRT double" in refused
     assert "compute_capability: built with 9.0, here 8.6" in refused
     shown = succeed("inspect", run.path).stdout
-    assert "STALE: gpu: built with" in shown
     assert "STALE: compute_capability: built with 9.0, here 8.6" in shown
     assert json.loads(succeed("inspect", run.path, "--json").stdout)["engines"][0]["stale"]
     monkeypatch.setattr("lutdeploy.artefacts.run.RUNS", run.path.parent)
     lines = succeed("doctor").stdout.splitlines()
-    (line,) = [line for line in lines if records(run)[0].plan.stem in line]
-    assert line.startswith("-")
-    assert "here another GPU" in line
+    (line,) = [line for line in lines if record.plan.stem in line]
+    assert line.startswith("-") and "here another GPU" in line
     assert tensorrt.controls.deserialized == 0, "stale engines are recognised unopened"
-    other = next(version for version in VERSIONS if version != tensorrt.module.__version__)
-    tensorrt.controls.gpu_name = Controls().gpu_name
-    tensorrt.again(other)
-    assert f"STALE: tensorrt: built with {tensorrt.module.__version__}, here {other}" in (
-        succeed("inspect", run.path).stdout
-    )
 
 
 @one_version
@@ -330,21 +303,21 @@ def test_without_tensorrt_there_is_one_line(exported_run: Runs) -> None:
 
 @one_version
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "said"),
     [
-        (("--batch", "0"), 2, "wanted 1 ≤ MIN ≤ OPT ≤ MAX"),
-        (("--batch", "some"), 2, "write N or MIN:OPT:MAX"),
-        (("--opt-level", "6"), 2, "--opt-level"),
-        (("--workspace", "0"), 2, "--workspace"),
-        (("--graph", "loop"), 2, "has no loop export"),
-        (("--export", "step-int8"), 2, "has no export 'step-int8'"),
+        (("--batch", "0"), "wanted 1 ≤ MIN ≤ OPT ≤ MAX"),
+        (("--batch", "some"), "write N or MIN:OPT:MAX"),
+        (("--opt-level", "6"), "--opt-level"),
+        (("--workspace", "0"), "--workspace"),
+        (("--graph", "loop"), "has no loop export"),
+        (("--export", "step-int8"), "has no export 'step-int8'"),
     ],
 )
 def test_impossible_requests_are_one_line(
-    tensorrt: TensorRT, exported_run: Runs, arguments: tuple[str, ...], code: int, said: str
+    tensorrt: TensorRT, exported_run: Runs, arguments: tuple[str, ...], said: str
 ) -> None:
     result = invoke("build", exported_run().path, *arguments)
-    assert result.exit_code == code
+    assert result.exit_code == 2
     assert said in result.stderr.splitlines()[-1]
 
 
@@ -360,20 +333,13 @@ def test_a_graph_that_does_not_suit_tensorrt_is_not_built(
     assert tensorrt.controls.builds == 0
 
 
-@one_version
-def test_the_layer_report_is_kept_whole(tensorrt: TensorRT, built_run: Runs) -> None:
-    (verdict,) = read_verdicts(built_run())
-    assert verdict.layers is not None
-    assert set(verdict.layers) == set(LayerReport.__dataclass_fields__)
-
-
 # In processes of their own.
 
 
-def start(run: Run, *arguments: object, step_seconds: float = 0) -> subprocess.Popen[str]:
+def start(run: Run, step_seconds: float = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.doubles", VERSIONS[-1], "build", run.path, *BATCH]
     return subprocess.Popen(
-        [str(word) for word in (*command, *arguments)],
+        [str(word) for word in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -424,17 +390,12 @@ def test_a_kill_between_plan_and_record_is_harmless(
     run = exported_run()
     install(monkeypatch, VERSIONS[-1], Controls())
 
-    class Killed(BaseException):
-        pass
-
     def write(self: plan.PlanRecord) -> None:
-        raise Killed
+        raise SystemExit(9)
 
     with monkeypatch.context() as patch:
         patch.setattr(plan.PlanRecord, "write", write)
-        with pytest.raises(Killed):
-            invoke("build", run.path, *BATCH).exception  # noqa: B018 - the runner re-raises
-            raise Killed
+        assert invoke("build", run.path, *BATCH).exit_code == 9
     assert list(run.engines.glob("*.plan"))
     assert not records(run)
     succeed("build", run.path, *BATCH)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import logging
@@ -16,7 +15,6 @@ import pytest
 from PIL import Image
 
 import lutdeploy
-from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.engines import EngineRequest, open_engine
@@ -48,25 +46,19 @@ def test_the_pictures_are_those_of_onnxruntime(
     tensorrt: TensorRT, built_run: Runs, tmp_path: Path, graph: str
 ) -> None:
     run = built_run(graph)
-    options: tuple[object, ...] = ("-n", 7, "--seed", 5, "--batch", 3)
+    options: tuple[object, ...] = ("--export", run.exports()[0].name, "-n", 7, "--batch", 3)
     if graph == "step":
         options = (*options, "--solver", "dpmpp-2m", "--steps", 5)
-    export = read_manifest(run.exports()[0]).name
     for backend in ("tensorrt", "onnxruntime"):
-        succeed(
-            *("sample", run.path, "--backend", backend, "--export", export),
-            *("--out", tmp_path / backend, *options),
-        )
+        succeed("sample", run.path, "--backend", backend, "--out", tmp_path / backend, *options)
     for index in range(7):
         ours, theirs = (
             np.asarray(Image.open(tmp_path / backend / f"{index:06d}.png"), np.int16)
             for backend in ("tensorrt", "onnxruntime")
         )
         assert np.abs(ours - theirs).max() <= 1
-    lines = (tmp_path / "tensorrt" / "manifest.jsonl").read_text().splitlines()
-    line = json.loads(lines[0])
-    assert line["backend"] == "tensorrt"
-    assert "double" in line["device"]
+    line = json.loads((tmp_path / "tensorrt" / "manifest.jsonl").read_text().splitlines()[0])
+    assert line["backend"] == "tensorrt" and "double" in line["device"]
     assert (tmp_path / "tensorrt" / "grid.png").is_file()
 
 
@@ -89,8 +81,7 @@ def test_the_whole_trajectory_is_one_graph_per_batch_size(
 @one_version
 @pytest.mark.parametrize("graph", ["step", "per-step"])
 def test_batches_of_any_size_run(tensorrt: TensorRT, built_run: Runs, graph: str) -> None:
-    run = built_run(graph)
-    with engine_of(run) as engine:
+    with engine_of(built_run(graph)) as engine:
         whole = lutdeploy.sample(engine, 9, solver="dpmpp-3m", steps=5, batch=9)
         for batch in (1, 4, 5):
             again = lutdeploy.sample(engine, 9, solver="dpmpp-3m", steps=5, batch=batch)
@@ -144,16 +135,14 @@ def test_a_failed_capture_is_said_once_and_changes_nothing(
 
 
 @one_version
-@pytest.mark.parametrize("call", [0, 3, 9])
+@pytest.mark.parametrize("call", [0, 9])
 def test_a_launch_that_tensorrt_refuses_is_one_line(
     tensorrt: TensorRT, built_run: Runs, tmp_path: Path, call: int
 ) -> None:
     run = built_run()
     tensorrt.controls.execute_false_at = call
-    said = told(
-        *("sample", run.path, "--backend", "tensorrt", "--out", tmp_path / "out"),
-        *("-n", 4, "--steps", 4, "--batch", 2),
-    )
+    options = ("-n", 4, "--steps", 4, "--batch", 2, "--out", tmp_path / "out")
+    said = told("sample", run.path, "--backend", "tensorrt", *options)
     assert "TensorRT did not start evaluation" in said
 
 
@@ -169,7 +158,7 @@ def test_nan_names_step_and_image(tensorrt: TensorRT, built_run: Runs, tmp_path:
 
 
 @one_version
-def test_nan_in_a_loop_export_names_the_image(tensorrt: TensorRT, built_run: Runs) -> None:
+def test_inf_in_a_loop_export_names_the_image(tensorrt: TensorRT, built_run: Runs) -> None:
     with engine_of(built_run("loop")) as engine:
         tensorrt.controls.perturb = float("inf")
         with pytest.raises(NonFiniteError, match="after step 5 in image 0"):
@@ -189,7 +178,7 @@ def test_what_never_passed_is_refused_unless_told(
         if word == "FAILED":
             store_verdict(run, failed)
         said = told("sample", run.path, *options, "--out", tmp_path / word[:3])
-        assert word in said
+        assert word in said and "--unverified" in said
         succeed("sample", run.path, *options, "--unverified", "--out", tmp_path / word[:3])
 
 
@@ -214,16 +203,12 @@ def test_another_plan_of_the_right_hash_is_caught_by_its_tensors(
     succeed("build", run.path, "--batch", "2")
     first, second = (plan.read_record(path) for path in run.plan_records())
     first.plan.write_bytes(second.plan.read_bytes())
-    swapped = dataclasses.replace(
+    msgspec.structs.replace(
         first, plan_bytes=second.plan_bytes, plan_sha256=second.plan_sha256
-    )
-    swapped.write()
+    ).write()
+    batch = first.profile.opt + (not first.profile.static)
     with pytest.raises(ArtefactError, match=r"expected|profile"):
-        open_engine(
-            EngineRequest(
-                run.path, "tensorrt", batch=first.profile.opt + (not first.profile.static)
-            )
-        )
+        open_engine(EngineRequest(run.path, "tensorrt", batch=batch))
 
 
 @one_version
@@ -271,9 +256,7 @@ def test_provider_is_for_onnxruntime_alone(
 
 
 def test_provider_cpu_is_the_cpu(exported: Callable[..., Path], tmp_path: Path) -> None:
-    succeed(
-        *("sample", exported(), "--provider", "cpu", "--out", tmp_path / "out"),
-        *("-n", 1, "--steps", 2),
-    )
+    options = ("--provider", "cpu", "--out", tmp_path / "out", "-n", 1, "--steps", 2)
+    succeed("sample", exported(), *options)
     line = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
     assert line["device"] == "CPUExecutionProvider"

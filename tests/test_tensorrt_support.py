@@ -20,6 +20,7 @@ from lutdeploy.errors import ArtefactError
 from tests.doubles.tensorrt_double import VERSIONS, make_tensorrt
 
 Exported = Callable[..., Path]
+Change = Callable[[onnx.ModelProto], None]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -45,23 +46,20 @@ def test_every_export_suits_tensorrt(
             assert len(report.float32_products) == (body + islands) * passes
 
 
-def changed(source: Path, target: Path, change: Callable[[onnx.ModelProto], Any]) -> Path:
-    model = onnx.load(source, load_external_data=False)
+def changed(folder: Path, scratch: Path, change: Change) -> GraphReport:
+    """The report on an fp16 step export after a change."""
+    model = onnx.load(folder / "step.onnx", load_external_data=False)
     change(model)
-    target.write_bytes(model.SerializeToString())
-    return target
+    onnx.save(model, scratch / "step.onnx")
+    return check_graph(scratch / "step.onnx", "fp16", read_manifest(folder).config)
 
 
 def _rename_softmax(model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
-        if node.op_type == "Softmax":
-            node.op_type = "LogSoftmax"
-            return
+    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "LogSoftmax"
 
 
 def _unknown_operator(model: onnx.ModelProto) -> None:
-    node = next(node for node in model.graph.node if node.op_type == "Sigmoid")
-    node.op_type = "HardSwish"
+    next(node for node in model.graph.node if node.op_type == "Sigmoid").op_type = "HardSwish"
 
 
 def _split_attention(model: onnx.ModelProto) -> None:
@@ -101,26 +99,17 @@ def _narrow_island(model: onnx.ModelProto) -> None:
     ],
 )
 def test_what_tensorrt_would_not_take_is_named(
-    exported: Exported,
-    tmp_path: Path,
-    change: Callable[[onnx.ModelProto], None],
-    told: str,
+    exported: Exported, tmp_path: Path, change: Change, told: str
 ) -> None:
-    folder = exported("static-tanh-64", "step", "fp16")
-    config = read_manifest(folder).config
-    graph = changed(folder / "step.onnx", tmp_path / "step.onnx", change)
-    report = check_graph(graph, "fp16", config)
+    report = changed(exported("static-tanh-64", "step", "fp16"), tmp_path, change)
     assert any(told in problem for problem in report.problems), report.problems
 
 
 @pytest.mark.parametrize("change", [_split_attention, _rename_softmax])
 def test_attention_that_would_not_fuse_is_a_warning(
-    exported: Exported, tmp_path: Path, change: Callable[[onnx.ModelProto], None]
+    exported: Exported, tmp_path: Path, change: Change
 ) -> None:
-    folder = exported("static-tanh-64", "step", "fp16")
-    config = read_manifest(folder).config
-    graph = changed(folder / "step.onnx", tmp_path / "step.onnx", change)
-    report = check_graph(graph, "fp16", config)
+    report = changed(exported("static-tanh-64", "step", "fp16"), tmp_path, change)
     assert any("1 attention chains of 2" in warning for warning in report.warnings)
 
 

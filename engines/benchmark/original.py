@@ -49,18 +49,25 @@ class Position(nn.Module):
         freq = base ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)  # [half / 2]
         index = torch.arange(grid, dtype=torch.float64)
         phi = torch.outer(freq.repeat_interleave(2), index)  # [half, grid]
-        by_row = phi[:, :, None].expand(-1, -1, grid)
-        by_column = phi[:, None, :].expand(-1, grid, -1)
-        phi = torch.stack([by_row, by_column])  # [2, half, grid, grid]
         self.register_buffer("cos", phi.cos().float(), persistent=False)
         self.register_buffer("sin", phi.sin().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """u⊙c + rot(u)⊙s over each half of the channels of x [B, D, grid, grid]."""
-        u = x.unflatten(1, (2, -1))  # [B, 2, half, grid, grid]
-        first, second = u.chunk(2, dim=2)
-        rotated = torch.cat([-second, first], dim=2)
-        return (u * self.cos + rotated * self.sin).flatten(1, 2)
+        """[B, D, grid, grid] to the same."""
+        by_row, by_column = x.chunk(2, dim=1)
+        return torch.cat(
+            [
+                self.turn(by_row, self.cos[:, :, None], self.sin[:, :, None]),
+                self.turn(by_column, self.cos[:, None, :], self.sin[:, None, :]),
+            ],
+            dim=1,
+        )
+
+    @staticmethod
+    def turn(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """u⊙c + rot(u)⊙s over the channels of u [B, half, grid, grid]."""
+        first, second = u.chunk(2, dim=1)
+        return u * cos + torch.cat([-second, first], dim=1) * sin
 
 
 class Attention(nn.Module):

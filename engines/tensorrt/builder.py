@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,7 @@ class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has
 
 
 class TimingCache:
-    """The builder's measurements on disk, so that the next build need not repeat them.
-
-    Args:
-        path: read if it is there, and written by :meth:`save`.
-        note: told when what is there cannot be used.
-    """
+    """The builder's measurements on disk, so that the next build need not repeat them."""
 
     def __init__(self, path: Path, note: Note) -> None:
         self.path, self._note = path, note
@@ -79,17 +75,18 @@ class TimingCache:
 
     def attach(self, config: Any) -> None:
         """Give a build what is known; what is foreign is reported and left out."""
-        cache = config.create_timing_cache(self._data)
-        if cache is None or not config.set_timing_cache(cache, False):
+        if self._data and not self._offer(config):
             self._note(
                 f"timing cache {self.path} was measured by another TensorRT, on another device, or "
                 "is damaged: measuring anew"
             )
             self._data = b""
-            cache = config.create_timing_cache(b"")
-            if cache is None or not config.set_timing_cache(cache, False):
-                raise BackendError("TensorRT made no timing cache; see its log")
-        self._cache = cache  # TensorRT borrows it
+        if not self._data and not self._offer(config):
+            raise BackendError("TensorRT made no timing cache; see its log")
+
+    def _offer(self, config: Any) -> bool:
+        self._cache = config.create_timing_cache(self._data)  # TensorRT borrows it
+        return self._cache is not None and bool(config.set_timing_cache(self._cache, False))
 
     def save(self, config: Any) -> None:
         """Write what is known after a build, atomically."""
@@ -102,29 +99,19 @@ class TimingCache:
             self._data = data
 
 
-def model_bytes(graph: Path, batch: plan.BatchProfile) -> bytes:
-    """An exported graph as the parser gets it: for a static engine with its batch filled in."""
+def parse_graph(
+    builder: Any, log: EngineLog, graph: Path, batch: plan.BatchProfile
+) -> tuple[Any, Any]:
+    """A strongly typed network, and the parser, which owns its weights until the build is done."""
     model = onnx.load(graph, load_external_data=False)
     if batch.static:
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_value = batch.min
-    data: bytes = model.SerializeToString()
-    return data
-
-
-def parse_graph(
-    builder: Any, log: EngineLog, graph: Path, batch: plan.BatchProfile
-) -> tuple[Any, Any]:
-    """A strongly typed network from a graph file and its weights file.
-
-    Returns:
-        The network, and the parser, which owns its weights until the build is done.
-    """
     # The flag's value differs between versions; 11 ignores it, 10 is weakly typed without.
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(typed)
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(model_bytes(graph, batch), str(graph)):
+    if not parser.parse(model.SerializeToString(), str(graph)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         said = [
             f"node {error.node_name() or '?'} ({error.node_operator() or '?'}): {error.desc()}"
@@ -152,9 +139,9 @@ def configure(
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.refittable:
         config.set_flag(trt.BuilderFlag.REFIT)
-    if not options.batch.static:
+    batch = options.batch
+    if not batch.static:
         profile = builder.create_optimization_profile()
-        batch = options.batch
         for spec in signature.inputs:
             shapes = [(size, *spec.row) for size in (batch.min, batch.opt, batch.max)]
             try:
@@ -176,16 +163,7 @@ def build_plan(
     cache: TimingCache,
     on_phase: Note,
 ) -> bytes:
-    """Build one graph. Ctrl-C cancels the build at its next step.
-
-    Args:
-        graph: an exported graph file.
-        signature: its inputs and outputs.
-        options: what was asked for.
-        device: the GPU to build for.
-        cache: read and written.
-        on_phase: told the name of each phase.
-    """
+    """Build one exported graph. Ctrl-C cancels the build at its next step."""
     log, progress = EngineLog(), BuildProgress(on_phase)
     builder = trt.Builder(log)
     network, parser = parse_graph(builder, log, graph, options.batch)
@@ -215,10 +193,10 @@ def build_export(
     manifest: Manifest,
     options: plan.BuildOptions,
     device: CudaDevice,
-    timing_cache: Path | None = None,
-    force: bool = False,
-    on_phase: Callable[[int, str], None] = lambda k, phase: None,
-    note: Note = lambda text: None,
+    timing_cache: Path | None,
+    force: bool,
+    on_phase: Callable[[int, str], None],
+    note: Note,
 ) -> list[tuple[plan.PlanRecord, bool]]:
     """The engines of an export, one per graph, each built unless it is there already.
 
@@ -226,14 +204,9 @@ def build_export(
     so that a record speaks of a whole plan whenever this is stopped.
 
     Args:
-        run: gets the engines.
-        manifest: of the export.
-        options: what was asked for.
-        device: the GPU to build for.
         timing_cache: another file than the run's.
         force: build even what is there.
         on_phase: told the graph's number and the builder's phase.
-        note: told what of that on disk cannot be used.
 
     Returns:
         A record for each graph, and whether it was there already.
@@ -246,22 +219,19 @@ def build_export(
     results = []
     for k, graph in enumerate(manifest.graphs):
         fields = plan.key_fields(manifest, graph, options, machine)
-        record = None if force else plan.find_plan(run, fields)
-        if record is None and not force and run.plan_record(plan.key_of(fields)).is_file():
-            note(f"{run.plan(plan.key_of(fields))} or its record is damaged: building it again")
-        if record is not None:
-            results.append((record, True))
-            continue
+        path = run.plan_record(plan.key_of(fields))
+        if not force and path.is_file():
+            if record := plan.find_plan(run, fields):
+                results.append((record, True))
+                continue
+            note(f"{path.with_suffix('.plan')} or its record is damaged: building it again")
         on_phase(k, "parsing")
         signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, k)
         start = time.perf_counter()
-
-        def phase(name: str, k: int = k) -> None:
-            on_phase(k, name)
-
-        data = build_plan(manifest.folder / graph, signature, options, device, cache, phase)
+        on_build = partial(on_phase, k)
+        data = build_plan(manifest.folder / graph, signature, options, device, cache, on_build)
         record = plan.PlanRecord(
-            path=run.plan_record(plan.key_of(fields)),
+            path=path,
             fields=fields,
             export=manifest.name,
             graph_file=graph,
@@ -270,7 +240,7 @@ def build_export(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
             build_seconds=round(time.perf_counter() - start, 3),
         )
-        record.path.unlink(missing_ok=True)  # an old record must not speak of the new plan
+        path.unlink(missing_ok=True)  # an old record must not speak of the new plan
         files.write_atomic(record.plan, data)
         record.write()
         results.append((record, False))
@@ -298,13 +268,10 @@ def judge(
     model: LutTransformer,
     reference: Denoiser,
 ) -> tuple[LayerReport, Report | None]:
-    """Check the engines of one build and store a verdict on each.
+    """Check the engines of one build and store a verdict on each in the run.
 
     Args:
-        run: keeps the verdicts.
         records, graphs: an engine and its graph's report, for each graph of the export.
-        manifest: of their export.
-        device: the GPU.
         model: the float32 model, whose own half precision sets the limits of fp16.
         reference: what is right: float32 on the CPU.
 

@@ -29,19 +29,16 @@ DTYPES = {trt.float32: "float32", trt.float16: "float16"}
 
 
 class EngineLog(trt.ILogger):  # type: ignore[misc]  # tensorrt has no types
-    """Keeps what TensorRT says from WARNING on; exceptions and reports quote it."""
+    """Keeps the errors that TensorRT reports; exceptions quote them."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self.errors: list[str] = []
-        self.warnings: list[str] = []
 
     def log(self, severity: Any, msg: str) -> None:
         """Called by TensorRT, from any of its threads."""
         if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
             self.errors.append(msg)
-        elif severity == trt.ILogger.Severity.WARNING:
-            self.warnings.append(msg)
 
     def last_error(self) -> str:
         """The last error in one line; that there was none, if so."""
@@ -68,8 +65,7 @@ def open_runtime(log: EngineLog, record: plan.PlanRecord) -> Any:
 
 def load_engine(runtime: Any, log: EngineLog, record: plan.PlanRecord) -> Any:
     """Deserialise a recorded plan."""
-    data = record.read_plan()
-    engine = runtime.deserialize_cuda_engine(data)
+    engine = runtime.deserialize_cuda_engine(record.read_plan())
     if engine is None:
         raise ArtefactError(f"TensorRT refuses {record.plan}: {log.last_error()}; build again")
     return engine
@@ -78,9 +74,12 @@ def load_engine(runtime: Any, log: EngineLog, record: plan.PlanRecord) -> Any:
 def check_engine(engine: Any, signature: Signature, profile: plan.BatchProfile, what: str) -> None:
     """Hold an engine's tensors and optimization profile against the signature."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found: dict[Any, dict[str, tuple[str, str, tuple[str | int | None, ...]]]] = {
-        trt.TensorIOMode.INPUT: {},
-        trt.TensorIOMode.OUTPUT: {},
+    # The parser's order is not a promise.
+    order = [spec.name for spec in (*signature.inputs, *signature.outputs)]
+    names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    found: dict[Any, list[tuple[str, str, tuple[str | int | None, ...]]]] = {
+        trt.TensorIOMode.INPUT: [],
+        trt.TensorIOMode.OUTPUT: [],
     }
     for name in names:
         shape = tuple(engine.get_tensor_shape(name))
@@ -88,16 +87,8 @@ def check_engine(engine: Any, signature: Signature, profile: plan.BatchProfile, 
         batch = "batch" if shape and shape[0] == expected else (shape[0] if shape else 0)
         dtype = engine.get_tensor_dtype(name)
         entry = (name, DTYPES.get(dtype, str(dtype)), (batch, *shape[1:]))
-        found[engine.get_tensor_mode(name)][name] = entry
-    given = []
-    for mode, specs in (
-        (trt.TensorIOMode.INPUT, signature.inputs),
-        (trt.TensorIOMode.OUTPUT, signature.outputs),
-    ):
-        tensors = found[mode]  # in the parser's order, which is not a promise
-        wanted = [spec.name for spec in specs if spec.name in tensors]
-        given.append([tensors.pop(name) for name in wanted] + list(tensors.values()))
-    signature.check_graph(given[0], given[1], what)
+        found[engine.get_tensor_mode(name)].append(entry)
+    signature.check_graph(found[trt.TensorIOMode.INPUT], found[trt.TensorIOMode.OUTPUT], what)
     if profile.static:
         return
     for spec in signature.inputs:
@@ -118,9 +109,7 @@ class TensorRTProgram:
     one after another on one stream.
 
     Args:
-        device: where the engines are.
-        engines: in the order of the export's graphs.
-        signatures: theirs.
+        engines, signatures: in the order of the export's graphs.
         graph: the export's kind.
         batch: B.
         steps: rows of the coefficient schedule of a "step" export.
@@ -200,11 +189,7 @@ class TensorRTProgram:
 
 
 def usable_plans(
-    run: Run,
-    manifest: Manifest,
-    machine: plan.Machine,
-    batch: int | None,
-    unverified: bool = False,
+    run: Run, manifest: Manifest, machine: plan.Machine, batch: int | None, unverified: bool
 ) -> list[plan.PlanRecord]:
     """The engines to use for an export here: one per graph, in order.
 
@@ -212,9 +197,6 @@ def usable_plans(
     fewest parts and with the least padding, a static one before a dynamic one, the newest.
 
     Args:
-        run: the run folder with the engines.
-        manifest: of the export.
-        machine: this one.
         batch: images per pass; None takes what an engine was tuned for.
         unverified: take engines that have not passed the check after their build.
 
@@ -277,22 +259,13 @@ def require_passed(states: Sequence[plan.PlanState]) -> None:
 
 
 class TensorRTDenoiser(DeviceDenoiser):
-    """An export's TensorRT engines.
-
-    Args:
-        manifest: of the export that they were built from.
-        device: the GPU.
-        records: an engine for each graph, such as :func:`usable_plans` finds.
-    """
+    """An export's TensorRT engines: one record for each graph, as from :func:`usable_plans`."""
 
     def __init__(
-        self,
-        manifest: Manifest,
-        device: CudaDevice,
-        records: Sequence[plan.PlanRecord],
+        self, manifest: Manifest, device: CudaDevice, records: Sequence[plan.PlanRecord]
     ) -> None:
         self.records = records
-        self.profile = self.records[0].profile
+        self.profile = records[0].profile
         sizes = (self.profile.min, self.profile.max)
         super().__init__(manifest.config, manifest.graph, manifest.schedule, device, sizes)
         self.manifest = manifest
@@ -301,7 +274,7 @@ class TensorRTDenoiser(DeviceDenoiser):
         self._runtime = open_runtime(self._log, records[0])
         self._engines: list[Any] = []
         self._signatures: list[Signature] = []
-        for k, record in enumerate(self.records):
+        for k, record in enumerate(records):
             engine = load_engine(self._runtime, self._log, record)
             signature = graph_signature(self.config, manifest.graph, self.schedule, k)
             check_engine(engine, signature, self.profile, str(record.plan))

@@ -108,10 +108,9 @@ def build_checked(
     """Build the engines of an export, judge those that are new or were never judged.
 
     Args:
-        target, manifest, options, gpu, timing_cache, force, on_phase: as for
-            :func:`lutdeploy.engines.tensorrt.builder.build_export`.
         graphs: from :func:`check_graphs`.
-        note: told what happens.
+        timing_cache, force, on_phase: as for
+            :func:`lutdeploy.engines.tensorrt.builder.build_export`.
         show: gets the parity report.
 
     Returns:

@@ -52,10 +52,6 @@ def _precision(layer: dict[str, Any]) -> str:
     return text
 
 
-def _sources(layer: dict[str, Any]) -> set[str]:
-    return set(SOURCE.findall(str(layer.get("Metadata", ""))))
-
-
 def _list(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
@@ -67,7 +63,6 @@ def read_layers(text: str, graph: GraphReport, precision: str) -> LayerReport:
     Args:
         text: ``EngineInspector.get_engine_information`` in JSON, of an engine built with
             detailed profiling verbosity.
-        graph: the ONNX graph's report.
         precision: "fp16" or "fp32", of the export.
     """
     try:
@@ -94,7 +89,8 @@ def read_layers(text: str, graph: GraphReport, precision: str) -> LayerReport:
         product = PRODUCT.search(kind) or FUSED_ATTENTION.search(name)
         if not product or NOT_PRODUCT.search(kind):
             continue
-        runs, sources = _precision(layer), _sources(layer)
+        runs = _precision(layer)
+        sources = set(SOURCE.findall(str(layer.get("Metadata", ""))))
         found.setdefault(runs, []).append(name)
         if (runs == "fp32" and sources & halves) or (runs == "fp16" and sources & singles - halves):
             wrong.append(f"{name} ({runs})")

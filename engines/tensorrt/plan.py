@@ -91,13 +91,7 @@ class Machine:
 def key_fields(
     manifest: Manifest, graph: str, options: BuildOptions, machine: Machine
 ) -> dict[str, Any]:
-    """Everything that decides a plan, by name; plain JSON values.
-
-    Args:
-        manifest: of the export.
-        graph: the file name of one of its graphs.
-        options, machine: see there.
-    """
+    """Everything that decides the plan of a graph file, by name; plain JSON values."""
     request = {**asdict(options), "batch": str(options.batch)}
     return {**export_fields(manifest, graph), **request, **asdict(machine)}
 
@@ -216,11 +210,8 @@ def read_record(path: Path) -> PlanRecord:
 
 def find_plan(run: Run, fields: Mapping[str, Any]) -> PlanRecord | None:
     """The engine of exactly these fields, if it is whole; a damaged one counts as none."""
-    path = run.plan_record(key_of(fields))
-    if not path.is_file():
-        return None
     try:
-        record = read_record(path)
+        record = read_record(run.plan_record(key_of(fields)))
         record.read_plan()
     except ArtefactError:
         return None
@@ -235,11 +226,7 @@ def plan_version(data: bytes) -> str:
 
 
 def differences(record: PlanRecord, fields: Mapping[str, Any]) -> list[str]:
-    """A line for each field in which an engine differs from what is wanted here.
-
-    Args:
-        record: of the engine.
-        fields: what is wanted; a field that is not in it is not compared.
+    """A line for each of the wanted fields in which an engine differs.
 
     An engine built hardware-compatible may run on another GPU from Ampere on, one built
     version-compatible under a later TensorRT of the same major version.
@@ -257,13 +244,13 @@ def differences(record: PlanRecord, fields: Mapping[str, Any]) -> list[str]:
 
 
 def _tolerated(name: str, fields: Mapping[str, Any], built: Any, wanted: Any) -> bool:
-    if name in ("gpu", "compute_capability") and fields.get("hardware_compatible"):
-        if name == "gpu":
-            return True  # what counts is the compute capability
+    if name == "gpu":  # what counts is the compute capability
+        return bool(fields.get("hardware_compatible"))
+    if name == "compute_capability" and fields.get("hardware_compatible"):
         return min(_numbers(built), _numbers(wanted)) >= AMPERE
-    if name in ("tensorrt", "cuda") and fields.get("version_compatible"):
-        if name == "cuda":
-            return True
+    if name == "cuda":
+        return bool(fields.get("version_compatible"))
+    if name == "tensorrt" and fields.get("version_compatible"):
         return _numbers(built)[0] == _numbers(wanted)[0] and _numbers(built) <= _numbers(wanted)
     return False
 
@@ -297,11 +284,8 @@ def verdict_on(record: PlanRecord, verdicts: Iterable[Verdict]) -> Verdict | Non
 def survey(run: Run, machine: Machine | None) -> list[PlanState]:
     """Every engine of a run beside the run's exports and this machine.
 
-    Records and the plans' headers are read, no plan is deserialised.
-
-    Args:
-        run: the run folder.
-        machine: this one; None, where TensorRT or a GPU is missing, compares no such field.
+    Records and the plans' headers are read, no plan is deserialised. ``machine`` is None where
+    TensorRT or a GPU is missing; its fields are not compared then.
     """
     states = []
     here = asdict(machine) if machine else {}

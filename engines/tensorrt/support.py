@@ -53,10 +53,7 @@ class GraphReport:
 def check_graph(path: Path, precision: str, config: ModelConfig) -> GraphReport:
     """Hold a graph file against the parser's list, the fusion's pattern and the islands.
 
-    Args:
-        path: an exported graph; its weights file is not read.
-        precision: "fp32" or "fp16", of its export.
-        config: of the model inside.
+    The weights file beside the graph is not read. ``precision`` is "fp32" or "fp16".
     """
     try:
         model = onnx.load(path, load_external_data=False)
@@ -65,11 +62,9 @@ def check_graph(path: Path, precision: str, config: ModelConfig) -> GraphReport:
         first = (str(error).splitlines() or ["?"])[0]
         raise ArtefactError(f"{path} is no readable ONNX graph: {first}") from error
     problems = [*_opset_problems(model), *_axis_problems(graph)]
-    types = {
-        **{value.name: value.type.tensor_type.elem_type for value in graph.value_info},
-        **{v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)},
-        **{tensor.name: tensor.data_type for tensor in graph.initializer},
-    }
+    values = (*graph.value_info, *graph.input, *graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     products: dict[str, list[str]] = {"FP16": [], "FP32": []}
     for node in graph.node:
         problems += _node_problems(node, types)
@@ -138,12 +133,9 @@ def _island_problems(graph: onnx.GraphProto, types: dict[str, int]) -> list[str]
     for node in graph.node:
         scope = node.name.rsplit("/", 1)[0].split("/")[-1]
         kind = _type(types, node.output[0])
-        body = scope.startswith(BODY)
-        if node.op_type == "LayerNormalization" and kind != "FP32":
-            problems.append(f"{node.name}: LayerNormalization in {kind}, an island is FP32")
-        elif node.op_type in PRODUCTS and body and kind != "FP16":
+        if node.op_type in PRODUCTS and scope.startswith(BODY) and kind != "FP16":
             problems.append(f"{node.name}: {node.op_type} in {kind}, the body is FP16")
-        elif node.op_type in ("Sin", "Cos", "Tanh") and kind != "FP32":
+        elif node.op_type in ("LayerNormalization", "Sin", "Cos", "Tanh") and kind != "FP32":
             problems.append(f"{node.name}: {node.op_type} in {kind}, an island is FP32")
         elif "lut" in node.input and kind != "FP32":
             problems.append(f"{node.name}: the LUT product in {kind}, an island is FP32")

@@ -22,7 +22,6 @@ import hashlib
 import importlib.machinery
 import importlib.resources
 import inspect
-import itertools
 import json
 import math
 import operator
@@ -32,7 +31,7 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
@@ -44,12 +43,10 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # generated enums: their names are what the annotations of parameters need
     from typing import Any as BuilderFlag
-    from typing import Any as EngineCapability
     from typing import Any as ExecutionContextAllocationStrategy
     from typing import Any as HardwareCompatibilityLevel
     from typing import Any as LayerInformationFormat
     from typing import Any as MemoryPoolType
-    from typing import Any as NetworkDefinitionCreationFlag
     from typing import Any as ProfilingVerbosity
     from typing import Any as Severity
 
@@ -63,44 +60,12 @@ CACHE_TAG = b"TensorRT double: timing cache\n"
 # ONNX element types as (name in DataType, name in the parser's list of operators).
 TYPES: dict[int, tuple[str, str]] = {
     onnx.TensorProto.FLOAT: ("FLOAT", "FP32"),
-    onnx.TensorProto.DOUBLE: ("FLOAT", "FP32"),  # the parser casts it
     onnx.TensorProto.FLOAT16: ("HALF", "FP16"),
-    onnx.TensorProto.BFLOAT16: ("BF16", "BF16"),
-    onnx.TensorProto.INT8: ("INT8", "INT8"),
     onnx.TensorProto.INT32: ("INT32", "INT32"),
     onnx.TensorProto.INT64: ("INT64", "INT64"),
-    onnx.TensorProto.UINT8: ("UINT8", "UINT8"),
     onnx.TensorProto.BOOL: ("BOOL", "BOOL"),
 }
-NUMPY = {
-    "FLOAT": np.float32,
-    "HALF": np.float16,
-    "INT8": np.int8,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "UINT8": np.uint8,
-    "BOOL": np.bool_,
-}
-BITS = {"INT32": 32, "INT64": 64, "FLOAT": 32, "HALF": 16, "BF16": 16, "INT4": 4, "FP4": 4}
-
-# Values of the members that 10.13 had and 11.1 removed (NvInfer.h of 10.13).
-REMOVED_VALUES = {
-    "BuilderFlag": {
-        "FP16": 0,
-        "INT8": 1,
-        "OBEY_PRECISION_CONSTRAINTS": 9,
-        "PREFER_PRECISION_CONSTRAINTS": 10,
-        "REJECT_EMPTY_ALGORITHMS": 12,
-        "FP8": 15,
-        "BF16": 17,
-        "WEIGHTLESS": 19,  # alias of STRIP_PLAN
-        "INT4": 22,
-        "FP4": 26,
-    },
-    "PreviewFeature": {"PROFILE_SHARING_0806": 0},
-    "TacticSource": {"CUBLAS": 0, "CUBLAS_LT": 1, "CUDNN": 2},
-    "NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH": 0},
-}
+NUMPY = {"FLOAT": np.float32, "HALF": np.float16}  # of inputs and outputs
 
 
 class DoubleLacks(RuntimeError):  # noqa: N818 - reads as what it says
@@ -108,16 +73,13 @@ class DoubleLacks(RuntimeError):  # noqa: N818 - reads as what it says
 
 
 @functools.cache
-def _operator_list() -> dict[str, dict[str, Any]]:
-    text = (importlib.resources.files("lutdeploy.engines.tensorrt") / "operators.json").read_text(
-        "utf-8"
-    )
-    supported: dict[str, dict[str, Any]] = json.loads(text)["supported"]
+def _operators() -> dict[str, dict[str, Any]]:
+    """What the parser takes: types by operator."""
+    folder = importlib.resources.files("lutdeploy.engines.tensorrt")
+    supported: dict[str, dict[str, Any]] = json.loads(
+        (folder / "operators.json").read_text("utf-8")
+    )["supported"]
     return supported
-
-
-def _operators() -> dict[str, list[str]]:
-    return {name: list(entry["types"]) for name, entry in _operator_list().items()}
 
 
 @dataclass
@@ -125,8 +87,6 @@ class Controls:
     """Faults to inject and what has been seen; shared by all that a module makes."""
 
     gpu_name: str = GPU_NAME
-    compute_capability: tuple[int, int] = (9, 0)
-    operators: dict[str, list[str]] = field(default_factory=_operators)  # name: types
     # Faults.
     parser_errors: list[tuple[str, str, str]] = field(default_factory=list)  # node, operator, text
     build_returns_none: bool = False
@@ -135,11 +95,10 @@ class Controls:
     input_shape_false: bool = False
     tensor_address_false: bool = False
     missing_output_shapes: bool = False  # get_tensor_shape of outputs stays -1
-    inspector: str = "normal"  # float32: of half products; unfused: no mha; opaque: one layer
+    inspector: str = "normal"  # float32: of half products; unfused: no mha
     perturb: float = 0.0  # added to every output: an engine that is silently wrong
     perturb_from: int = 0  # from this execute_async_v3 on
     step_seconds: float = 0.0  # slept in every step of a build's progress
-    on_execute: Callable[[], None] | None = None
     # Observations.
     log: list[tuple[str, str]] = field(default_factory=list)  # severity, message
     builds: int = 0
@@ -181,7 +140,7 @@ def _surface(version: str) -> dict[str, Any]:
     for name, changed in delta["changed_enum_values"].items():
         enums[name].update({member: both["10.13"] for member, both in changed.items()})
     for name, members in delta["removed_enum_members"].items():
-        enums[name].update({member: REMOVED_VALUES[name][member] for member in members})
+        enums[name].update(members)
     for name in delta["removed_enums"]:
         enums[name] = {}
     return api
@@ -194,12 +153,6 @@ class _Enum(enum.Enum):
         return int(self.value)
 
     __index__ = __int__
-
-
-class _DataType(_Enum):
-    @property
-    def itemsize(self) -> float:
-        return BITS.get(self.name, 8) / 8
 
 
 class _PybindType(type):
@@ -226,24 +179,18 @@ class _Calls:
     def _signature(names: list[str], optional: Mapping[str, str]) -> inspect.Signature:
         required = max((k for k, name in enumerate(names, 1) if name not in optional), default=0)
         parameter = inspect.Parameter
-        return inspect.Signature(
-            [
-                parameter(
-                    name,
-                    parameter.POSITIONAL_ONLY
-                    if re.fullmatch(r"arg\d+", name)
-                    else parameter.POSITIONAL_OR_KEYWORD,
-                    default=parameter.empty if k < required else None,
-                )
-                for k, name in enumerate(names)
-            ]
-        )
+        parameters = []
+        for k, name in enumerate(names):
+            nameless = re.fullmatch(r"arg\d+", name)
+            kind = parameter.POSITIONAL_ONLY if nameless else parameter.POSITIONAL_OR_KEYWORD
+            default = parameter.empty if k < required else None
+            parameters.append(parameter(name, kind, default=default))
+        return inspect.Signature(parameters)
 
     def refuse(self, why: str) -> TypeError:
-        lists = "; ".join(f"({', '.join(names)})" for names in self.overloads)
         return TypeError(
             f"{self.label}(): incompatible function arguments. "
-            f"The following argument types are supported: {lists}. {why}"
+            f"The following are supported: {self.overloads}. {why}"
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +225,7 @@ class Library:
         self.surface = _surface(version)
         self.enums: dict[str, Any] = {}
         for name, members in self.surface["enum_values"].items():
-            make: Any = _DataType if name == "DataType" else _Enum
+            make: Any = _Enum
             short = name.rpartition(".")[2]
             self.enums[short] = make(short, members, module="tensorrt", qualname=name)
         self.classes: dict[str, Any] = {}
@@ -396,9 +343,7 @@ def make_tensorrt(version: str, controls: Controls | None = None) -> types.Modul
     for alias, member in trt.surface["dtype_aliases"].items():
         members[alias] = trt.enums["DataType"][member.rpartition(".")[2]]
     for name in trt.surface["functions"]:
-        arguments = trt.surface["function_args"][name]
-        calls = _Calls(trt, name, [arguments], {})
-        members[name] = _method(calls, FUNCTIONS.get(name), static=True)
+        members[name] = _lacking(name)
     vars(module).update(members)
     module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)  # importlib asks for one
     return module
@@ -459,11 +404,15 @@ class Native:
     _trt: Library
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "volume": lambda iterable: math.prod(iterable),
-    "nptype": lambda trt_type: NUMPY[trt_type.name],
-    "init_libnvinfer_plugins": lambda logger, namespace: True,
-}
+@dataclass(slots=True, eq=False, repr=False)
+class Speaker(Native):
+    """An object that tells a logger what it refuses."""
+
+    _logger: ILogger
+
+    def _refuse(self, text: str) -> bool:
+        self._trt.say(self._logger, "ERROR", text)
+        return False
 
 
 @native
@@ -477,16 +426,8 @@ class ILogger(Native):
 class Logger(ILogger):
     _min_severity: Severity | None = None
 
-    @property
-    def min_severity(self) -> Any:
-        return self._min_severity or self._trt.enums["Severity"].WARNING
-
-    @min_severity.setter
-    def min_severity(self, value: Any) -> None:
-        self._min_severity = value
-
     def log(self, severity: Severity, msg: str) -> None:
-        if int(severity) <= int(self.min_severity):
+        if int(severity) <= int(self._min_severity or self._trt.enums["Severity"].WARNING):
             print(f"[TRT] [{severity.name[0]}] {msg}", file=sys.stderr)
 
 
@@ -503,27 +444,11 @@ class IProgressMonitor(Native):
 class Dims(Native):
     _shape: Sequence[int] = ()
 
-    def __post_init__(self) -> None:
-        self._shape = [operator.index(size) for size in self._shape]
-
-    MAX_DIMS = property(lambda self: 8)
-
     def __len__(self) -> int:
         return len(self._shape)
 
     def __getitem__(self, arg0: Any) -> Any:
-        found = self._shape[arg0]
-        return tuple(found) if isinstance(arg0, slice) else found
-
-    def __eq__(self, arg0: object) -> bool:
-        return isinstance(arg0, list | tuple | Dims) and self._shape == [
-            arg0[k] for k in range(len(arg0))
-        ]
-
-    def __str__(self) -> str:
-        return str(tuple(self._shape))
-
-    __repr__ = __str__
+        return self._shape[arg0]
 
 
 class IHostMemory(bytearray):
@@ -538,17 +463,13 @@ class IHostMemory(bytearray):
         self._trt = trt
 
     def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("_") and name not in ("nbytes", "dtype"):
+        if not name.startswith("_") and name != "nbytes":
             raise AttributeError(f"'tensorrt.IHostMemory' object has no attribute {name!r}")
         return bytearray.__getattribute__(self, name)
 
     @property
     def nbytes(self) -> int:
         return bytearray.__len__(self)
-
-    @property
-    def dtype(self) -> Any:
-        return self._trt.enums["DataType"].INT8
 
 
 for _name in "len getitem setitem delitem iter contains add iadd mul rmul imul mod rmod".split():
@@ -577,21 +498,8 @@ class Graph:
     tensors: dict[str, tuple[str, list[int | str]]]  # dtype and sizes; no weights among them
 
 
-def _value_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto.Tensor]:
-    values = (*graph.input, *graph.value_info, *graph.output)
-    return {value.name: value.type.tensor_type for value in values}
-
-
 def _sizes(tensor: onnx.TypeProto.Tensor) -> list[int | str]:
     return [d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim]
-
-
-def _with_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _with_subgraphs(attribute.g)
 
 
 def _fixed(sizes: Sequence[int | str]) -> list[int]:
@@ -599,61 +507,28 @@ def _fixed(sizes: Sequence[int | str]) -> list[int]:
 
 
 @native
-class ITensor(Native):
-    _graph: Graph
-    _name: str
-
-    name = property(lambda self: self._name)
-    dtype = property(lambda self: self._trt.enums["DataType"][self._graph.tensors[self._name][0]])
-    shape = property(lambda self: self._trt.new("Dims", _fixed(self._graph.tensors[self._name][1])))
-    is_network_input = property(lambda self: self._name in self._graph.inputs)
-    is_network_output = property(lambda self: self._name in self._graph.outputs)
-
-
-@native
 class INetworkDefinition(Native):
-    _logger: ILogger
     _flags: int
-    name: str = "Unnamed Network 0"
-    _graph: Graph = field(default_factory=lambda: Graph(onnx.ModelProto(), [], [], [], {}))
+    _graph: Graph = field(init=False)
 
-    flags = property(lambda self: self._flags)
-    num_inputs = property(lambda self: len(self._graph.inputs))
-    num_outputs = property(lambda self: len(self._graph.outputs))
-    num_layers = property(lambda self: len(self._graph.nodes))
-
-    def get_flag(self, flag: NetworkDefinitionCreationFlag) -> bool:
-        typed = self._trt.typed and flag.name == "STRONGLY_TYPED"
-        return typed or bool(self._flags >> int(flag) & 1)
-
-    def get_input(self, index: int) -> Any:
-        return self._tensor(self._graph.inputs, index)
-
-    def get_output(self, index: int) -> Any:
-        return self._tensor(self._graph.outputs, index)
-
-    def _tensor(self, names: list[str], index: int) -> Any:
-        if 0 <= index < len(names):
-            return self._trt.new("ITensor", self._graph, names[index])
-        return None
+    @property
+    def _strongly_typed(self) -> bool:
+        flag = self._trt.enums["NetworkDefinitionCreationFlag"].STRONGLY_TYPED
+        return self._trt.typed or bool(self._flags >> int(flag) & 1)
 
 
 @native
 class ParserError(Native):
     _code: str
-    _node: int
-    _name: str
-    _operator: str
     _text: str
+    _node: str
+    _operator: str
 
     def code(self) -> Any:
         return self._trt.enums["ErrorCode"][self._code]
 
-    def node(self) -> int:
-        return self._node
-
     def node_name(self) -> str:
-        return self._name
+        return self._node
 
     def node_operator(self) -> str:
         return self._operator
@@ -661,16 +536,10 @@ class ParserError(Native):
     def desc(self) -> str:
         return self._text
 
-    def __str__(self) -> str:
-        return f"node {self._node} {self._name} ({self._operator}): {self._code}: {self._text}"
-
-    __repr__ = __str__
-
 
 @native
-class OnnxParser(Native):
+class OnnxParser(Speaker):
     _network: INetworkDefinition
-    _logger: ILogger
     _errors: list[ParserError] = field(default_factory=list)
 
     num_errors = property(lambda self: len(self._errors))
@@ -678,26 +547,24 @@ class OnnxParser(Native):
     def get_error(self, index: int) -> ParserError:
         return self._errors[index]
 
-    def clear_errors(self) -> None:
-        self._errors.clear()
-
     def supports_operator(self, op_name: str) -> bool:
-        since = str(_operator_list().get(op_name, {}).get("since", "0"))
-        needed = tuple(int(part) for part in since.split("."))
-        return op_name in self._trt.controls.operators and self._trt.numbers >= needed
+        if op_name not in _operators():
+            return False
+        since = str(_operators()[op_name].get("since", "0"))
+        return self._trt.numbers >= tuple(int(part) for part in since.split("."))
 
     def parse(self, model: Any, path: str | None = None) -> bool:
         for node, operation, text in self._trt.controls.parser_errors:
-            self._fail("UNSUPPORTED_NODE", 0, node, operation, text)
+            self._fail("UNSUPPORTED_NODE", text, node, operation)
         proto = None if self._errors else self._read(bytes(memoryview(model)), path)
-        types = self._check(proto) if proto else None
-        if self._errors or proto is None or types is None:
+        types = self._check(proto) if proto else {}
+        if self._errors or proto is None:
             return False
         graph = proto.graph
         weights = {tensor.name for tensor in graph.initializer}
         self._network._graph = Graph(
             model=proto,
-            inputs=[value.name for value in graph.input if value.name not in weights],
+            inputs=[value.name for value in graph.input],
             outputs=[value.name for value in graph.output],
             nodes=[
                 Node(n.name, n.op_type, list(n.input), list(n.output))
@@ -710,59 +577,55 @@ class OnnxParser(Native):
                 if name not in weights
             },
         )
-        self._network.name = graph.name
         return True
 
-    def _fail(self, code: str, index: int, node: str, operation: str, text: str) -> None:
-        error = self._trt.new("ParserError", code, index, node, operation, text)
-        self._errors.append(error)
-        self._trt.say(self._logger, "ERROR", str(error))
+    def _fail(self, code: str, text: str, node: str = "", operation: str = "") -> None:
+        self._errors.append(self._trt.new("ParserError", code, text, node, operation))
+        self._refuse(f"node {node} ({operation}): {code}: {text}")
 
     def _read(self, data: bytes, path: str | None) -> onnx.ModelProto | None:
         """The model with its weights inside."""
         try:
             proto = onnx.load_model_from_string(data)
         except Exception as error:  # protobuf's, which it does not export
-            self._fail("MODEL_DESERIALIZE_FAILED", -1, "", "", f"Failed to parse the ONNX: {error}")
+            self._fail("MODEL_DESERIALIZE_FAILED", f"Failed to parse the ONNX: {error}")
             return None
-        if not proto.ir_version or not proto.graph.node:
-            self._fail("INVALID_GRAPH", -1, "", "", "The model has no graph.")
+        if not proto.graph.node:
+            self._fail("INVALID_GRAPH", "The model has no graph.")
             return None
         try:
             folder = str(Path(path).parent) if path else ""
             onnx.external_data_helper.load_external_data_for_model(proto, folder)
         except Exception as error:  # files that are missing, too short or outside the folder
-            text = f"Failed to open the external weights: {error}"
-            self._fail("MODEL_DESERIALIZE_FAILED", -1, "", "", text)
+            self._fail("MODEL_DESERIALIZE_FAILED", f"Failed to open external weights: {error}")
             return None
         return proto
 
-    def _check(self, proto: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor] | None:
+    def _check(self, proto: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
         """The types of all tensors; failures for operators and types that are not supported."""
-        for graph in _with_subgraphs(proto.graph):
-            for k, node in enumerate(graph.node):
-                if node.domain not in ("", "ai.onnx") or not self.supports_operator(node.op_type):
-                    text = f"No importer registered for op: {node.op_type}"
-                    self._fail("UNSUPPORTED_NODE", k, node.name, node.op_type, text)
+        for node in proto.graph.node:
+            if node.domain not in ("", "ai.onnx") or not self.supports_operator(node.op_type):
+                text = f"No importer registered for op: {node.op_type}"
+                self._fail("UNSUPPORTED_NODE", text, node.name, node.op_type)
         if self._errors:
-            return None
+            return {}
         try:
             proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
         except Exception as error:  # InferenceError, or a ValueError for some malformed models
-            self._fail("INVALID_GRAPH", -1, "", "", str(error).strip())
-            return None
-        types: dict[str, onnx.TypeProto.Tensor] = {}
-        for graph in _with_subgraphs(proto.graph):
-            types |= _value_types(graph)
-            weights = {tensor.name: tensor.data_type for tensor in graph.initializer}
-            for k, node in enumerate(graph.node):
-                name = next(iter([*node.input, *node.output]), "")
-                number = weights.get(name) or (types[name].elem_type if name in types else 0)
-                _, kind = TYPES.get(number, ("", f"ONNX type {number}"))
-                if number and kind not in self._trt.controls.operators[node.op_type]:
-                    text = f"{node.op_type} does not take {kind}"
-                    self._fail("UNSUPPORTED_NODE_DATATYPE", k, node.name, node.op_type, text)
-        return _value_types(proto.graph)
+            self._fail("INVALID_GRAPH", str(error).strip())
+            return {}
+        graph = proto.graph
+        values = (*graph.input, *graph.value_info, *graph.output)
+        types = {value.name: value.type.tensor_type for value in values}
+        numbers = {name: tensor.elem_type for name, tensor in types.items()}
+        numbers |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+        for node in graph.node:
+            number = numbers.get([*node.input, *node.output][0], 0)
+            _, kind = TYPES.get(number, ("", f"ONNX type {number}"))
+            if number and kind not in _operators()[node.op_type]["types"]:
+                text = f"{node.op_type} does not take {kind}"
+                self._fail("UNSUPPORTED_NODE_DATATYPE", text, node.name, node.op_type)
+        return types
 
 
 # Builds.
@@ -780,43 +643,25 @@ class IOptimizationProfile(Native):
                 raise RuntimeError(f"Shape provided for {which} is inconsistent with other shapes.")
         self._shapes[input] = shapes
 
-    def get_shape(self, input: str) -> list[Any]:
-        return [self._trt.new("Dims", shape) for shape in self._shapes.get(input, ())]
-
-    def __bool__(self) -> bool:
-        return True  # set_shape has refused what would make it invalid
-
 
 @native
 class ITimingCache(Native):
-    _device: list[Any]  # TensorRT version, GPU and compute capability it is of
-    _entries: dict[str, str]
+    _device: list[str]  # TensorRT version and GPU it is of
+    _operators: list[str]  # that a build has timed
     _loaded: bytes = b""
 
     def serialize(self) -> Any:
-        text = json.dumps({"device": self._device, "entries": self._entries}, sort_keys=True)
+        text = json.dumps({"device": self._device, "operators": self._operators})
         return self._trt.new("IHostMemory", CACHE_TAG + text.encode())
-
-    def combine(self, input_cache: ITimingCache, ignore_mismatch: bool) -> bool:
-        if input_cache._device != self._device and not ignore_mismatch:
-            return False
-        self._entries |= input_cache._entries
-        return True
-
-
-def _device(trt: Library) -> list[Any]:
-    return [trt.version, trt.controls.gpu_name, *trt.controls.compute_capability]
 
 
 @native
-class IBuilderConfig(Native):
-    _logger: ILogger
+class IBuilderConfig(Speaker):
     flags: int = 0
     progress_monitor: IProgressMonitor | None = None
     profiling_verbosity: ProfilingVerbosity = field(init=False)
     hardware_compatibility_level: HardwareCompatibilityLevel = field(init=False)
-    engine_capability: EngineCapability = field(init=False)
-    _level: int = 3
+    builder_optimization_level: int = 3
     _profiles: list[IOptimizationProfile] = field(default_factory=list)
     _limits: dict[Any, int] = field(default_factory=dict)
     _cache: ITimingCache | None = None
@@ -825,10 +670,7 @@ class IBuilderConfig(Native):
         enums = self._trt.enums
         self.profiling_verbosity = enums["ProfilingVerbosity"].LAYER_NAMES_ONLY
         self.hardware_compatibility_level = enums["HardwareCompatibilityLevel"].NONE
-        self.engine_capability = enums["EngineCapability"].STANDARD
         self.set_flag(enums["BuilderFlag"].TF32)
-
-    num_optimization_profiles = property(lambda self: len(self._profiles))
 
     def set_flag(self, flag: BuilderFlag) -> None:
         self.flags |= 1 << int(flag)
@@ -836,26 +678,11 @@ class IBuilderConfig(Native):
     def clear_flag(self, flag: BuilderFlag) -> None:
         self.flags &= ~(1 << int(flag))
 
-    def get_flag(self, flag: BuilderFlag) -> bool:
-        return bool(self.flags >> int(flag) & 1)
-
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         self._limits[pool] = pool_size
 
     def get_memory_pool_limit(self, pool: MemoryPoolType) -> int:
-        return self._limits.get(pool, 1 << 34)
-
-    @property
-    def builder_optimization_level(self) -> int:
-        return self._level
-
-    @builder_optimization_level.setter
-    def builder_optimization_level(self, value: int) -> None:
-        if 0 <= value <= 5:
-            self._level = value
-        else:
-            text = f"builder_optimization_level is 0 to 5, not {value}; it stays {self._level}"
-            self._trt.say(self._logger, "ERROR", text)
+        return self._limits[pool]
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         self._profiles.append(profile)
@@ -864,19 +691,19 @@ class IBuilderConfig(Native):
     def create_timing_cache(self, serialized_timing_cache: Any) -> Any:
         data = bytes(memoryview(serialized_timing_cache))
         if not data:
-            return self._trt.new("ITimingCache", _device(self._trt), {})
+            here = [self._trt.version, self._trt.controls.gpu_name]
+            return self._trt.new("ITimingCache", here, [])
         try:
             read = json.loads(data.removeprefix(CACHE_TAG))
-            return self._trt.new("ITimingCache", read["device"], read["entries"], data)
-        except (ValueError, KeyError, TypeError):
-            self._trt.say(self._logger, "ERROR", "The timing cache cannot be read.")
+        except ValueError:
+            self._refuse("The timing cache cannot be read.")
             return None
+        return self._trt.new("ITimingCache", read["device"], read["operators"], data)
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
-        if cache._device != _device(self._trt) and not ignore_mismatch:
-            text = f"The timing cache is of {cache._device}, not of {_device(self._trt)}."
-            self._trt.say(self._logger, "ERROR", text)
-            return False
+        here = [self._trt.version, self._trt.controls.gpu_name]
+        if cache._device != here and not ignore_mismatch:
+            return self._refuse(f"The timing cache is of {cache._device}, not of {here}.")
         self._cache = cache
         self._trt.controls.timing_cache_loaded = cache._loaded or None
         return True
@@ -901,26 +728,11 @@ class IBuilderConfig(Native):
                         return f"Profile {k} gives input {name} {shape}; the network has {sizes}."
         return None
 
-    def _record(self, graph: Graph) -> None:
-        """Put what a build has timed into the cache: one entry per layer, dtype and shape."""
-        disabled = self.get_flag(self._trt.enums["BuilderFlag"].DISABLE_TIMING_CACHE)
-        if self._cache is None or not self._level or disabled:
-            return
-        profiles = [profile._shapes for profile in self._profiles]
-        for node in graph.nodes:
-            seen = [graph.tensors.get(name) for name in (*node.inputs, *node.outputs)]
-            text = json.dumps([node.operator, seen, profiles], sort_keys=True)
-            self._cache._entries[hashlib.sha256(text.encode()).hexdigest()[:16]] = node.operator
-
 
 @native
-class Builder(Native):
-    _logger: ILogger
-
-    logger = property(lambda self: self._logger)
-
+class Builder(Speaker):
     def create_network(self, flags: int = 0) -> Any:
-        return self._trt.new("INetworkDefinition", self._logger, operator.index(flags))
+        return self._trt.new("INetworkDefinition", operator.index(flags))
 
     def create_builder_config(self) -> Any:
         return self._trt.new("IBuilderConfig", self._logger)
@@ -932,59 +744,44 @@ class Builder(Native):
         trt, graph = self._trt, network._graph
         trt.controls.builds += 1
         trt.say(self._logger, "INFO", f"Building for {trt.controls.gpu_name}")
-        typed = trt.enums["NetworkDefinitionCreationFlag"].STRONGLY_TYPED
         problem = config._problem(graph)
-        if not network.get_flag(typed):
+        if not network._strongly_typed:
             problem = "The double builds strongly typed networks only; this one is weakly typed."
-        elif not graph.nodes:
-            problem = "The network has no layers."
-        elif problem is None:
-            problem = self._progress(config.progress_monitor)
+        elif problem is None and not self._progress(config.progress_monitor):
+            problem = "The progress monitor cancelled the build."
         if trt.controls.build_returns_none:
             problem = "Error Code 10: Could not find any implementation for node {ForeignNode[]}."
         if problem:
-            trt.say(self._logger, "ERROR", problem)
+            self._refuse(problem)
             return None
-        config._record(graph)
+        if config._cache is not None:
+            timed = {*config._cache._operators, *(node.operator for node in graph.nodes)}
+            config._cache._operators = sorted(timed)
         return trt.new("IHostMemory", _plan(trt, graph, config))
 
-    def _progress(self, monitor: IProgressMonitor | None) -> str | None:
-        """Go through the phases of a build; says so when the monitor ends it."""
-        seconds = self._trt.controls.step_seconds
+    def _progress(self, monitor: IProgressMonitor | None) -> bool:
+        """Go through the phases of a build; False when the monitor ends it."""
         if monitor is None:
-            time.sleep(10 * seconds)
-            return None
-
-        def step_complete(name: str, step: int) -> bool:
-            time.sleep(seconds)  # Ctrl-C is met inside the override, as in a build in C++
-            return bool(monitor.step_complete(name, step))
-
-        def phase(name: str, parent: str | None, inner: Sequence[str], steps: int) -> bool:
-            call_back(monitor.phase_start, name, parent, steps)
-            going = all(
-                all(phase(each, name, (), 4) for each in inner[k : k + 1])
-                and call_back(step_complete, name, k)
-                for k in range(steps)
-            )
+            return True
+        for name in ("Optimising graph", "Timing tactics"):
+            call_back(monitor.phase_start, name, None, 5)
+            for step in range(5):
+                time.sleep(self._trt.controls.step_seconds)
+                if not call_back(monitor.step_complete, name, step):
+                    return False
             call_back(monitor.phase_finish, name)
-            return going
-
-        finished = phase("Building engine", None, ("Optimising graph", "Timing tactics"), 2)
-        return None if finished else "The progress monitor cancelled the build."
+        return True
 
 
 # Plans.
 
 
 def _plan(trt: Library, graph: Graph, config: IBuilderConfig) -> bytes:
-    controls = trt.controls
     fixed = {name: [_fixed(graph.tensors[name][1])] * 3 for name in graph.inputs}
     about = {
         "version": trt.version,
-        "gpu": controls.gpu_name,
-        "compute_capability": controls.compute_capability,
-        "name": graph.model.graph.name,
-        "flags": [f.name for f in trt.enums["BuilderFlag"] if config.get_flag(f)],
+        "gpu": trt.controls.gpu_name,
+        "flags": [f.name for f in trt.enums["BuilderFlag"] if config.flags >> int(f) & 1],
         "verbosity": config.profiling_verbosity.name,
         "hardware": config.hardware_compatibility_level.name,
         "inputs": graph.inputs,
@@ -999,11 +796,8 @@ def _plan(trt: Library, graph: Graph, config: IBuilderConfig) -> bytes:
 
 
 @native
-class Runtime(Native):
-    _logger: ILogger
+class Runtime(Speaker):
     engine_host_code_allowed: bool = False
-
-    logger = property(lambda self: self._logger)
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         plan = bytes(memoryview(serialized_engine))
@@ -1020,62 +814,40 @@ class Runtime(Native):
         if self._trt.controls.deserialize_returns_none:
             problem = "Error Code 1: Serialization (Serialization assertion failed.)"
         if problem:
-            self._trt.say(self._logger, "ERROR", problem)
+            self._refuse(problem)
             return None
         self._trt.controls.deserialized += 1
-        return self._trt.new("ICudaEngine", weakref.ref(self), self._logger, about, model)
+        return self._trt.new("ICudaEngine", self._logger, weakref.ref(self), about, model)
 
     def _mismatch(self, about: Mapping[str, Any]) -> str | None:
-        compatible = (
-            "VERSION_COMPATIBLE" in about["flags"]
-            and about["version"].split(".")[0] == self._trt.version.split(".")[0]
-            and self.engine_host_code_allowed
-        )
-        if about["version"] != self._trt.version and not compatible:
+        """Of two versions of the double, neither runs the other's version-compatible plans."""
+        gpu = self._trt.controls.gpu_name
+        if about["version"] != self._trt.version:
             return (
                 "Error Code 6: API Usage Error (The engine plan file is not compatible with this "
                 f"version of TensorRT, expecting library version {self._trt.version} got "
                 f"{about['version']}, please rebuild.)"
             )
-        controls, built = self._trt.controls, tuple(about["compute_capability"])
-        here = controls.compute_capability
-        if about["hardware"] == "AMPERE_PLUS":
-            fits = min(built, here) >= (8, 0)
-        elif about["hardware"] == "SAME_COMPUTE_CAPABILITY":
-            fits = built == here
-        else:
-            fits = built == here and about["gpu"] == controls.gpu_name
-        if fits:
-            return None
-        return (
-            "Error Code 6: API Usage Error (The engine plan file is generated on an incompatible "
-            f"device, expecting compute {here[0]}.{here[1]} ({controls.gpu_name}) got compute "
-            f"{built[0]}.{built[1]} ({about['gpu']}), please rebuild.)"
-        )
+        if about["hardware"] == "NONE" and about["gpu"] != gpu:
+            return (
+                "Error Code 6: API Usage Error (The engine plan file is generated on an "
+                f"incompatible device, expecting {gpu} got {about['gpu']}, please rebuild.)"
+            )
+        return None
 
 
 @native
-class ICudaEngine(Native):
+class ICudaEngine(Speaker):
     _runtime: weakref.ref[Runtime]
-    _logger: ILogger
     _about: dict[str, Any]
     _model: bytes
     _session: ort.InferenceSession | None = None
 
-    def _say(self, text: str) -> None:
-        self._trt.say(self._logger, "ERROR", text)
-
     def _alive(self) -> bool:
-        if self._runtime() is None:
-            self._say("The Runtime of this engine is gone.")
-            return False
-        return True
+        return self._runtime() is not None or self._refuse("The Runtime of this engine is gone.")
 
     _names = property(lambda self: [*self._about["inputs"], *self._about["outputs"]])
-    name = property(lambda self: str(self._about["name"]))
     num_io_tensors = property(lambda self: len(self._names))
-    num_layers = property(lambda self: len(_layers(self._trt, self._about)))
-    num_optimization_profiles = property(lambda self: len(self._about["profiles"]))
     refittable = property(lambda self: "REFIT" in self._about["flags"])
     hardware_compatibility_level = property(
         lambda self: self._trt.enums["HardwareCompatibilityLevel"][self._about["hardware"]]
@@ -1099,22 +871,13 @@ class ICudaEngine(Native):
 
     def get_tensor_mode(self, name: str) -> Any:
         modes = self._trt.enums["TensorIOMode"]
-        if name in self._about["inputs"]:
-            return modes.INPUT
-        return modes.OUTPUT if name in self._about["outputs"] else modes.NONE
+        return modes.INPUT if name in self._about["inputs"] else modes.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return self._trt.enums["DataType"][self._tensor(name)[0]]
+        return self._trt.enums["DataType"][self._about["tensors"][name][0]]
 
     def get_tensor_shape(self, name: str) -> Any:
-        return self._trt.new("Dims", _fixed(self._tensor(name)[1]))
-
-    def _tensor(self, name: str) -> tuple[str, list[int | str]]:
-        if name not in self._names:
-            self._say(f"There is no input or output {name}.")
-            return "FLOAT", []
-        dtype, sizes = self._about["tensors"][name]
-        return dtype, sizes
+        return self._trt.new("Dims", _fixed(self._about["tensors"][name][1]))
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
         shapes = self._about["profiles"][profile_index].get(name, ())
@@ -1126,7 +889,7 @@ class ICudaEngine(Native):
         if not self._alive():
             return None
         managed = strategy is not None and strategy.name == "USER_MANAGED"
-        return self._trt.new("IExecutionContext", weakref.ref(self), self._logger, managed)
+        return self._trt.new("IExecutionContext", self._logger, weakref.ref(self), managed)
 
     def create_engine_inspector(self) -> Any:
         return self._trt.new("EngineInspector", weakref.ref(self)) if self._alive() else None
@@ -1145,40 +908,33 @@ class ICudaEngine(Native):
 
 
 @native
-class IExecutionContext(Native):
+class IExecutionContext(Speaker):
     _engine: weakref.ref[ICudaEngine]
-    _logger: ILogger
     _managed: bool
-    name: str = ""
     _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _addresses: dict[str, int] = field(default_factory=dict)
     _memory: tuple[int, int] = (0, 0)  # address and size
 
-    def _say(self, text: str) -> bool:
-        self._trt.say(self._logger, "ERROR", text)
-        return False
+    engine = property(lambda self: self._engine())
+    active_optimization_profile = property(lambda self: 0)
 
     def _about(self) -> dict[str, Any]:
         """What the plan says; nothing is left of it once the engine or its Runtime is gone."""
         engine = self._engine()
         if engine is None:
-            self._say("The engine of this context is gone.")
+            self._refuse("The engine of this context is gone.")
         gone: dict[str, Any] = {"inputs": [], "outputs": []}
         return engine._about if engine is not None and engine._alive() else gone
-
-    engine = property(lambda self: self._engine())
-    active_optimization_profile = property(lambda self: 0)
-    all_binding_shapes_specified = property(lambda self: not self.infer_shapes())
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
         about, given = self._about(), tuple(operator.index(size) for size in shape)
         if name not in about["inputs"]:
-            return self._say(f"There is no input {name}.")
+            return self._refuse(f"There is no input {name}.")
         low, _, high = about["profiles"][0][name]
         inside = len(given) == len(low) and all(map(operator.le, low, given))
         inside = inside and all(map(operator.le, given, high))
         if not inside or self._trt.controls.input_shape_false:
-            return self._say(f"Input {name}: {given} is not within profile 0: {low} to {high}.")
+            return self._refuse(f"Input {name}: {given} is not within profile 0: {low} to {high}.")
         self._shapes[name] = given
         return True
 
@@ -1186,21 +942,15 @@ class IExecutionContext(Native):
         about = self._about()
         known = name in about["inputs"] + about["outputs"]
         if not known or self._trt.controls.tensor_address_false:
-            return self._say(f"The address of {name} cannot be set.")
+            return self._refuse(f"The address of {name} cannot be set.")
         self._addresses[name] = operator.index(memory)
         return True
-
-    def get_tensor_address(self, name: str) -> int:
-        return self._addresses.get(name, 0)
 
     def _known(self, about: dict[str, Any]) -> dict[str, list[int]]:
         """The shapes of inputs and outputs as far as they are known, -1 where not."""
         axes: dict[str | int, int] = {}
         for name, shape in self._shapes.items():
-            for axis, size in zip(about["tensors"][name][1], shape, strict=True):
-                if axes.setdefault(axis, size) != size:
-                    self._say(f"Axis {axis} is {axes[axis]}, but {size} in input {name}.")
-                    axes[axis] = -1
+            axes.update(zip(about["tensors"][name][1], shape, strict=True))
         shapes: dict[str, list[int]] = {}
         for name in about["inputs"]:
             shapes[name] = list(self._shapes.get(name) or _fixed(about["tensors"][name][1]))
@@ -1208,21 +958,13 @@ class IExecutionContext(Native):
             shapes[name] = _fixed([axes.get(size, size) for size in about["tensors"][name][1]])
         return shapes
 
-    def _missing(self, shapes: Mapping[str, list[int]]) -> list[str]:
-        return [name for name, shape in shapes.items() if -1 in shape]
-
     def infer_shapes(self) -> list[str]:
         about = self._about()
-        missing = self._missing(self._known(about))
-        if not about["inputs"] or (missing and set(missing) <= set(about["outputs"])):
-            raise RuntimeError("infer_shapes error code: -1")
-        return [name for name in missing if name in about["inputs"]]
+        shapes = self._known(about)
+        return [name for name in about["inputs"] if -1 in shapes[name]]
 
     def get_tensor_shape(self, name: str) -> Any:
         about = self._about()
-        if name not in about["inputs"] + about["outputs"]:
-            self._say(f"There is no input or output {name}.")
-            return self._trt.new("Dims")
         shape = self._known(about)[name]
         if self._trt.controls.missing_output_shapes and name in about["outputs"]:
             shape = _fixed(about["tensors"][name][1])
@@ -1231,8 +973,8 @@ class IExecutionContext(Native):
     def update_device_memory_size_for_shapes(self) -> int:
         about = self._about()
         shapes = self._known(about)
-        if not shapes or self._missing(shapes):
-            self._say("The size of the device memory needs all input shapes.")
+        if any(-1 in shape for shape in shapes.values()):
+            self._refuse("The size of the device memory needs all input shapes.")
             return 0
         return ICudaEngine._scratch([shapes[name] for name in about["inputs"]])
 
@@ -1275,14 +1017,9 @@ class IExecutionContext(Native):
         if call == controls.execute_false_at:
             problem = "Error Code 1: Cask (Cask convolution execution)"
         if problem:
-            return self._say(problem)
-        if controls.on_execute is not None:
-            controls.on_execute()
+            return self._refuse(problem)
         arrays = {n: self._array(n, about["tensors"][n][0], shape) for n, shape in shapes.items()}
-        try:
-            results = engine._run({name: arrays[name] for name in about["inputs"]})
-        except Exception as error:  # ONNX Runtime's derive from RuntimeError or from nothing
-            return self._say(f"Error Code 1: ONNX Runtime ({error})")
+        results = engine._run({name: arrays[name] for name in about["inputs"]})
         wrong = controls.perturb if call >= controls.perturb_from else 0
         for name, result in zip(about["outputs"], results, strict=True):
             arrays[name][...] = result + wrong if wrong else result
@@ -1334,59 +1071,42 @@ def _groups(about: Mapping[str, Any], fuse: bool) -> list[tuple[str, list[Node]]
 def _layers(trt: Library, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The layers as the inspector tells them in detail."""
     mode = trt.controls.inspector
-    groups = _groups(about, fuse=mode != "unfused")
-    if mode == "opaque":
-        everything = list(itertools.chain(*(nodes for _, nodes in groups)))
-        layer = _layer(trt, about, 0, KGEN, everything)
-        ends = f"{everything[0].name}...{everything[-1].name}"
-        return [
-            layer | {"Name": f"{{ForeignNode[{ends}]}}", "LayerType": "Myelin", "TacticName": ""}
-        ]
-    return [_layer(trt, about, k, kind, nodes) for k, (kind, nodes) in enumerate(groups)]
+    return [
+        _layer(about, k, kind, nodes, mode == "float32" and kind != KGEN)
+        for k, (kind, nodes) in enumerate(_groups(about, fuse=mode != "unfused"))
+    ]
 
 
 def _layer(
-    trt: Library, about: Mapping[str, Any], index: int, kind: str, nodes: list[Node]
+    about: Mapping[str, Any], index: int, kind: str, nodes: list[Node], float32: bool
 ) -> dict[str, Any]:
+    """One layer; ``float32``: it runs half-precision tensors in float32."""
     tensors = about["tensors"]
     made = {name for node in nodes for name in node.outputs}
     used = dict.fromkeys(n for node in nodes for n in node.inputs if n in tensors and n not in made)
-    names = {node.name for node in nodes}
-    needed = set(about["outputs"]) | {
-        name for other in about["nodes"] if other[0] not in names for name in other[2]
-    }
-    leaving = [name for node in nodes for name in node.outputs if name in needed]
-    float32 = trt.controls.inspector == "float32" and kind != KGEN
 
     def describe(name: str) -> dict[str, Any]:
-        dtype, sizes = tensors[name]
+        dtype = tensors[name][0]
         dtype = "FLOAT" if float32 and dtype == "HALF" else dtype
         spelled = dtype.capitalize()
         if kind == CONV:
             spelled = f"Row major linear {'FP16 format' if dtype == 'HALF' else 'FP32'}"
-        return {"Name": name, "Dimensions": _fixed(sizes), "Format/Datatype": spelled}
+        return {"Name": name, "Format/Datatype": spelled}
 
     half = tensors[nodes[0].outputs[0]][0] == "HALF" and not float32
     product = "tf32f32" if "TF32" in about["flags"] else "f32f32"
     types = "f16f16_f16f16_f16" if half else f"f32f32_{product}_f32"
-    major = trt.controls.compute_capability[0]
-    operators = "".join(node.operator[:4] for node in nodes[:6])
     name, tactic = {
         MHA: (f"_gemm_mha_v2_myl0_{index}", f"_gemm_mha_v2_0x{index:08x}"),
-        GEMM: (
-            f"{nodes[0].name}_myl0_{index}",
-            f"sm{major}0_xmma_gemm_{types}_nn_n_tilesize128x128x32_stage4",
-        ),
-        CONV: (nodes[0].name, f"sm{major}0_xmma_fprop_implicit_gemm_{types}_nhwckrsc_nhwc"),
-        KGEN: (f"__myl_{operators}_myl0_{index}", f"__myl_{operators}_0x{index:08x}"),
+        GEMM: (f"{nodes[0].name}_myl0_{index}", f"sm90_xmma_gemm_{types}_nn_n"),
+        CONV: (nodes[0].name, f"sm90_xmma_fprop_implicit_gemm_{types}_nhwckrsc_nhwc"),
+        KGEN: (f"__myl_myl0_{index}", f"__myl_0x{index:08x}"),
     }[kind]
     return {
         "Name": name,
         "LayerType": GEMM if kind == MHA else kind,
         "Inputs": [describe(each) for each in used],
-        "Outputs": [describe(each) for each in leaving],
         "TacticName": tactic,
-        "StreamId": 0,
         "Metadata": "\x1e".join(f"[ONNX Layer: {node.name}]" for node in nodes),
     }
 
@@ -1394,25 +1114,15 @@ def _layer(
 @native
 class EngineInspector(Native):
     _engine: weakref.ref[ICudaEngine]
-    execution_context: IExecutionContext | None = None
-
-    def _told(self) -> tuple[list[Any], list[str]]:
-        """Layers as far as the builder's verbosity tells them, inputs and outputs."""
-        engine = self._engine()
-        if engine is None or not engine._alive():
-            return [], []
-        layers = _layers(self._trt, engine._about)
-        told: dict[str, list[Any]] = {
-            "DETAILED": layers,
-            "LAYER_NAMES_ONLY": [layer["Name"] for layer in layers],
-            "NONE": [],
-        }
-        return told[engine._about["verbosity"]], engine._names
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:
         if format.name != "JSON":
             raise DoubleLacks("the inspector of the double writes JSON only")
-        layers, names = self._told()
-        return json.dumps(
-            {"Layers": layers, "I/O Tensors" if self._trt.typed else "Bindings": names}
-        )
+        engine = self._engine()
+        if engine is None or not engine._alive():
+            return json.dumps({"Layers": []})
+        layers: list[Any] = _layers(self._trt, engine._about)
+        if engine._about["verbosity"] != "DETAILED":
+            layers = [layer["Name"] for layer in layers]
+        names = "I/O Tensors" if self._trt.typed else "Bindings"
+        return json.dumps({"Layers": layers, names: engine._names})
