@@ -174,7 +174,7 @@ def test_what_never_passed_is_refused_unless_told(
     failed = msgspec.structs.replace(verdict, passed=False, failures=("picture, images",))
     options = ("--backend", "tensorrt", "-n", 1, "--steps", 2)
     for word in ("was not checked", "FAILED"):
-        shutil.rmtree(run.verdicts)
+        shutil.rmtree(run.verdicts, ignore_errors=True)
         if word == "FAILED":
             store_verdict(run, failed)
         said = told("sample", run.path, *options, "--out", tmp_path / word[:3])
