@@ -24,7 +24,7 @@ import click
 
 from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.run import Run
-from lutdeploy.machine import Machine, this_machine
+from lutdeploy.machine import this_machine
 
 LUTDEPLOY = (sys.executable, "-m", "lutdeploy.cli")
 HELP_RUNS = 9
@@ -131,7 +131,7 @@ def measure_sampling(model: Path, count: int, folder: Path) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> Iterator[str]:
     """The result as Markdown."""
-    about = Machine.from_dict(result["machine"])
+    about = result["machine"]
     yield about.describe()
     yield about.describe_versions()
     yield ""
@@ -182,7 +182,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         result = {
-            "machine": this_machine().to_dict(),
+            "machine": this_machine(),
             "help": measure_help(),
             "train": measure_training(data, train_steps, precision, folder / "trained"),
             "export": measure_export(export_size, folder / "exported"),

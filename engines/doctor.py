@@ -21,7 +21,7 @@ PACKAGES = (
     *("numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "pillow", "click", "rich"),
     *("filelock", "msgspec", "psutil"),
 )
-MODULES = {"onnx-ir": "onnx_ir", "pillow": "PIL"}  # of packages that name theirs otherwise
+MODULES = {"onnx-ir": "onnx_ir", "pillow": "PIL"}  # of packages whose module has another name
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 # What an extra makes possible: the extra, what must import for it, and what it is for.
 EXTRAS = {
@@ -60,10 +60,7 @@ def examine() -> list[Finding]:
     compiles = "for `train --compile on`" if compiler else "install g++ for `train --compile on`"
     return [
         Finding("python", supported, f"{version} (3.11 to 3.13)"),
-        *(
-            _imports(name, (MODULES.get(name, name),), _version(name), f"pip install {name}")
-            for name in PACKAGES
-        ),
+        *(_imports(name, MODULES.get(name, name), f"pip install {name}") for name in PACKAGES),
         *_torch(),
         *_onnxruntime(),
         _openvino(),
@@ -79,16 +76,13 @@ def _extra(subject: str, extra: str, modules: tuple[str, ...], detail: str) -> F
     return Finding(subject, problem is None, problem or detail, required=False)
 
 
-def _imports(
-    subject: str, modules: tuple[str, ...], detail: str, remedy: str, required: bool = True
-) -> Finding:
-    """Whether modules import: a package that is installed may still fail to load."""
+def _imports(package: str, module: str, remedy: str) -> Finding:
+    """Whether a required package imports: one that is installed may still fail to load."""
     try:
-        for module in modules:
-            importlib.import_module(module)
-    except Exception as error:  # a package built for another torch raises almost anything
-        return Finding(subject, False, f"{first_line(error)}; {remedy}", required)
-    return Finding(subject, True, detail, required)
+        importlib.import_module(module)
+    except Exception as error:  # compiled parts raise anything
+        return Finding(package, False, f"{first_line(error)}; {remedy}")
+    return Finding(package, True, _version(package))
 
 
 def _version(package: str) -> str:
@@ -105,10 +99,12 @@ def _onnxruntime() -> list[Finding]:
     if len(installed) == 2:
         detail = "both onnxruntime and onnxruntime-gpu: they cannot coexist; uninstall one"
         return [Finding("onnxruntime", False, detail)]
-    detail = ", ".join(f"{_version(name)} ({name})" for name in installed)
     remedy = "pip install onnxruntime-gpu (or onnxruntime where there is no such wheel)"
-    found = _imports("onnxruntime", ("onnxruntime",), detail, remedy)
-    return [found, *_providers()] if found.works else [found]
+    found = _imports("onnxruntime", "onnxruntime", remedy)
+    if not found.works:
+        return [found]
+    versions = ", ".join(f"{_version(name)} ({name})" for name in installed)
+    return [Finding("onnxruntime", True, versions), *_providers()]
 
 
 def _providers() -> list[Finding]:
@@ -136,8 +132,7 @@ def _providers() -> list[Finding]:
 
 def _openvino() -> Finding:
     """OpenVINO and the precisions that this CPU computes in with it."""
-    remedy = "pip install 'lutdeploy[openvino]' for --backend openvino"
-    found = _imports("openvino", ("openvino",), "", remedy, required=False)
+    found = _extra("openvino", "openvino", ("openvino",), "for --backend openvino")
     if not found.works:
         return found
     import openvino as ov
@@ -173,7 +168,7 @@ def _tensorrt() -> list[Finding]:
 
 def _torch() -> list[Finding]:
     """PyTorch, its devices, and whether bfloat16 is fast on the CPU."""
-    found = _imports("torch", ("torch",), _version("torch"), "pip install torch")
+    found = _imports("torch", "torch", "pip install torch")
     if not found.works:
         return [found]
     import torch

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutdeploy.artefacts.manifest import Manifest
-from lutdeploy.config import ModelConfig
 from lutdeploy.errors import UsageError
 from lutdeploy.sampling import Images, held_row, predict_by_row
-from lutdeploy.schedule import Schedule, Step
+from lutdeploy.schedule import Step
 from lutdeploy.signature import Signature, graph_signature
 
 
@@ -23,12 +22,12 @@ class ExportDenoiser(abc.ABC):
         manifest: of the export folder, whose files are verified by size and hash.
     """
 
+    backend: str
+
     def __init__(self, manifest: Manifest) -> None:
         manifest.verify()
-        self.manifest = manifest
+        self.manifest, self.config, self.schedule = manifest, manifest.config, manifest.schedule
         self.whole_trajectory = manifest.graph == "loop"
-
-    backend: str
 
     @property
     @abc.abstractmethod
@@ -55,14 +54,6 @@ class ExportDenoiser(abc.ABC):
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.manifest.config
-
-    @property
-    def schedule(self) -> Schedule | None:
-        return self.manifest.schedule
 
     @property
     def identity(self) -> dict[str, Any]:

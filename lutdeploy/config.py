@@ -6,7 +6,6 @@ Every constant of the specification is a field here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,10 +102,6 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        """Compact JSON with sorted keys: equal configs give equal text."""
-        return json.dumps(self.to_dict(), sort_keys=True)
 
     @classmethod
     def from_dict(cls, values: Any) -> ModelConfig:

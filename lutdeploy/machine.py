@@ -8,21 +8,12 @@ import importlib.metadata
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lutdeploy.errors import first_line
 
-PACKAGES = (
-    "lutdeploy",
-    "torch",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "numpy",
-)
 # Where Linux shows a CUDA or ROCm driver; the first two are for WSL and containers.
 GPU_DRIVERS = (
     Path("/dev/dxg"),
@@ -31,6 +22,7 @@ GPU_DRIVERS = (
     Path("/dev/kfd"),
 )
 RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt")
+PACKAGES = ("lutdeploy", *RUNTIMES, "numpy")
 
 
 @dataclass(frozen=True)
@@ -43,15 +35,6 @@ class Machine:
     system: str
     gpus: tuple[str, ...]  # as torch sees them
     versions: dict[str, str]  # of python and of the packages that are installed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "gpus": list(self.gpus)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Machine:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**{**values, "gpus": tuple(values["gpus"])})
 
     def fingerprint(self) -> dict[str, Any]:
         """The JSON values that a measurement depends on.

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lutdeploy.config import ModelConfig
 from lutdeploy.errors import UsageError
 from lutdeploy.model import LutTransformer
 from lutdeploy.sampling import Images
@@ -30,12 +29,8 @@ class TorchDenoiser:
         self, model: LutTransformer, device: str = "cpu", autocast: torch.dtype | None = None
     ) -> None:
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
+        self.model, self.config = model.to(self.device).eval(), model.config
         self.autocast = autocast
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
 
     def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
         """See :class:`lutdeploy.sampling.Denoiser`."""

@@ -384,11 +384,18 @@ def test_doctor_tells_what_computes() -> None:
         assert finding["works"] or not finding["required"]
 
 
-def test_doctor_fails_when_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lutdeploy.engines.doctor.PACKAGES", ("torch", "no-such-package"))
+def test_doctor_fails_when_something_needed_does_not_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(
+        "raise RuntimeError('built for another torch\\nlong story')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("lutdeploy.engines.doctor.PACKAGES", ("numpy", "broken", "missing"))
     result = run("doctor", code=1)
-    assert "missing or broken: no-such-package" in result.stderr
-    assert "pip install no-such-package" in result.stdout
+    assert "missing or broken: broken, missing" in result.stderr
+    assert "built for another torch; pip install broken" in result.stdout
+    assert "No module named 'missing'; pip install missing" in result.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -23,7 +23,6 @@ from lutdeploy.engines import Engine, EngineRequest, open_engine
 from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
 from lutdeploy.engines.onnxruntime import (
     OnnxRuntimeDenoiser,
-    execution_provider,
     misplaced_matmuls,
     open_session,
 )
@@ -217,30 +216,25 @@ def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Expor
         open_engine(EngineRequest(mixed))
 
 
-def test_unknown_backend_lists_what_there_is(golden_runs: RunOf) -> None:
-    with pytest.raises(
-        BackendError, match="there are auto, torch, onnxruntime, openvino, tensorrt"
-    ):
-        lutdeploy.load(golden_runs("dynamic-64").path, "tvm")
+TENSORRT = r"use --backend tensorrt \(`lutdeploy build`\)"
 
 
-def test_absent_provider_is_an_error_that_lists_what_there_is() -> None:
-    with pytest.raises(BackendError, match=r"there are .*CPUExecutionProvider"):
-        execution_provider("NoSuchExecutionProvider")
-
-
-@pytest.mark.parametrize("device", ["tensorrt", "TensorrtExecutionProvider"])
-def test_onnxruntimes_tensorrt_is_refused_wherever_it_is_offered(
-    device: str, exported: Exported
+@pytest.mark.parametrize(
+    ("backend", "device", "error", "message"),
+    [
+        ("tvm", "cpu", BackendError, "there are auto, torch, onnxruntime, openvino, tensorrt"),
+        ("onnxruntime", "npu", BackendError, "there are .*CPUExecutionProvider"),
+        pytest.param("onnxruntime", "cuda", BackendError, "CPUExecutionProvider", marks=no_gpu),
+        ("onnxruntime", "tensorrt", UsageError, TENSORRT),
+        ("onnxruntime", "TensorrtExecutionProvider", UsageError, TENSORRT),
+        pytest.param("torch", "cuda", BackendError, "no device 'cuda'.*are cpu", marks=no_gpu),
+    ],
+)
+def test_what_is_not_there_is_an_error_and_no_fallback(
+    exported: Exported, backend: str, device: str, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=r"use --backend tensorrt \(`lutdeploy build`\)"):
-        lutdeploy.load(exported(), "onnxruntime", device)
-
-
-@no_gpu
-def test_a_provider_that_cannot_load_is_an_error_not_a_fallback(exported: Exported) -> None:
-    with pytest.raises(BackendError, match="CPUExecutionProvider"):
-        lutdeploy.load(exported(), "onnxruntime", "cuda")
+    with pytest.raises(error, match=message):
+        lutdeploy.load(exported(), backend, device)
 
 
 def test_matmuls_that_run_elsewhere_are_named(exported: Exported) -> None:
@@ -264,12 +258,6 @@ def test_a_session_that_fell_back_is_an_error(
     )
     with pytest.raises(BackendError, match="would run on CPUExecutionProvider"):
         open_session(exported() / "step.onnx", "CUDAExecutionProvider")
-
-
-@no_gpu
-def test_absent_torch_device_is_an_error(golden_runs: RunOf) -> None:
-    with pytest.raises(BackendError, match=r"no device 'cuda' here; there are cpu"):
-        lutdeploy.load(golden_runs("static-tanh-64").path, device="cuda")
 
 
 def test_threads_are_passed_on(exported: Exported) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import msgspec
 import torch
 
 from lutdeploy.machine import Machine, this_machine
@@ -14,7 +15,7 @@ def test_it_says_what_is_here_in_plain_json() -> None:
     machine = this_machine()
     assert machine.cpu and machine.processors >= 1 and machine.memory_bytes > 2**28
     assert machine.versions["torch"] == torch.__version__
-    assert Machine.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
+    assert msgspec.json.decode(msgspec.json.encode(machine), type=Machine) == machine
     assert machine.cpu in machine.describe()
     assert f"torch {torch.__version__}" in machine.describe_versions()
 

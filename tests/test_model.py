@@ -30,20 +30,15 @@ from tests.conftest import Golden, read_golden
 TOLERANCE = 2e-5  # of the output's standard deviation
 
 
-def test_one_pass_equals_the_golden_vector(golden: Golden) -> None:
-    model = from_author_state(golden.state, golden.config)
-    found = TorchDenoiser(model).predict_x0(golden.arrays["x"], golden.arrays["t"])
-    expected = golden.arrays["x0"]
-    assert np.abs(found - expected).max() <= TOLERANCE * expected.std()
-
-
-def test_trajectory_equals_the_golden_vector(golden: Golden) -> None:
-    model = from_author_state(golden.state, golden.config)
-    table = solver_schedule("euler", int(golden.arrays["euler_steps"]))
-    states = [s.x for s in trajectory(TorchDenoiser(model), golden.arrays["x"], table)]
-    kept = golden.arrays["euler_kept"]
-    for step, expected in zip(kept, golden.arrays["euler_x"], strict=True):
-        assert np.abs(states[int(step)] - expected).max() <= TOLERANCE * expected.std()
+def test_one_pass_and_a_trajectory_equal_the_golden_vectors(golden: Golden) -> None:
+    denoiser = TorchDenoiser(from_author_state(golden.state, golden.config))
+    schedule = solver_schedule("euler", int(golden.arrays["euler_steps"]))
+    states = [state.x for state in trajectory(denoiser, golden.arrays["x"], schedule)]
+    pairs = [(denoiser.predict_x0(golden.arrays["x"], golden.arrays["t"]), golden.arrays["x0"])]
+    for step, expected in zip(golden.arrays["euler_kept"], golden.arrays["euler_x"], strict=True):
+        pairs.append((states[int(step)], expected))
+    for found, expected in pairs:
+        assert np.abs(found - expected).max() <= TOLERANCE * expected.std()
 
 
 def test_author_file_round_trip_infers_the_config(golden: Golden, tmp_path: Path) -> None:

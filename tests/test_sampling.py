@@ -122,25 +122,22 @@ HELD = tuned_schedule("euler", [0, 0.1, 1])
 
 
 @pytest.mark.parametrize(
-    ("held", "solver", "steps", "expected"),
+    ("request_", "held", "expected"),
     [
-        (None, None, 2, TUNED[0]),  # the best that there is
-        (None, "euler", 2, TUNED[1]),
-        (solver_schedule("euler", 2), None, None, TUNED[0]),
-        (HELD, None, None, HELD),
-        (HELD, "euler", 2, HELD),
+        (ScheduleRequest(steps=2, grid="tuned"), None, TUNED[0]),  # the best that there is
+        (ScheduleRequest("euler", 2, grid="tuned"), None, TUNED[1]),
+        (ScheduleRequest(grid="tuned"), solver_schedule("euler", 2), TUNED[0]),
+        (ScheduleRequest(grid="tuned"), HELD, HELD),
+        (ScheduleRequest("euler", 2, grid="tuned"), HELD, HELD),
+        (ScheduleRequest(), HELD, HELD),
+        (ScheduleRequest(grid="uniform"), HELD, solver_schedule("euler", 2)),
+        (ScheduleRequest("euler", 3, 2.0), HELD, solver_schedule("euler", 3, 2.0)),
     ],
 )
-def test_tuned_schedules_are_chosen(
-    held: Schedule | None, solver: str | None, steps: int | None, expected: Schedule
+def test_a_requested_schedule_is_found(
+    request_: ScheduleRequest, held: Schedule | None, expected: Schedule
 ) -> None:
-    assert ScheduleRequest(solver, steps, None, "tuned").resolve(held, lambda: TUNED) == expected
-
-
-def test_a_held_tuned_schedule_is_the_default() -> None:
-    assert ScheduleRequest().resolve(HELD) == HELD
-    assert ScheduleRequest(grid="uniform").resolve(HELD) == solver_schedule("euler", 2)
-    assert ScheduleRequest("euler", 3, 2.0).resolve(HELD) == solver_schedule("euler", 3, 2.0)
+    assert request_.resolve(held, lambda: TUNED) == expected
 
 
 @pytest.mark.parametrize(

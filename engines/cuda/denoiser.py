@@ -65,8 +65,8 @@ class DeviceDenoiser(abc.ABC):
         device: CudaDevice,
         sizes: tuple[int, int | None] = (1, None),
     ) -> None:
-        self.graph, self.device = graph, device
-        self._config, self._schedule = config, schedule
+        self.config, self.schedule, self.graph, self.device = config, schedule, graph, device
+        self.whole_trajectory = graph == "loop"
         self._smallest, self._largest = sizes
         self._loops: tuple[Schedule, Loops] | None = None
         self._single: ExportProgram | None = None
@@ -92,18 +92,6 @@ class DeviceDenoiser(abc.ABC):
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
-
-    @property
-    def schedule(self) -> Schedule | None:
-        return self._schedule
-
-    @property
-    def whole_trajectory(self) -> bool:
-        return self.graph == "loop"
 
     def predict_x0(self, x: Images, t: NDArray[np.float32]) -> Images:
         """See :class:`lutdeploy.sampling.Denoiser`."""
@@ -138,7 +126,7 @@ class DeviceDenoiser(abc.ABC):
                 schedule,
                 Loops(lambda batch: self._loop(batch, schedule), self._smallest),
             )
-        batches = map(self._checked, batches)
+        batches = self._checked(batches)
         if self._largest is not None:
             batches = split_batches(batches, self._largest)
         results = run_batches(self.device, self._loops[1], batches, pixels)
@@ -150,9 +138,10 @@ class DeviceDenoiser(abc.ABC):
     def _check(self, x: Images) -> None:
         Signature((TensorSpec("x", self.config.image_shape),), ()).check_feed({"x": x})
 
-    def _checked(self, batch: Batch) -> Batch:
-        self._check(batch[1])
-        return batch
+    def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for indices, noise in batches:
+            self._check(noise)
+            yield indices, noise
 
     def _loop(self, batch: int, schedule: Schedule) -> DeviceLoop:
         program = self.make_program(batch, schedule.steps, alone=False)

@@ -19,7 +19,7 @@ from lutdeploy.signature import GRAPHS
 @click.command("export")
 @RUN
 @click.option("--fp16", is_flag=True, help="float16 body with float32 islands.")
-@click.option("--int8", is_flag=True, help="int8 products in the blocks, the rest float32.")
+@click.option("--int8", is_flag=True, help="int8 matmuls in the blocks, the rest float32.")
 @click.option("--graph", type=click.Choice(GRAPHS), default="step", show_default=True)
 @schedule_request
 @click.option(

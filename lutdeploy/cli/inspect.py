@@ -69,7 +69,7 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
                 found["quantization"][f"{kind}_products"] for kind in ("int8", "float32")
             )
             also = f", for their sensitivity in float32: {', '.join(kept)}" if kept else ""
-            yield f"{indent}  {len(narrow)} of {len(narrow) + len(kept)} products in int8{also}"
+            yield f"{indent}  {len(narrow)} of {len(narrow) + len(kept)} matmuls in int8{also}"
         if found["islands"]:
             yield f"{indent}  float32 islands: {'; '.join(found['islands'])}"
     yield (
