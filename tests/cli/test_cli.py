@@ -360,7 +360,7 @@ def test_shipped_models_are_fp16_told_of_and_paint(name: str) -> None:
     found = json.loads(run("inspect", path, "--json").stdout)
     assert found["dtypes"] == ["F16"]
     assert found["config"] == shipped.facts(name)["training"]["model"]
-    docs = Path(__file__).parent.parent / "docs" / "models"
+    docs = Path(__file__).parents[2] / "docs" / "models"
     card = (docs / f"{name}.md").read_text()
     for word in ("Data", "Recipe", "Steps", "Images seen", "Fréchet"):
         assert word in card

@@ -27,7 +27,7 @@ from lutdeploy.schedule import solver_schedule
 from tests.command import invoke, succeed
 from tests.conftest import TensorRT, one_version
 from tests.doubles.cpu_device import CpuDevice
-from tests.test_tensorrt_builder import Runs, told
+from tests.engines.tensorrt.test_builder import Runs, told
 
 
 def engine_of(run: Run) -> DeviceDenoiser:

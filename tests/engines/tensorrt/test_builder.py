@@ -24,7 +24,7 @@ from tests.conftest import TensorRT, one_version
 from tests.doubles import install
 from tests.doubles.tensorrt_double import VERSIONS, Controls
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 BATCH = ("--batch", "1:2:4")
 Runs = Callable[..., Run]
 

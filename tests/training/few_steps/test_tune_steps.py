@@ -26,7 +26,7 @@ from lutdeploy.training.few_steps import search, tune
 from lutdeploy.training.few_steps.comparison import METRICS, Row, measure, plot
 from lutdeploy.training.few_steps.search import Problem
 from tests.command import fail, invoke, succeed
-from tests.test_tuning import SHAPE, Gaussian
+from tests.training.few_steps.test_search import SHAPE, Gaussian
 
 QUICK = ("--images", 1, "--held-out", 1, "--table", "3", "--backend", "torch")
 PRESET = "static-tanh-64"

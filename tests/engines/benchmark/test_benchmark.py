@@ -34,8 +34,8 @@ from lutdeploy.engines.benchmark.result import Participant, Result, Row
 from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.sampling import Images
 from lutdeploy.schedule import Schedule, Step, solver_schedule
-from tests.bench_records import MACHINE, make_result, row
 from tests.command import fail, invoke, succeed
+from tests.engines.benchmark.bench_records import MACHINE, make_result, row
 
 Bench = Callable[..., tuple[Result, dict[str, "Double"]]]
 Seconds = Callable[[int, int], float]  # of a step, by batch size and round

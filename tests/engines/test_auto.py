@@ -23,8 +23,8 @@ from lutdeploy.engines.auto import Choice, has_passed, measured_choices, nearest
 from lutdeploy.engines.auto import rank as rank_all
 from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
 from lutdeploy.machine import this_machine
-from tests.bench_records import make_result, row
 from tests.command import fail, succeed
+from tests.engines.benchmark.bench_records import make_result, row
 
 Exported = Callable[..., Path]
 SAMPLE = ("-n", 1, "--steps", 2, "--no-grid")
