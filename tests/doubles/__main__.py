@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,9 @@ from tests.doubles import install
 from tests.doubles.tensorrt_double import Controls
 
 if __name__ == "__main__":
-    step_seconds = float(os.environ.get("DOUBLE_STEP_SECONDS", "0"))
-    install(pytest.MonkeyPatch(), sys.argv.pop(1), Controls(step_seconds=step_seconds))
+    controls = Controls(
+        step_seconds=float(os.environ.get("DOUBLE_STEP_SECONDS", "0")),
+        building=Path(os.environ["DOUBLE_BUILDING"]),
+    )
+    install(pytest.MonkeyPatch(), sys.argv.pop(1), controls)
     cli()

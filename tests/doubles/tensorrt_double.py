@@ -99,6 +99,7 @@ class Controls:
     perturb: float = 0.0  # added to every output: an engine that is silently wrong
     perturb_from: int = 0  # from this execute_async_v3 on
     step_seconds: float = 0.0  # slept in every step of a build's progress
+    building: Path | None = None  # a file that is made when a build's progress begins
     # Observations.
     log: list[tuple[str, str]] = field(default_factory=list)  # severity, message
     builds: int = 0
@@ -763,6 +764,8 @@ class Builder(Speaker):
         """Go through the phases of a build; False when the monitor ends it."""
         if monitor is None:
             return True
+        if self._trt.controls.building is not None:
+            self._trt.controls.building.touch()
         for name in ("Optimising graph", "Timing tactics"):
             call_back(monitor.phase_start, name, None, 5)
             for step in range(5):
