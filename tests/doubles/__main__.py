@@ -1,6 +1,7 @@
 """See :mod:`tests.doubles`."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests.doubles import install
 from tests.doubles.tensorrt_double import Controls
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     controls = Controls(
         step_seconds=float(os.environ.get("DOUBLE_STEP_SECONDS", "0")),
         building=Path(os.environ["DOUBLE_BUILDING"]),
