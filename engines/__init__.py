@@ -14,7 +14,13 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import MODEL, Located, Run, locate
 from lutdeploy.engines.tensorrt import plan
-from lutdeploy.errors import ArtefactError, BackendError, LutDeployError, UsageError
+from lutdeploy.errors import (
+    ArtefactError,
+    BackendError,
+    LutDeployError,
+    UsageError,
+    first_line,
+)
 from lutdeploy.sampling import Denoiser
 
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino", "tensorrt")
@@ -213,7 +219,7 @@ def require_tensorrt() -> None:
     try:
         import tensorrt  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BackendError(
             f"TensorRT does not load here ({reason}); docs/tensorrt.md says how to install it"
         ) from error

@@ -196,10 +196,6 @@ class ScheduleRequest:
     shift: float | None = None
     grid: str | None = None  # one of GRIDS
 
-    @property
-    def empty(self) -> bool:
-        return self == ScheduleRequest()
-
     def resolve(
         self, held: Schedule | None = None, tuned: Callable[[], Sequence[Schedule]] = tuple
     ) -> Schedule:

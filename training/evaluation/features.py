@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_author_file
-from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError
+from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError, first_line
 from lutdeploy.training.evaluation.distances import Features, Pixels
 from lutdeploy.training.evaluation.feature_network import (
     SHA256,
@@ -69,7 +69,7 @@ def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
             )
         state = {name: value.to(device) for name, value in _read_state(path).items()}
     except (AssertionError, RuntimeError) as error:  # of a torch without CUDA, and of one with it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BackendError(
             f"device {device}: torch cannot use it ({reason}); see `lutdeploy doctor`"
         ) from error
