@@ -153,9 +153,9 @@ def train(
     chosen, held = data.split(settings.held_out, settings.seed)
     resumes = resume and run.training_state.is_file()
     first = None  # images for the first weights; a state that is read needs none
-    if settings.start == "copy" and not resumes:
+    if settings.start == "copy" and settings.init is None and not resumes:
         first = torch.from_numpy(data.images[evenly_spaced(chosen)])
-    state = TrainingState(settings, place, perceptual, first)
+    state = TrainingState(settings, place, perceptual, first, resumes)
     if resumes:
         state.restore(run, len(chosen))
         if settings.steps < state.step:

@@ -59,6 +59,9 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cosine: bool  # decay to zero at the last step
     ema: Annotated[tuple[BelowOne, ...], Meta(min_length=1)]  # decays of the averages
     ema_warmup: bool
+    t_low: Share = 0.0  # of the timesteps that are log-uniform in LOW_T instead
+    init: str | None = None  # run or model whose weights come first, in place of ``start``
+    init_sha256: str | None = None  # of those weights
     restart: Annotated[int, Meta(ge=0)] = 0  # step at which warm-up and decay last began
 
     def __post_init__(self) -> None:
@@ -153,6 +156,7 @@ def post(model: ModelConfig) -> dict[str, Any]:
         "velocity_floor": None,
         "t_mean": None,
         "t_std": 0.8,
+        "t_low": 0.0,
         "clip_norm": None,
         "warmup": 0,
         "cosine": False,
@@ -178,6 +182,7 @@ def modern(model: ModelConfig) -> dict[str, Any]:
         "velocity_floor": 0.05,
         "t_mean": -0.6,
         "t_std": 1.2,
+        "t_low": 0.1,
         "clip_norm": 1.0,
         "warmup": 200,
         "cosine": True,

@@ -14,7 +14,9 @@ import msgspec
 import torch
 
 from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, model_config
 from lutdeploy.errors import LutDeployError, UsageError
 from lutdeploy.training.data import ImageSet
@@ -102,8 +104,19 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
         if not compiles:
             note("no C++ compiler here: training without torch.compile, which is slower")
     of_model, of_recipe = parse_overrides(request.overrides)
-    model = model_config(request.preset, request.size, **of_model)
     fields = {**fields, "ema": fields["ema"] or None}
+    if fields["init"] is None:
+        model = model_config(request.preset, request.size, **of_model)
+    else:
+        path = find_model(fields["init"])
+        model, _ = read_metadata(path)
+        fields["init_sha256"] = files.sha256(path)
+        if of_model or request.given & {"preset", "size"}:
+            raise UsageError(
+                f"--init {fields['init']} decides the model; leave out --preset, --size and the "
+                "model's fields of --set"
+            )
+        note(f"first weights: {path}")
     return train_settings(model, compile=compiles, **fields).changed(**of_recipe)
 
 

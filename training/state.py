@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lutdeploy.artefacts import checkpoint, files
 from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.target import find_model
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
 from lutdeploy.training.losses import Objective, Perceptual
@@ -41,6 +42,19 @@ def _damaged(run: Run, error: Exception) -> ArtefactError:
     return ArtefactError(f"{run.training_state} is damaged or of another run: {error}")
 
 
+def first_weights(settings: TrainSettings) -> LutTransformer:
+    """The model that ``settings.init`` names.
+
+    Raises:
+        ArtefactError: it has changed since the run was set up.
+    """
+    assert settings.init is not None
+    path = find_model(settings.init)
+    if files.sha256(path) != settings.init_sha256:
+        raise ArtefactError(f"{path} is not the model any more that this run was to begin with")
+    return checkpoint.load_model(path).train().requires_grad_()
+
+
 class TrainingState:
     """What training changes."""
 
@@ -50,13 +64,19 @@ class TrainingState:
         device: torch.device,
         perceptual: Perceptual | None = None,
         images: Tensor | None = None,
+        resumes: bool = False,
     ) -> None:
-        """Start as a copy from ``images``, uint8 [n, C, S, S]; None where it is restored."""
+        """Make the first weights, unless they are restored later (``resumes``).
+
+        ``images`` are for a start as a copy, uint8 [n, C, S, S].
+        """
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.step = 0
         self.model = LutTransformer(settings.model)
-        if settings.start == "copy" and images is not None:
+        if settings.init is not None and not resumes:
+            self.model = first_weights(settings)
+        elif settings.start == "copy" and images is not None:
             start_as_copy(self.model, images)
         self.averages = [
             copy.deepcopy(self.model).to(device).eval().requires_grad_(False) for _ in settings.ema

@@ -22,6 +22,16 @@ def find(path: Path | None, note: Callable[[str], None]) -> Path:
     return shipped.model_path()
 
 
+def find_model(name: str) -> Path:
+    """The model.safetensors of a run folder, a model file, or a model of the package by name."""
+    if name in shipped.names():
+        return shipped.model_path(name)
+    located = locate(Path(name))
+    if located.model is None:
+        raise UsageError(f"{name} has no {MODEL}")
+    return located.model
+
+
 def find_run(path: Path, note: Callable[[str], None]) -> Run:
     """A run to write into; a model of the package gets a run of its own."""
     if shipped.is_shipped(path):

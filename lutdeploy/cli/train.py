@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     help="With --resume and more --steps: warm up and decay the learning rate again, over the "
     "steps that are left. Default: the rate of a run of so many steps from the beginning.",
 )
+@click.option(
+    "--init",
+    metavar="RUN",
+    help="Begin with the weights of this run, model file or model of the package.",
+)
 @click.option("--recipe", type=click.Choice(("modern", "post")), default="modern")
 @click.option("--steps", type=POSITIVE, default=5000)
 @click.option("--batch", type=POSITIVE, default=64)

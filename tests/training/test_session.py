@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lutdeploy.artefacts import files
+from lutdeploy.artefacts.checkpoint import save_model
 from lutdeploy.artefacts.run import Run
-from lutdeploy.errors import LutDeployError, UsageError
+from lutdeploy.config import ModelConfig
+from lutdeploy.errors import ArtefactError, LutDeployError, UsageError
+from lutdeploy.model import LutTransformer
 from lutdeploy.training import session
 from lutdeploy.training.data import ImageSet, draw_set
 from lutdeploy.training.processes import Processes
 from lutdeploy.training.recipes import TrainSettings
 from lutdeploy.training.session import Request, extended, new_settings, resumed_settings
+from lutdeploy.training.state import TrainingState
 
 DEFAULTS: dict[str, Any] = {
     "data": "faces",
@@ -24,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "steps": 100,
     "batch": 8,
     "seed": 0,
+    "init": None,
     "lr": None,
     "t_mean": None,
     "gram_weight": None,
@@ -102,6 +108,24 @@ def test_a_resumed_run_keeps_its_settings(run: Run, said: list[str]) -> None:
     with pytest.raises(UsageError, match=r"--compile on: .*run was started with off"):
         resumed_settings(run, request(compile="on"), said.append)
     assert said == []
+
+
+def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path, said: list[str]) -> None:
+    other = Run(tmp_path / "other")
+    model = LutTransformer(ModelConfig(width=32, depth=2, heads=2))
+    save_model(model, other.model)
+    settings = new_settings(request(init=str(other.path)), said.append)
+    assert settings.model == model.config
+    first = TrainingState(settings, torch.device("cpu")).model
+    assert first.training
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=0)
+    assert said == [f"first weights: {other.model}"]
+    with pytest.raises(UsageError, match=r"--init .* decides the model"):
+        new_settings(request("width=64", init=str(other.path)), said.append)
+    save_model(LutTransformer(model.config), other.model)
+    with pytest.raises(ArtefactError, match="is not the model any more"):
+        TrainingState(settings, torch.device("cpu"))
 
 
 def settings_of(**values: Any) -> TrainSettings:

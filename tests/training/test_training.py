@@ -240,13 +240,22 @@ def test_modern_schedule_warms_up_and_ends_at_zero() -> None:
 
 def test_timesteps_are_logit_normal_or_uniform() -> None:
     generator = torch.Generator().manual_seed(0)
-    modern = sample_timesteps(20000, tiny_settings(t_mean=-0.5, t_std=0.8), generator)
+    modern = sample_timesteps(20000, tiny_settings(t_mean=-0.5, t_std=0.8, t_low=0), generator)
     logits = torch.logit(modern)
     assert abs(logits.mean().item() + 0.5) < 0.02
     assert abs(logits.std().item() - 0.8) < 0.02
     uniform = sample_timesteps(20000, tiny_settings(recipe="post"), generator)
     assert abs(uniform.mean().item() - 0.5) < 0.01
     assert 0 <= uniform.min() < uniform.max() <= 1
+
+
+def test_a_share_of_the_timesteps_is_low() -> None:
+    generator = torch.Generator().manual_seed(0)
+    t = sample_timesteps(40000, tiny_settings(t_mean=3.0, t_std=0.1, t_low=0.25), generator)
+    low = t[t < 0.5]  # logit-normal ones lie near 0.95
+    assert abs(len(low) / len(t) - 0.25) < 0.01
+    assert 0.001 <= low.min() < low.max() <= 0.1
+    assert abs(low.log().mean().exp().item() - 0.01) < 0.0005  # √(0.001 · 0.1): log-uniform
 
 
 @pytest.mark.parametrize(
