@@ -5,6 +5,7 @@ A backend's module is imported only when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +15,16 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import MODEL, Located, Run, locate
 from lutdeploy.engines.tensorrt import plan
+from lutdeploy.engines.tensorrt.library import MODULES, RTX, TENSORRT
 from lutdeploy.errors import (
     ArtefactError,
     BackendError,
     LutDeployError,
     UsageError,
-    first_line,
 )
 from lutdeploy.sampling import Denoiser
 
-BACKENDS = ("auto", "torch", "onnxruntime", "openvino", "tensorrt")
+BACKENDS = ("auto", "torch", "onnxruntime", "openvino", TENSORRT, RTX)
 
 
 class Engine(Denoiser, Protocol):
@@ -100,7 +101,7 @@ def open_engine(request: EngineRequest, note: Callable[[str], None] = lambda tex
             if located.run is not None:
                 note(f"auto: {backend}; `lutdeploy bench` has measured nothing else here that fits")
             request = replace(request, backend=backend)
-        engine = _open(request, located)
+        engine = _open(request, located, note)
     made = engine.identity
     name = f", export {made['export']}" if made["export"] else ""
     note(f"backend: {made['backend']} on {made['device']}{name}")
@@ -118,7 +119,7 @@ def _open_measured(
     named = replace(request, export=located.export.name if located.export else request.export)
     for choice in measured_choices(located.run, named):
         try:
-            engine = _open(choice.request, locate(located.run.path))
+            engine = _open(choice.request, locate(located.run.path), note)
         except LutDeployError as error:
             note(f"auto: not {choice.name}: {error}")
             continue
@@ -130,14 +131,14 @@ def _open_measured(
     return None
 
 
-def _open(request: EngineRequest, located: Located) -> Engine:
+def _open(request: EngineRequest, located: Located, note: Callable[[str], None]) -> Engine:
     """Open with the backend that the request names."""
     run, backend, device = located.run, request.backend, request.device
     if backend == "torch":
         return _open_torch(request, located)
     export = request.export
-    if backend == "tensorrt" and export is None and located.export is None and run:
-        export = newest_built_export(run)
+    if backend in MODULES and export is None and located.export is None and run:
+        export = newest_built_export(run, backend)
     folder = choose_export(located, export)
     if folder is None:
         raise UsageError(
@@ -145,8 +146,8 @@ def _open(request: EngineRequest, located: Located) -> Engine:
         )
     manifest = read_manifest(folder)
     require_same_model(manifest, located.model)
-    if backend == "tensorrt":
-        return _open_tensorrt(run, manifest, request)
+    if backend in MODULES:
+        return _open_tensorrt(run, manifest, request, note)
     if backend == "openvino":
         return _open_openvino(manifest, device or "cpu", request)
     return _open_onnxruntime(manifest, device or "cpu", request)
@@ -195,51 +196,42 @@ def _open_openvino(manifest: Manifest, device: str, request: EngineRequest) -> E
     return OpenVinoDenoiser(manifest, device, request.precision or "fp32", request.threads)
 
 
-def _open_tensorrt(run: Run | None, manifest: Manifest, request: EngineRequest) -> Engine:
+def _open_tensorrt(
+    run: Run | None, manifest: Manifest, request: EngineRequest, note: Callable[[str], None]
+) -> Engine:
+    from lutdeploy.engines.tensorrt.job import open_plans
+
     if run is None:
         raise UsageError(
             f"{manifest.folder} lies in no run folder, where `lutdeploy build` keeps its engines"
         )
-    require_tensorrt()
-    from lutdeploy.engines.cuda.device import CudaDevice
-    from lutdeploy.engines.tensorrt.engine import TensorRTDenoiser, this_machine, usable_plans
-
-    gpu = CudaDevice(request.device or "cuda")
-    machine = this_machine(gpu)
-    records = usable_plans(run, manifest, machine, request.batch, request.unverified)
-    return TensorRTDenoiser(manifest, gpu, records)
+    return open_plans(run, manifest, request, note)
 
 
-def require_tensorrt() -> None:
-    """Import TensorRT.
+def tensorrt_machines(device: str = "cuda") -> dict[str, plan.Machine]:
+    """The TensorRTs of this machine by backend, each with the GPU.
 
-    Raises:
-        BackendError: it is not installed or does not load; says how to get it.
+    Without a GPU, TensorRT for RTX alone: it compiles there, and runs nothing.
     """
+    from lutdeploy.engines.cuda.device import CudaDevice
+    from lutdeploy.engines.tensorrt.engine import this_machine
+
     try:
-        import tensorrt  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = first_line(error)
-        raise BackendError(
-            f"TensorRT does not load here ({reason}); docs/tensorrt.md says how to install it"
-        ) from error
-
-
-def tensorrt_machine(device: str = "cuda") -> plan.Machine | None:
-    """What TensorRT engines are tied to here; None where TensorRT or the GPU is missing."""
-    try:
-        require_tensorrt()
-        from lutdeploy.engines.cuda.device import CudaDevice
-        from lutdeploy.engines.tensorrt.engine import this_machine
-
-        return this_machine(CudaDevice(device))
+        gpu = CudaDevice(device)
     except BackendError:
-        return None
+        gpu = None
+    found = {}
+    for backend in MODULES:
+        if gpu is not None or backend == RTX:
+            with contextlib.suppress(BackendError):
+                found[backend] = this_machine(backend, gpu)
+    return found
 
 
-def newest_built_export(run: Run) -> str | None:
-    """The export that the newest TensorRT engine of a run was built from; None: none is there."""
-    records = [state.record for state in plan.survey(run, None) if state.record is not None]
+def newest_built_export(run: Run, backend: str) -> str | None:
+    """The export that the newest engine of a TensorRT was built from; None: none is there."""
+    states = plan.survey(run, {})
+    records = [s.record for s in states if s.record is not None and s.record.backend == backend]
     newest = max(records, key=lambda record: record.created, default=None)
     return newest.export if newest else None
 

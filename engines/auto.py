@@ -15,11 +15,12 @@ from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import Verdict, read_verdicts
 from lutdeploy.engines import EngineRequest
 from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
+from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.machine import this_machine
 
 # Judged elsewhere: PyTorch is what the others are compared with, and TensorRT's engines carry
 # the verdict of their build, without which they do not open.
-JUDGED = ("torch", "tensorrt")
+JUDGED = ("torch", *MODULES)
 AUTO_BATCH = 64  # images per pass that "auto" chooses for, where nobody says how many
 
 

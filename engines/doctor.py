@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 
 from lutdeploy.artefacts import run
-from lutdeploy.engines import require_tensorrt, tensorrt_machine
+from lutdeploy.engines import tensorrt_machines
 from lutdeploy.engines.tensorrt import plan
+from lutdeploy.engines.tensorrt.library import TITLES, load_tensorrt
 from lutdeploy.errors import BackendError, LutDeployError, first_line
 from lutdeploy.machine import import_problem
 
@@ -144,23 +145,29 @@ def _openvino() -> Finding:
 
 
 def _tensorrt() -> list[Finding]:
-    """TensorRT, and whether each engine under runs/ fits here, or in what it differs."""
-    machine = tensorrt_machine()
-    try:
-        require_tensorrt()
-        detail = "for `lutdeploy build`, on a machine with an NVIDIA GPU; see docs/tensorrt.md"
-    except BackendError as error:
-        detail = str(error)
-    if machine is not None:
-        capability = f"compute capability {machine.compute_capability}"
-        detail = f"{machine.tensorrt} on {machine.gpu}, {capability}"
-    findings = [Finding("tensorrt", machine is not None, detail, required=False)]
+    """Both TensorRTs, and whether each engine under runs/ fits here, or in what it differs."""
+    machines = tensorrt_machines()
+    findings = []
+    for backend, title in TITLES.items():
+        machine = machines.get(backend)
+        try:
+            load_tensorrt(backend)
+            detail = "needs an NVIDIA GPU; see docs/tensorrt.md"
+        except BackendError as error:
+            detail = str(error)
+        if machine is not None and machine.gpu is None:
+            detail = f"{machine.tensorrt} builds engines here; no GPU runs them"
+        elif machine is not None:
+            capability = f"compute capability {machine.compute_capability}"
+            detail = f"{machine.tensorrt} on {machine.gpu}, {capability}"
+        findings.append(Finding(title, machine is not None, detail, required=False))
     for path in sorted(run.RUNS.glob(f"*/{run.MODEL}")):
-        for state in plan.survey(run.Run(path.parent), machine):
+        for state in plan.survey(run.Run(path.parent), machines):
             verdict = state.outcome if state.record else "damaged"
             reasons = "; ".join(state.reasons) or f"fits, {verdict}"
-            if machine is None and not state.reasons:
-                reasons = f"fits its export ({verdict}); no TensorRT here to compare with"
+            machine = machines.get(state.record.backend) if state.record else None
+            if not state.reasons and (machine is None or machine.gpu is None):
+                reasons = f"fits its export ({verdict}); no GPU and TensorRT here to compare with"
             name = f"engine {path.parent.name}/{state.path.stem}"
             findings.append(Finding(name, not state.reasons, reasons, required=False))
     return findings

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -73,14 +75,14 @@ def inspect_model(path: Path) -> dict[str, Any]:
     }
 
 
-def inspect_engines(run: Run, machine: plan.Machine | None) -> list[dict[str, Any]]:
+def inspect_engines(run: Run, machines: Mapping[str, plan.Machine]) -> list[dict[str, Any]]:
     """The TensorRT engines of a run: what each was built for, its verdict, why it is stale.
 
-    Plans are held against their recorded hash, and not deserialised. ``machine`` is what engines
-    are tied to here; None compares them with the exports alone.
+    Plans are held against their recorded hash, and not deserialised. ``machines`` are the
+    TensorRTs that are here, by backend; others' engines are compared with the exports alone.
     """
     found = []
-    for state in plan.survey(run, machine):
+    for state in plan.survey(run, machines):
         about: dict[str, Any] = {"kind": "engine", "path": str(state.path.with_suffix(".plan"))}
         if state.record is not None:
             about |= {
@@ -91,6 +93,7 @@ def inspect_engines(run: Run, machine: plan.Machine | None) -> list[dict[str, An
                 "created": state.record.created,
                 "build_seconds": state.record.build_seconds,
                 "fields": state.record.fields,
+                "types": state.record.types,
                 "layers": state.verdict.layers if state.verdict else None,
             }
         reasons = list(state.reasons)
@@ -99,7 +102,9 @@ def inspect_engines(run: Run, machine: plan.Machine | None) -> list[dict[str, An
                 state.record.read_plan()
             except ArtefactError as error:
                 reasons.append(str(error))
-        found.append({**about, "stale": reasons, "machine_compared": bool(machine)})
+        machine = machines.get(state.record.backend) if state.record else None
+        compared = machine is not None and machine.gpu is not None
+        found.append({**about, "stale": reasons, "machine_compared": compared})
     return found
 
 
@@ -114,7 +119,9 @@ def _inspect_tuned_steps(run: Run, model_sha256: str) -> dict[str, Any] | None:
     }
 
 
-def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, Any]:
+def inspect_path(
+    path: Path, machines: Mapping[str, plan.Machine] = MappingProxyType({})
+) -> dict[str, Any]:
     """A run folder with its exports, engines and last parity verdicts, an export, or a model."""
     located = locate(path)
     if located.export is not None:
@@ -132,7 +139,7 @@ def inspect_path(path: Path, machine: plan.Machine | None = None) -> dict[str, A
         "path": str(path),
         "model": model,
         "exports": exports,
-        "engines": inspect_engines(run, machine),
+        "engines": inspect_engines(run, machines),
         "verdicts": [msgspec.to_builtins(verdict) for verdict in read_verdicts(run)],
         "tuned_steps": _inspect_tuned_steps(run, model["model_sha256"]),
     }

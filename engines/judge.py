@@ -22,6 +22,7 @@ from lutdeploy.engines import (
     require_same_model,
 )
 from lutdeploy.engines.benchmark.contenders import list_contenders
+from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.errors import LutDeployError, UsageError
 from lutdeploy.machine import this_machine
 from lutdeploy.parity import Report, compare
@@ -74,8 +75,8 @@ def request_to_judge(judge: Judge, request: EngineRequest, fp16: bool) -> Engine
         if fp16 or export:
             raise UsageError("--fp16 and --export name an export; --backend torch runs the model")
         return request
-    if request.backend == "tensorrt" and export is None and not fp16 and judge.run:
-        export = None if located.export else newest_built_export(judge.run)
+    if request.backend in MODULES and export is None and not fp16 and judge.run:
+        export = None if located.export else newest_built_export(judge.run, request.backend)
     if fp16 and export is None and located.export is None:
         exports = judge.run.exports() if judge.run else []
         halves = [e for e in exports if read_manifest(e).precision == "fp16"]

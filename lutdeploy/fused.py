@@ -39,22 +39,31 @@ def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 class TimeBias(nn.Module):
-    """The whole time branch: from t [B] to the bias of every token, float32 [B, D]."""
+    """The whole time branch: from t [B] to the bias of every token, float32 [B, D].
+
+    With ``matmul`` off, its small product is a multiplication and a sum. In TensorRT, GPUs before
+    Ampere have no float32 matmul, and half the precision here would cost ten times the rounding
+    of the bias itself, in every step alike.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, stem: Stem) -> None:
+    def __init__(self, stem: Stem, matmul: bool = True) -> None:
         super().__init__()
         assert stem.patch.bias is not None and stem.expand.bias is not None
         summed = stem.patch.weight.double().sum(dim=(2, 3))  # [D, stem]
         inner = stem.time.bias.double() + stem.expand.bias.double()  # [stem]
         self.weight = _constant(summed @ stem.time.weight.double(), torch.float32)
         self.bias = _constant(summed @ inner + stem.patch.bias.double(), torch.float32)
+        self.matmul = matmul
         self.register_buffer("frequencies", stem.frequencies.clone())
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None] * self.frequencies  # [B, h]
-        return F.linear(torch.cat([angles.sin(), angles.cos()], dim=-1), self.weight, self.bias)
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [B, 2h]
+        if self.matmul:
+            return F.linear(embedding, self.weight, self.bias)
+        return (embedding[:, None] * self.weight).sum(-1) + self.bias
 
 
 class FusedStem(nn.Module):
@@ -121,16 +130,21 @@ class FusedBlock(nn.Module):
 
 
 class FusedHead(nn.Module):
-    """Tokens and LUT to pixels. The weights and all after them are float32."""
+    """Tokens and LUT to pixels, float32; the activation of the weights is float32.
+
+    The LUT product is of ``dtype``: GPUs before Ampere have no float32 matmul in TensorRT.
+    """
 
     def __init__(self, model: LutTransformer, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = model.config
+        self.dtype = dtype
         self.logits = Matmul(model.head.weight, model.head.bias, dtype)
 
     def forward(self, tokens: Tensor, lut: Tensor) -> Tensor:
         weights = activate_weights(self.logits(tokens).float(), self.config.weights)  # [B, N, K]
-        return tiles_to_image(weights @ lut, self.config)
+        pixels = weights.to(self.dtype) @ lut.to(self.dtype)  # [B, N, C·P·P]
+        return tiles_to_image(pixels.float(), self.config)
 
 
 class FusedLut(nn.Module):
@@ -157,7 +171,7 @@ class FusedNetwork(nn.Module):
         self.blocks = nn.ModuleList(FusedBlock(b, model.config, dtype) for b in blocks)
         self.head = FusedHead(model, dtype)
         if isinstance(model.lut, StaticLut):
-            self.lut: nn.Module | nn.Parameter = _constant(model.lut(), torch.float32)
+            self.lut: nn.Module | nn.Parameter = _constant(model.lut(), dtype)
         else:
             self.lut = FusedLut(model.lut, dtype)
 
@@ -195,7 +209,7 @@ class StepGraph(nn.Module):
 
     def __init__(self, model: LutTransformer, precision: str) -> None:
         super().__init__()
-        self.time = TimeBias(model.stem)
+        self.time = TimeBias(model.stem, matmul=precision == "fp32")
         self.network = FusedNetwork(model, precision)
         self.sampler = Sampler()
 

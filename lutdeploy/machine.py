@@ -21,7 +21,7 @@ GPU_DRIVERS = (
     Path("/proc/driver/nvidia"),
     Path("/dev/kfd"),
 )
-RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt")
+RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 PACKAGES = ("lutdeploy", *RUNTIMES, "numpy")
 
 

@@ -16,6 +16,7 @@ from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import MODEL, Run, locate
 from lutdeploy.config import ModelConfig, model_config
 from lutdeploy.engines import EngineRequest, newest_built_export, open_engine, require_same_model
+from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.errors import BackendError, UsageError
 
 ORIGINAL = "original"
@@ -177,11 +178,12 @@ def list_contenders(
             found.append(
                 Contender(name, "onnxruntime", m.precision, m.folder, "engine", "cuda", m.name)
             )
-    built = newest_built_export(run) if gpu and run is not None else None
-    for m in manifests:
-        if m.name == built:
-            name, kind = f"tensorrt-{m.precision}", "engine"
-            found.append(Contender(name, "tensorrt", m.precision, m.folder, kind, "cuda", m.name))
+    for backend in MODULES:
+        built = newest_built_export(run, backend) if gpu and run is not None else None
+        for m in manifests:
+            if m.name == built:
+                name, kind = f"{backend}-{m.precision}", "engine"
+                found.append(Contender(name, backend, m.precision, m.folder, kind, "cuda", m.name))
     return found
 
 

@@ -58,12 +58,13 @@ ISLANDS = (
     "time: embedding and projection",
     "LayerNormalization",
     "head: tanh or softmax",
-    "lut: entries, outer products of a dynamic LUT, product with the weights",
+    "lut: outer products of a dynamic LUT",
     "sampler: a·x + b·x0 + c·x0_prev",
 )
 # What stays float32 in an int8 export, besides the matmuls that its manifest names.
 INT8_ISLANDS = (
-    *(island for island in ISLANDS if not island.startswith("head")),
+    *(island for island in ISLANDS if not island.startswith(("head", "lut"))),
+    "lut: entries, outer products of a dynamic LUT, product with the weights",
     "stem: patch convolution",
     "attention: scores and weighted values",
     "head: product, tanh or softmax",

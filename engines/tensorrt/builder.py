@@ -1,7 +1,7 @@
-"""From an export to TensorRT plans: built once, keyed by what they are made of, then judged.
+"""From an export to plans of either TensorRT: parsed, typed, built once, keyed by their contents.
 
 Networks are strongly typed: precision is what the ONNX graph says, so half precision is
-asked for at export. Only names that TensorRT 10.13 and 11.1 both have are used.
+asked for at export. Polygraphy drives parser and builder.
 """
 
 from __future__ import annotations
@@ -9,190 +9,268 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import onnx
-import tensorrt as trt
+from typing import Any, TypeVar
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.artefacts.run import Run
-from lutdeploy.artefacts.verdicts import store_verdict, verdict_of
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.tensorrt import plan
-from lutdeploy.engines.tensorrt.engine import (
-    EngineLog,
-    TensorRTDenoiser,
-    check_engine,
-    load_engine,
-    open_runtime,
-    this_machine,
+from lutdeploy.engines.tensorrt.library import RTX, TITLES, load_tensorrt
+from lutdeploy.engines.tensorrt.network import (
+    Messages,
+    NetworkTypes,
+    list_names,
+    network_types,
+    parse,
+    polygraphy,
+    read_graph,
 )
-from lutdeploy.engines.tensorrt.layers import LayerReport, merge_reports, read_layers
-from lutdeploy.engines.tensorrt.support import GraphReport
-from lutdeploy.errors import BackendError
-from lutdeploy.model import LutTransformer
-from lutdeploy.parity import Report, compare
-from lutdeploy.sampling import Denoiser, batch_noise
-from lutdeploy.schedule import solver_schedule
+from lutdeploy.errors import BackendError, ParityError, UsageError
 from lutdeploy.signature import Signature, graph_signature
 
 Note = Callable[[str], None]
-IMAGES = 4  # of the parity check after a build
+T = TypeVar("T")
 
 
-class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has no types
-    """Hands on the name of each phase; cancels the build when told to."""
+@dataclass(frozen=True)
+class BuildTarget:
+    """Where plans are to run: a GPU that is here, or architectures for TensorRT for RTX."""
 
-    def __init__(self, on_phase: Note) -> None:
-        trt.IProgressMonitor.__init__(self)
-        self.cancelled = False
-        self._on_phase = on_phase
+    machine: plan.Machine
+    architectures: tuple[str, ...] = ()  # compute capabilities, as ("8.9", "12.0"); of RTX alone
+    device: CudaDevice | None = None
 
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """Called by TensorRT, from any of its threads."""
-        self._on_phase(phase_name)
+    @property
+    def backend(self) -> str:
+        return self.machine.backend
 
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        """False ends the build."""
-        return not self.cancelled
+    @property
+    def runs_here(self) -> bool:
+        """Whether the GPU that is here can run what is built."""
+        if self.device is None:
+            return False
+        return self.backend != RTX or self.machine.compute_capability in self.architectures
 
-    def phase_finish(self, phase_name: str) -> None:
-        """Called by TensorRT; the next phase's start says enough."""
 
+def check_architectures(trt: Any, architectures: Sequence[str]) -> tuple[str, ...]:
+    """Compute capabilities that TensorRT for RTX compiles for, in ascending order."""
+    prefix = "SM"
+    known = {
+        f"{name.removeprefix(prefix)[:-1]}.{name[-1]}"
+        for name in trt.ComputeCapability.__members__
+        if name.startswith(prefix)
+    }
 
-class TimingCache:
-    """The builder's measurements on disk, so that the next build need not repeat them."""
+    def number(capability: str) -> tuple[int, ...]:
+        return tuple(map(int, capability.split(".")))
 
-    def __init__(self, path: Path, note: Note) -> None:
-        self.path, self._note = path, note
-        self._data = path.read_bytes() if path.is_file() else b""
-
-    def attach(self, config: Any) -> None:
-        """Give a build what is known; what is foreign is reported and left out."""
-        if self._data and not self._offer(config):
-            self._note(
-                f"timing cache {self.path} was measured by another TensorRT, on another device, or "
-                "is damaged: measuring anew"
+    for capability in architectures:
+        if capability not in known:
+            there = ", ".join(sorted(known, key=number))
+            raise UsageError(
+                f"architecture {capability}: TensorRT for RTX {trt.__version__} compiles for "
+                f"{there}"
             )
-            self._data = b""
-        if not self._data and not self._offer(config):
-            raise BackendError("TensorRT made no timing cache; see its log")
-
-    def _offer(self, config: Any) -> bool:
-        self._cache = config.create_timing_cache(self._data)  # TensorRT borrows it
-        return self._cache is not None and bool(config.set_timing_cache(self._cache, False))
-
-    def save(self, config: Any) -> None:
-        """Write what is known after a build, atomically."""
-        cache = config.get_timing_cache()
-        if cache is None:
-            return
-        data = bytes(cache.serialize())
-        if data != self._data:
-            files.write_atomic(self.path, data)
-            self._data = data
+    return tuple(sorted(set(architectures), key=number))
 
 
-def parse_graph(
-    builder: Any, log: EngineLog, graph: Path, batch: plan.BatchProfile
-) -> tuple[Any, Any]:
-    """A strongly typed network, and the parser, which owns its weights until the build is done."""
-    model = onnx.load(graph, load_external_data=False)
-    if batch.static:
-        for value in (*model.graph.input, *model.graph.output):
-            value.type.tensor_type.shape.dim[0].dim_value = batch.min
-    # The flag's value differs between versions; 11 ignores it, 10 is weakly typed without.
-    typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(typed)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(model.SerializeToString(), str(graph)):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        said = [
-            f"node {error.node_name() or '?'} ({error.node_operator() or '?'}): {error.desc()}"
-            for error in errors
-        ]
-        raise BackendError(f"TensorRT cannot parse {graph}: {'; '.join(said) or log.last_error()}")
-    return network, parser
+def open_progress(trt: Any, on_phase: Note) -> Any:
+    """A ``trt.IProgressMonitor`` that hands on the name of each phase, and can cancel the build."""
+
+    class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]  # tensorrt has no types
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.cancelled = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            """Called by TensorRT, from any of its threads."""
+            on_phase(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """False ends the build."""
+            return not self.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            """Called by TensorRT; the next phase's start says enough."""
+
+    return BuildProgress()
 
 
-def configure(
-    builder: Any, options: plan.BuildOptions, signature: Signature, progress: BuildProgress
-) -> Any:
-    """The builder's configuration: one optimization profile, TF32 off, details on."""
-    config = builder.create_builder_config()
-    # float32 here is either the reference or an island that was kept wide on purpose.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.builder_optimization_level = options.optimization_level
-    config.progress_monitor = progress
-    if options.workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.refittable:
-        config.set_flag(trt.BuilderFlag.REFIT)
-    batch = options.batch
-    if not batch.static:
-        profile = builder.create_optimization_profile()
-        for spec in signature.inputs:
-            shapes = [(size, *spec.row) for size in (batch.min, batch.opt, batch.max)]
-            try:
-                profile.set_shape(spec.name, *shapes)
-            except RuntimeError as error:
-                raise BackendError(
-                    f"TensorRT refuses batch {batch} of {spec.name}: {error}"
-                ) from error
-        if config.add_optimization_profile(profile) < 0:
-            raise BackendError(f"TensorRT refuses the optimization profile of batch {batch}")
-    return config
+def profile_of(loaders: Any, batch: plan.BatchProfile, signature: Signature) -> Any:
+    """Polygraphy's optimization profile for batches between ``min`` and ``max``."""
+    profile = loaders.Profile()
+    for spec in signature.inputs:
+        shapes = [(size, *spec.row) for size in (batch.min, batch.opt, batch.max)]
+        profile.add(spec.name, *shapes)
+    return profile
 
 
-def build_plan(
-    graph: Path,
-    signature: Signature,
-    options: plan.BuildOptions,
-    device: CudaDevice,
-    cache: TimingCache,
-    on_phase: Note,
-) -> bytes:
-    """Build one exported graph. Ctrl-C cancels the build at its next step."""
-    log, progress = EngineLog(), BuildProgress(on_phase)
-    builder = trt.Builder(log)
-    network, parser = parse_graph(builder, log, graph, options.batch)
-    config = configure(builder, options, signature, progress)
-    cache.attach(config)
-    # The build does not return to Python; in a thread of its own it leaves Ctrl-C to this one.
-    with ThreadPoolExecutor(1, initializer=device.activate) as pool:
-        building = pool.submit(builder.build_serialized_network, network, config)
-        while True:
-            try:
-                serialized = building.result(timeout=0.1)
-                break
-            except NotYet:
-                continue
-            except KeyboardInterrupt:
-                progress.cancelled = True
-                raise  # leaving the pool waits for the build to stop
-    if serialized is None:
-        raise BackendError(f"TensorRT built no engine from {graph}: {log.last_error()}")
-    cache.save(config)
-    del parser
-    return bytes(serialized)
+class GraphBuild:
+    """The build of one graph file, in a thread of its own.
+
+    TensorRT does not return to Python while it parses or builds, and its callbacks let no
+    exception out. So the thread leaves Ctrl-C to the caller, and a cancelled build ends at its
+    next step.
+
+    Args:
+        on_phase: told the builder's phases.
+        note: told of a timing cache that is of no use.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: plan.BuildOptions,
+        target: BuildTarget,
+        on_phase: Note,
+        note: Note,
+    ) -> None:
+        self.path, self.options, self.target, self.note = path, options, target, note
+        self.trt = load_tensorrt(target.backend)
+        self.progress = open_progress(self.trt, on_phase)
+
+    def types(self, precision: str) -> NetworkTypes:
+        """What the graph's layers compute in, from TensorRT's parser; see :func:`network_types`."""
+        return self._apart(lambda: self._run(precision, None, None)[0])
+
+    def build(
+        self, precision: str, signature: Signature, timing_cache: Path | None
+    ) -> tuple[NetworkTypes, bytes]:
+        """The types of the network, and the plan.
+
+        Raises:
+            BackendError: TensorRT cannot parse or build the graph; gives its reason.
+            ParityError: the network computes in other types than the export says.
+        """
+        types, data = self._apart(lambda: self._run(precision, signature, timing_cache))
+        assert data is not None
+        return types, data
+
+    def _apart(self, work: Callable[[], T]) -> T:
+        activate = self.target.device.activate if self.target.device else None
+        with ThreadPoolExecutor(1, initializer=activate) as pool:
+            working = pool.submit(work)
+            while True:
+                try:
+                    return working.result(timeout=0.1)
+                except NotYet:
+                    if working.done():  # a timeout of TensorRT's own
+                        raise
+                except KeyboardInterrupt:
+                    self.progress.cancelled = True
+                    raise  # leaving the pool waits for the build to stop
+
+    def _run(
+        self, precision: str, signature: Signature | None, timing_cache: Path | None
+    ) -> tuple[NetworkTypes, bytes | None]:
+        profiles = self.options.profiles
+        static = profiles[0].max if len(profiles) == 1 and profiles[0].static else None
+        with polygraphy(self.target.backend) as (loaders, messages):
+            model = read_graph(self.path, static)
+            parsed = parse(loaders, messages, model, str(self.path))
+            types = network_types(parsed[1], model, precision)
+            if signature is None:
+                return types, None
+            if types.problems:
+                raise ParityError(
+                    f"{self.path} is not what its export says, {precision}: "
+                    f"{list_names(types.problems)}"
+                )
+            given = () if static else profiles
+            config = self._config(
+                loaders, [profile_of(loaders, p, signature) for p in given], timing_cache
+            )
+            return types, self._serialize(loaders, messages, parsed, config, timing_cache)
+
+    def _config(self, loaders: Any, profiles: list[Any], timing_cache: Path | None) -> Any:
+        """A loader of the builder's configuration: TF32 off, details for the inspector on."""
+        trt, options = self.trt, self.options
+        values: dict[str, Any] = {
+            "profiles": profiles,
+            "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+            "builder_optimization_level": options.optimization_level,
+            "progress_monitor": self.progress,
+            "refittable": options.refittable,
+            "version_compatible": options.version_compatible,
+        }
+        if options.workspace_mib is not None:
+            workspace = options.workspace_mib << 20
+            values["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: workspace}
+        if self.target.backend != RTX:
+            if options.hardware_compatible:
+                ampere = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+                values["hardware_compatibility_level"] = ampere
+            return loaders.CreateConfig(tf32=False, **values)
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        capabilities = [tuple(map(int, c.split("."))) for c in self.target.architectures]
+        create = CreateConfigRTX(compute_capabilities=capabilities, **values)
+
+        def config(builder: Any, network: Any) -> Any:
+            made = create(builder, network)
+            made.clear_flag(trt.BuilderFlag.TF32)
+            # Whole trajectories are captured in CUDA graphs, in which nothing may be allocated.
+            made.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+            return made
+
+        return config
+
+    def _serialize(
+        self,
+        loaders: Any,
+        messages: Messages,
+        parsed: Any,
+        config: Callable[[Any, Any], Any],
+        timing_cache: Path | None,
+    ) -> bytes:
+        from polygraphy.exception import PolygraphyException
+
+        kept: list[Any] = []  # the configuration and its timing cache, which TensorRT borrows
+
+        def configure(builder: Any, network: Any) -> Any:
+            made = config(builder, network)
+            kept.append(made)
+            if timing_cache is not None and timing_cache.is_file():
+                kept.append(self._load_timing_cache(made, timing_cache))
+            return made
+
+        try:
+            data = bytes(loaders.EngineBytesFromNetwork(parsed, config=configure)())
+        except (PolygraphyException, RuntimeError) as error:
+            reason = messages.reason() if messages.errors else str(error)
+            raise BackendError(
+                f"{TITLES[self.target.backend]} built no engine from {self.path}: {reason}"
+            ) from error
+        cache = None if timing_cache is None else kept[0].get_timing_cache()
+        if timing_cache is not None and cache is not None:
+            files.write_atomic(timing_cache, bytes(cache.serialize()))
+        return data
+
+    def _load_timing_cache(self, config: Any, path: Path) -> Any:
+        """Give a build what earlier ones measured; what is foreign is reported and left out."""
+        cache = config.create_timing_cache(path.read_bytes())
+        if cache is None or not config.set_timing_cache(cache, False):
+            self.note(
+                f"timing cache {path} was measured by another TensorRT, on another device, or is "
+                "damaged: measuring anew"
+            )
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        return cache
 
 
 def build_export(
     run: Run,
     manifest: Manifest,
     options: plan.BuildOptions,
-    device: CudaDevice,
+    target: BuildTarget,
     timing_cache: Path | None,
     force: bool,
     on_phase: Callable[[int, str], None],
@@ -204,7 +282,7 @@ def build_export(
     so that a record speaks of a whole plan whenever this is stopped.
 
     Args:
-        timing_cache: another file than the run's.
+        timing_cache: another file than the run's; TensorRT for RTX has none.
         force: build even what is there.
         on_phase: told the graph's number and the builder's phase.
 
@@ -212,13 +290,12 @@ def build_export(
         A record for each graph, and whether it was there already.
     """
     manifest.verify()
-    for names in ("*.plan", "*.json", run.timing_cache.name):
+    for names in ("*.plan", "*.json", "*.cache"):
         files.clear_leftovers(run.engines, names)
-    cache = TimingCache(timing_cache or run.timing_cache, note)
-    machine = this_machine(device)
+    cache = None if target.backend == RTX else timing_cache or run.timing_cache
     results = []
     for k, graph in enumerate(manifest.graphs):
-        fields = plan.key_fields(manifest, graph, options, machine)
+        fields = plan.key_fields(manifest, graph, options, target.machine, target.architectures)
         path = run.plan_record(plan.key_of(fields))
         if not force and path.is_file():
             if record := plan.find_plan(run, fields):
@@ -228,8 +305,8 @@ def build_export(
         on_phase(k, "parsing")
         signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, k)
         start = time.perf_counter()
-        on_build = partial(on_phase, k)
-        data = build_plan(manifest.folder / graph, signature, options, device, cache, on_build)
+        build = GraphBuild(manifest.folder / graph, options, target, partial(on_phase, k), note)
+        types, data = build.build(manifest.precision, signature, cache)
         record = plan.PlanRecord(
             path=path,
             fields=fields,
@@ -237,6 +314,7 @@ def build_export(
             graph_file=graph,
             plan_bytes=len(data),
             plan_sha256=hashlib.sha256(data).hexdigest(),
+            types=types.counts(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
             build_seconds=round(time.perf_counter() - start, 3),
         )
@@ -247,57 +325,11 @@ def build_export(
     return results
 
 
-def inspect_engine(record: plan.PlanRecord, manifest: Manifest, graph: GraphReport) -> LayerReport:
-    """Tensors, profile and layers of a built engine against its graph."""
-    log = EngineLog()
-    runtime = open_runtime(log, record)
-    engine = load_engine(runtime, log, record)
-    k = manifest.graphs.index(record.graph_file)
-    signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, k)
-    check_engine(engine, signature, record.profile, str(record.plan))
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return read_layers(text, graph, manifest.precision)
-
-
-def judge(
-    run: Run,
-    records: list[plan.PlanRecord],
-    graphs: list[GraphReport],
-    manifest: Manifest,
-    device: CudaDevice,
-    model: LutTransformer,
-    reference: Denoiser,
-) -> tuple[LayerReport, Report | None]:
-    """Check the engines of one build and store a verdict on each in the run.
-
-    Args:
-        records, graphs: an engine and its graph's report, for each graph of the export.
-        model: the float32 model, whose own half precision sets the limits of fp16.
-        reference: what is right: float32 on the CPU.
-
-    Returns:
-        All layers together, and the parity report: None when the layers already show another
-        precision than the export's.
-    """
-    layers = [
-        inspect_engine(record, manifest, graph)
-        for record, graph in zip(records, graphs, strict=True)
-    ]
-    together = merge_reports(layers)
-    report, schedule = None, manifest.schedule or solver_schedule("euler", 64)
-    if not together.failures:
-        with TensorRTDenoiser(manifest, device, records) as engine:
-            noise = batch_noise(0, range(IMAGES), manifest.config.image_shape)
-            report = compare(model, engine, manifest.precision, noise=noise, reference=reference)
-    found = report or Report.without_checks(manifest.precision, schedule)
-    for record, layer in zip(records, layers, strict=True):
-        identity = {
-            "backend": "tensorrt",
-            "device": device.gpu,
-            "export": manifest.name,
-            "engine_sha256": record.plan_sha256,
-            "model_sha256": manifest.source_sha256,
-        }
-        verdict = verdict_of(found, identity, "build", together.failures, layer.to_dict())
-        store_verdict(run, verdict)
-    return together, report
+def export_types(
+    manifest: Manifest, options: plan.BuildOptions, target: BuildTarget
+) -> Iterator[tuple[str, NetworkTypes]]:
+    """Each graph file of an export, and its types by TensorRT's parser; nothing is built."""
+    manifest.verify()
+    for graph in manifest.graphs:
+        build = GraphBuild(manifest.folder / graph, options, target, lambda _: None, lambda _: None)
+        yield graph, build.types(manifest.precision)

@@ -1,32 +1,49 @@
-"""From an export to TensorRT engines that were checked: what `lutdeploy build` does."""
+"""From an export to engines of either TensorRT that were checked: what `lutdeploy build` does."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import Run, locate
-from lutdeploy.artefacts.verdicts import read_verdicts
+from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict, verdict_of
 from lutdeploy.engines import (
     Engine,
     EngineRequest,
     choose_export,
     open_engine,
     require_same_model,
-    tensorrt_machine,
 )
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.export.graphs import ExportPlan, export_model
 from lutdeploy.engines.tensorrt import plan
-from lutdeploy.engines.tensorrt.support import GraphReport, check_graph
-from lutdeploy.errors import LutDeployError, ParityError, UsageError
+from lutdeploy.engines.tensorrt.builder import (
+    BuildTarget,
+    build_export,
+    check_architectures,
+    export_types,
+)
+from lutdeploy.engines.tensorrt.engine import (
+    TensorRTDenoiser,
+    choose_plans,
+    records_of,
+    require_passed,
+    this_machine,
+)
+from lutdeploy.engines.tensorrt.layers import merge_reports, read_layers
+from lutdeploy.engines.tensorrt.library import RTX_ARCHITECTURES, TENSORRT, load_tensorrt
+from lutdeploy.engines.tensorrt.network import list_names
+from lutdeploy.errors import BackendError, ParityError, UsageError
 from lutdeploy.model import LutTransformer
-from lutdeploy.parity import Report
+from lutdeploy.parity import Report, compare
+from lutdeploy.sampling import batch_noise
 
+IMAGES = 4  # of the parity check after a build
 Note = Callable[[str], None]
 
 
@@ -59,56 +76,84 @@ def export_to_build(
     return manifest
 
 
-def check_graphs(manifest: Manifest, note: Note) -> list[GraphReport]:
-    """Hold the graphs against what TensorRT takes; a problem ends here, a warning is said."""
-    manifest.verify()
-    warnings: dict[str, None] = {}
-    reports = []
-    for name in manifest.graphs:
-        report = check_graph(manifest.folder / name, manifest.precision, manifest.config)
-        if report.problems:
-            raise LutDeployError(
-                f"{manifest.folder / name} does not suit TensorRT: {'; '.join(report.problems[:3])}"
+def build_target(
+    backend: str, device: str | None, architectures: Sequence[str], note: Note
+) -> BuildTarget:
+    """Where to build for: the GPU that is here, or architectures of TensorRT for RTX.
+
+    Args:
+        device: "cuda" or "cuda:N".
+        architectures: compute capabilities; empty means that of the GPU here, and where there is
+            none all of ``RTX_ARCHITECTURES``.
+
+    Raises:
+        UsageError: architectures for TensorRT, which builds for its own GPU alone.
+        BackendError: no such TensorRT here, or no GPU where it needs one.
+    """
+    trt = load_tensorrt(backend)
+    if backend == TENSORRT:
+        if architectures:
+            raise UsageError(
+                "--architecture is for --backend tensorrt-rtx; tensorrt builds for the GPU here"
             )
-        warnings |= dict.fromkeys(report.warnings)
-        reports.append(report)
-    for warning in warnings:
-        note(f"warning: {warning}")
-    note(f"{len(manifest.graphs)} graph(s): operators, types, axes and islands suit TensorRT")
-    return reports
+        gpu = CudaDevice(device or "cuda")
+        return BuildTarget(this_machine(backend, gpu), device=gpu)
+    gpu_here = None
+    try:
+        gpu_here = CudaDevice(device or "cuda")
+    except BackendError:
+        if device is not None:
+            raise
+    machine = this_machine(backend, gpu_here)
+    if not architectures:
+        here = machine.compute_capability
+        architectures = (here,) if here else RTX_ARCHITECTURES
+        why = "the GPU here" if here else "no GPU here"
+        note(f"architectures: {', '.join(architectures)} ({why})")
+    return BuildTarget(machine, check_architectures(trt, architectures), gpu_here)
+
+
+def show_types(
+    manifest: Manifest, options: plan.BuildOptions, target: BuildTarget
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each graph file and how many layers there are of each kind and type.
+
+    Raises:
+        ParityError: TensorRT's parser gives a layer another type than the export says.
+    """
+    for graph, types in export_types(manifest, options, target):
+        if types.problems:
+            raise ParityError(
+                f"{manifest.folder / graph} is not what its export says, {manifest.precision}: "
+                f"{list_names(types.problems)}"
+            )
+        yield graph, types.counts()
 
 
 def planned_engines(
-    target: Run, manifest: Manifest, options: plan.BuildOptions, device: str, force: bool
+    run: Run, manifest: Manifest, options: plan.BuildOptions, target: BuildTarget, force: bool
 ) -> Iterator[str]:
     """A line for each engine: whether it would be built or used again."""
-    machine = tensorrt_machine(device)
-    if machine is None:
-        size = f"{len(manifest.graphs)} engine(s), batch {options.batch}"
-        yield f"would build {size}; TensorRT or the GPU is missing here, so no key is known"
-        return
     for name in manifest.graphs:
-        fields = plan.key_fields(manifest, name, options, machine)
-        there = not force and plan.find_plan(target, fields) is not None
-        yield f"{'would reuse' if there else 'would build'} {target.plan(plan.key_of(fields))}"
+        fields = plan.key_fields(manifest, name, options, target.machine, target.architectures)
+        there = not force and plan.find_plan(run, fields) is not None
+        yield f"{'would reuse' if there else 'would build'} {run.plan(plan.key_of(fields))}"
 
 
 def build_checked(
-    target: Run,
+    run: Run,
     manifest: Manifest,
-    graphs: list[GraphReport],
     options: plan.BuildOptions,
-    gpu: CudaDevice,
+    target: BuildTarget,
     timing_cache: Path | None,
     force: bool,
     on_phase: Callable[[int, str], None],
     note: Note,
     show: Callable[[Report], None],
 ) -> list[Path]:
-    """Build the engines of an export, judge those that are new or were never judged.
+    """Build the engines of an export; judge those that no check has passed, if they run here.
 
     Args:
-        graphs: from :func:`check_graphs`.
         timing_cache, force, on_phase: as for
             :func:`lutdeploy.engines.tensorrt.builder.build_export`.
         show: gets the parity report.
@@ -116,43 +161,95 @@ def build_checked(
     Returns:
         The plans.
     """
-    from lutdeploy.engines.tensorrt.builder import build_export, judge
-
-    built = build_export(target, manifest, options, gpu, timing_cache, force, on_phase, note)
+    built = build_export(run, manifest, options, target, timing_cache, force, on_phase, note)
     records = [record for record, _ in built]
     reused = sum(again for _, again in built)
     if reused:
         note(f"{reused} engine(s) were there already and fit: reused")
-    verdicts = read_verdicts(target)
+    types = Counter[str]()
+    for record in records:
+        types.update(record.types)
+    note("types: " + ", ".join(f"{count} {kind}" for kind, count in sorted(types.items())))
+    verdicts = read_verdicts(run)
     known = [plan.verdict_on(record, verdicts) for record in records]
     if reused == len(built) and all(verdict and verdict.passed for verdict in known):
-        note("their checks passed when they were built")
-        return [record.plan for record in records]
-    note("checking layers and parity")
-    model = load_model(target.model)
-    with _float32_reference(target, manifest, model) as reference:
-        layers, report = judge(target, records, graphs, manifest, gpu, model, reference)
-    for warning in layers.warnings:
-        note(f"warning: {warning}")
-    note(
-        f"layers: {layers.float16_products} matrix products in float16, "
-        f"{layers.float32_products} in float32, {layers.fused_attention} fused attentions"
-    )
-    if report is not None:
+        note("their checks passed before")
+    elif target.device is None or not target.runs_here:
+        note(
+            "compiled, not run: no GPU here for it. `sample` on the machine with the GPU runs "
+            "parity first, once"
+        )
+    else:
+        note("checking parity")
+        report = judge_plans(run, manifest, records, target.device, note)
         show(report)
-    if layers.failures or report is None:
-        raise ParityError(f"the engine is not what its export says: {layers.failures[0]}")
-    if not report.passed:
-        raise ParityError(f"the engine failed parity: {'; '.join(report.failures()[:2])}")
+        if not report.passed:
+            raise ParityError(f"the engine failed parity: {'; '.join(report.failures()[:2])}")
     return [record.plan for record in records]
 
 
+def judge_plans(
+    run: Run,
+    manifest: Manifest,
+    records: Sequence[plan.PlanRecord],
+    device: CudaDevice,
+    note: Note,
+) -> Report:
+    """Run an export's engines against float32 on the CPU, and store a verdict on each plan.
+
+    Raises:
+        UsageError: the run has no model to compare with.
+    """
+    if not run.model.is_file():
+        raise UsageError(
+            f"{run.path} has no {run.model.name}, without which its engines cannot be judged; "
+            "--unverified uses them all the same"
+        )
+    model = load_model(run.model)
+    noise = batch_noise(0, range(IMAGES), manifest.config.image_shape)
+    with (
+        _float32_reference(run, manifest, model) as reference,
+        TensorRTDenoiser(manifest, device, records) as engine,
+    ):
+        report = compare(model, engine, manifest.precision, noise=noise, reference=reference)
+        layers = [read_layers(text) for text in engine.layers()]
+        note(f"layers: {merge_reports(layers).describe()}")
+        for record, layer in zip(records, layers, strict=True):
+            identity = {**engine.identity, "engine_sha256": record.plan_sha256}
+            store_verdict(run, verdict_of(report, identity, "build", layers=layer.to_dict()))
+    return report
+
+
+def open_plans(
+    run: Run, manifest: Manifest, request: EngineRequest, note: Note
+) -> TensorRTDenoiser:
+    """The engine that a request means; one that was compiled and never run is judged first.
+
+    Raises:
+        BackendError: no TensorRT, no GPU, or no engine that fits here.
+        ParityError: the best that fits failed its checks.
+    """
+    load_tensorrt(request.backend)
+    gpu = CudaDevice(request.device or "cuda")
+    machine = this_machine(request.backend, gpu)
+    states = choose_plans(run, manifest, machine, request.batch)
+    records = records_of(states)
+    if not request.unverified:
+        if any(state.verdict is None for state in states):
+            note("this engine was compiled and has never run: parity first, once")
+            judge_plans(run, manifest, records, gpu, note)
+            states = choose_plans(run, manifest, machine, request.batch)
+            records = records_of(states)
+        require_passed(states)
+    return TensorRTDenoiser(manifest, gpu, records)
+
+
 @contextlib.contextmanager
-def _float32_reference(target: Run, manifest: Manifest, model: LutTransformer) -> Iterator[Engine]:
+def _float32_reference(run: Run, manifest: Manifest, model: LutTransformer) -> Iterator[Engine]:
     """ONNX Runtime on the CPU in float32: the run's step export, or one made for this."""
     source = manifest.source_sha256
     with tempfile.TemporaryDirectory() as scratch:
-        folder = target.float32_step(source) or export_model(
+        folder = run.float32_step(source) or export_model(
             model, ExportPlan(), Run(Path(scratch)), source
         )
         with open_engine(EngineRequest(folder, "onnxruntime", "cpu")) as reference:

@@ -1,4 +1,4 @@
-"""TensorRT plans on disk: the key of an engine, its record, and why it no longer fits.
+"""Plans of both TensorRTs on disk: an engine's key, its record, and why it no longer fits.
 
 A plan is valid for exactly what it was built from, so its name is a hash over that. Beside
 each ``KEY.plan`` stands ``KEY.json``, the record: every field of the key in the clear, the
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,20 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import MANIFEST, Manifest, read_manifest
 from lutdeploy.artefacts.run import KEY_DIGITS, Run
 from lutdeploy.artefacts.verdicts import Verdict, read_verdicts
+from lutdeploy.engines.tensorrt.library import RTX, TENSORRT, TITLES
 from lutdeploy.errors import ArtefactError, UsageError
 
-RECORD_FORMAT = 2  # 1 held the verdict too, which now has a place of its own
-PLAN_TAG = 0x74727466  # "ftrt", little-endian, as in TensorRT's samples/common/sampleEngines.cpp
+RECORD_FORMAT = 3  # before 3, of one TensorRT and one profile
+# The first bytes of a plan. TensorRT's are as in its samples/common/sampleEngines.cpp; those of
+# TensorRT for RTX were seen.
+PLAN_TAGS = {TENSORRT: b"ftrt", RTX: b"vtrt"}
 HEADER_BYTES = 28
 AMPERE = (8, 0)
 
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """The batch sizes of an engine; one size alone makes a static engine."""
+    """The batch sizes of an optimization profile; one size alone makes a static engine."""
 
     min: int
     opt: int
@@ -60,11 +62,30 @@ class BatchProfile:
         return str(self.min) if self.static else f"{self.min}:{self.opt}:{self.max}"
 
 
+def parse_batches(text: str) -> tuple[BatchProfile, ...]:
+    """The profiles of one engine: "N", "MIN:OPT:MAX", or several sizes as "1,8,64,256".
+
+    Of several, each profile is tuned for its size and takes all batches above the size before.
+    """
+    if "," not in text:
+        return (BatchProfile.parse(text),)
+    sizes = [BatchProfile.parse(part) for part in text.split(",")]
+    if not all(size.static for size in sizes):
+        raise UsageError(f"batch {text!r}: several profiles are single sizes, such as 1,8,64,256")
+    below = [0, *(size.max for size in sizes)]
+    if sorted(set(below)) != below:
+        raise UsageError(f"batch {text!r}: write the sizes in ascending order")
+    return tuple(
+        BatchProfile(low + 1, size.opt, size.max)
+        for low, size in zip(below[:-1], sizes, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What a user asks of the builder; all of it decides the plan and is in its key."""
 
-    batch: BatchProfile = BatchProfile(1, 64, 256)
+    profiles: tuple[BatchProfile, ...] = (BatchProfile(1, 64, 256),)
     workspace_mib: int | None = None  # None: what TensorRT takes by itself
     optimization_level: int = 3  # 0 to 5
     hardware_compatible: bool = False  # Ampere and later instead of this GPU alone
@@ -77,23 +98,45 @@ class BuildOptions:
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"workspace {self.workspace_mib} MiB: wanted at least 1")
 
+    @property
+    def batches(self) -> str:
+        """The profiles in words, as :func:`read_profiles` reads them."""
+        return ",".join(map(str, self.profiles))
+
+
+def read_profiles(text: str) -> tuple[BatchProfile, ...]:
+    """The profiles of a record."""
+    return tuple(map(BatchProfile.parse, text.split(",")))
+
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is tied to besides its contents."""
+    """One of the two TensorRTs on this machine, and the GPU; without one those fields are None."""
 
+    backend: str  # TENSORRT or RTX
     tensorrt: str  # version
-    cuda: str  # version of the CUDA runtime in the process
-    gpu: str
-    compute_capability: str  # "9.0"
+    cuda: str | None = None  # version of the CUDA runtime in the process
+    gpu: str | None = None
+    compute_capability: str | None = None  # "9.0"
 
 
 def key_fields(
-    manifest: Manifest, graph: str, options: BuildOptions, machine: Machine
+    manifest: Manifest,
+    graph: str,
+    options: BuildOptions,
+    machine: Machine,
+    architectures: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Everything that decides the plan of a graph file, by name; plain JSON values."""
-    request = {**asdict(options), "batch": str(options.batch)}
-    return {**export_fields(manifest, graph), **request, **asdict(machine)}
+    """Everything that decides the plan of a graph file, by name; plain JSON values.
+
+    Args:
+        architectures: compute capabilities that a plan of TensorRT for RTX is compiled for.
+    """
+    request = {k: v for k, v in asdict(options).items() if k != "profiles"}
+    tied = asdict(machine)
+    if machine.backend == RTX:  # compiled for architectures, on any machine
+        tied = {"backend": RTX, "tensorrt": machine.tensorrt, "architectures": [*architectures]}
+    return {**export_fields(manifest, graph), "batch": options.batches, **request, **tied}
 
 
 def export_fields(manifest: Manifest, graph: str) -> dict[str, Any]:
@@ -123,6 +166,7 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     graph_file: str
     plan_bytes: int
     plan_sha256: str
+    types: dict[str, int]  # of the network's layers, see network.NetworkTypes.counts
     created: str
     build_seconds: float
 
@@ -135,8 +179,21 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return self.path.with_suffix(".plan")
 
     @property
-    def profile(self) -> BatchProfile:
-        return BatchProfile.parse(self.fields["batch"])
+    def backend(self) -> str:
+        return str(self.fields["backend"])
+
+    @property
+    def profiles(self) -> tuple[BatchProfile, ...]:
+        return read_profiles(self.fields["batch"])
+
+    @property
+    def static(self) -> bool:
+        """Whether the engine takes one batch size only."""
+        return len(self.profiles) == 1 and self.profiles[0].static
+
+    def runtime_cache(self, capability: str) -> Path:
+        """Where kernels are kept that TensorRT for RTX compiles on a GPU of this capability."""
+        return self.path.with_suffix(f".sm{capability.replace('.', '')}.cache")
 
     def write(self) -> None:
         """Write the record, atomically."""
@@ -180,8 +237,8 @@ class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                     data = file.read(HEADER_BYTES)
             except OSError as error:
                 raise ArtefactError(f"{self.plan.name} is missing or unreadable") from error
-        found = plan_version(data)
-        if self.fields["tensorrt"].split(".")[:3] != found.split("."):
+        found = plan_version(data, self.backend)
+        if found is not None and self.fields["tensorrt"].split(".")[:3] != found.split("."):
             raise ArtefactError(
                 f"{self.plan} was written by TensorRT {found}, its record says "
                 f"{self.fields['tensorrt']}; build again"
@@ -202,7 +259,7 @@ def read_record(path: Path) -> PlanRecord:
         record = msgspec.convert({**values, "path": path}, PlanRecord)
         if key != record.key or path.stem != record.key[:KEY_DIGITS]:
             raise ArtefactError(f"{path} is the record of another engine; build again")
-        _ = record.profile
+        _ = record.profiles, PLAN_TAGS[record.backend]
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise ArtefactError(f"{path} is incomplete or damaged: {error}; build again") from error
     return record
@@ -218,25 +275,38 @@ def find_plan(run: Run, fields: Mapping[str, Any]) -> PlanRecord | None:
     return record
 
 
-def plan_version(data: bytes) -> str:
-    """The TensorRT version in a plan's header, "major.minor.patch"."""
-    if len(data) < HEADER_BYTES or struct.unpack_from("<I", data)[0] != PLAN_TAG:
-        raise ArtefactError("not a TensorRT plan: its header has another tag")
-    return ".".join(str(part) for part in data[24:27])
+def plan_version(data: bytes, backend: str) -> str | None:
+    """The TensorRT version in a plan's header, "major.minor.patch".
+
+    None for TensorRT for RTX, whose header is not documented; its runtime checks it
+    (``Runtime.get_engine_validity``).
+    """
+    if len(data) < HEADER_BYTES or not data.startswith(PLAN_TAGS[backend]):
+        raise ArtefactError(f"not a plan of {TITLES[backend]}: its header has another tag")
+    return ".".join(str(part) for part in data[24:27]) if backend == TENSORRT else None
 
 
-def differences(record: PlanRecord, fields: Mapping[str, Any]) -> list[str]:
-    """A line for each of the wanted fields in which an engine differs.
+def differences(
+    record: PlanRecord, wanted: Mapping[str, Any], machine: Machine | None
+) -> list[str]:
+    """A line for each field in which an engine differs from its export or from this machine.
 
     An engine built hardware-compatible may run on another GPU from Ampere on, one built
-    version-compatible under a later TensorRT of the same major version.
+    version-compatible under a later TensorRT of the same major version. What a machine does not
+    have, a GPU for instance, is not compared.
     """
     lines = []
-    for name, wanted in fields.items():
+    here = asdict(machine) if machine else {}
+    for name, value in {**wanted, **here}.items():
         built = record.fields.get(name)
-        if built == wanted or _tolerated(name, record.fields, built, wanted):
+        if name == "compute_capability" and record.backend == RTX:
+            name, built = "architectures", ", ".join(record.fields["architectures"])
+            value = built if value in record.fields["architectures"] else value
+        if value is None or (record.backend == RTX and name in ("cuda", "gpu")):
             continue
-        shown = [str(value) for value in (built, wanted)]
+        if built == value or _tolerated(name, record.fields, built, value):
+            continue
+        shown = [str(value) for value in (built, value)]
         if name.endswith("sha256"):
             shown = [value[:12] + "…" for value in shown]
         lines.append(f"{name}: built with {shown[0]}, here {shown[1]}")
@@ -270,9 +340,9 @@ class PlanState:
 
     @property
     def outcome(self) -> str:
-        """ "passed", "FAILED" or "not checked"."""
+        """ "passed", "FAILED", or "compiled, not run"."""
         if self.verdict is None:
-            return "not checked"
+            return "compiled, not run"
         return "passed" if self.verdict.passed else "FAILED"
 
 
@@ -281,14 +351,16 @@ def verdict_on(record: PlanRecord, verdicts: Iterable[Verdict]) -> Verdict | Non
     return next((v for v in verdicts if v.engine_sha256 == record.plan_sha256), None)
 
 
-def survey(run: Run, machine: Machine | None) -> list[PlanState]:
+def survey(run: Run, machines: Mapping[str, Machine]) -> list[PlanState]:
     """Every engine of a run beside the run's exports and this machine.
 
-    Records and the plans' headers are read, no plan is deserialised. ``machine`` is None where
-    TensorRT or a GPU is missing; its fields are not compared then.
+    Records and the plans' headers are read, no plan is deserialised.
+
+    Args:
+        machines: the TensorRTs that are here, by backend; engines of another are compared with
+            their exports alone.
     """
     states = []
-    here = asdict(machine) if machine else {}
     verdicts = read_verdicts(run)
     manifests: dict[str, Manifest] = {}  # 64 engines may come from one export
     for path in run.plan_records():
@@ -305,7 +377,8 @@ def survey(run: Run, machine: Machine | None) -> list[PlanState]:
         except ArtefactError as error:
             states.append(PlanState(path, None, (str(error),)))
             continue
-        reasons = differences(record, {**export_fields(manifest, record.graph_file), **here})
+        wanted = export_fields(manifest, record.graph_file)
+        reasons = differences(record, wanted, machines.get(record.backend))
         try:
             record.check_header()
         except ArtefactError as error:

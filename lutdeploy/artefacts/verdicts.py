@@ -149,7 +149,7 @@ def require_passed(path: Path, identity: dict[str, Any], note: Callable[[str], N
             f"export {identity['export']} failed parity; `lutdeploy parity` shows where, "
             "--unverified samples all the same"
         )
-    if identity["backend"] == "tensorrt":
+    if identity["backend"].startswith("tensorrt"):
         return  # each engine has the verdict of its build, without which it does not open
     if verdict is None or verdict.check == "export":
         note("this export has passed the check at export; `lutdeploy parity` has not judged it yet")

@@ -12,14 +12,27 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import note, show_report
 from lutdeploy.cli.requests import EXPORT, POSITIVE, RUN
-from lutdeploy.engines import require_tensorrt
 from lutdeploy.engines.tensorrt import plan
+from lutdeploy.engines.tensorrt.library import MODULES, RTX, TENSORRT
 from lutdeploy.signature import GRAPHS
 
 
 @click.command("build")
 @RUN
 @EXPORT
+@click.option(
+    "--backend",
+    type=click.Choice(tuple(MODULES)),
+    default=TENSORRT,
+    show_default=True,
+    help="tensorrt: for the GPU here. tensorrt-rtx: for GeForce and RTX cards, on any machine.",
+)
+@click.option(
+    "--architecture",
+    metavar="M.N,…",
+    help="Compute capabilities for tensorrt-rtx, such as 8.9,12.0. Default: that of the GPU here, "
+    "else 8.0, 8.6, 8.9 and 12.0.",
+)
 @click.option("--graph", type=click.Choice(GRAPHS), help="The newest export of this kind.")
 @click.option(
     "--batch",
@@ -27,8 +40,9 @@ from lutdeploy.signature import GRAPHS
     multiple=True,
     default=("1:64:256",),
     show_default=True,
-    metavar="N|MIN:OPT:MAX",
-    help="A static batch, or a range tuned for OPT; again for an engine each.",
+    metavar="N|MIN:OPT:MAX|N,N,…",
+    help="A static batch, a range tuned for OPT, or one engine tuned for several sizes; again for "
+    "an engine each.",
 )
 @click.option("--workspace", type=POSITIVE, metavar="MIB", help="Default: what TensorRT takes.")
 @click.option(
@@ -41,17 +55,19 @@ from lutdeploy.signature import GRAPHS
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Default: engines/timing.cache in the run.",
+    help="For tensorrt. Default: engines/timing.cache in the run.",
 )
 @click.option("--hardware-compatible", is_flag=True, help="For every GPU from Ampere on; slower.")
 @click.option("--version-compatible", is_flag=True, help="For later TensorRT versions; slower.")
 @click.option("--refittable", is_flag=True, help="Weights can be changed afterwards; slower.")
-@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
-@click.option("--dry-run", is_flag=True, help="Check the graphs, say what would be built.")
+@click.option("--device", help="cuda or cuda:N. Default: cuda.")
+@click.option("--dry-run", is_flag=True, help="Parse the graphs, show types and what to build.")
 @click.option("--force", is_flag=True, help="Build even what is there and fits.")
 def command(
     run: Path | None,
     export: str | None,
+    backend: str,
+    architecture: str | None,
     graph: str | None,
     batches: tuple[str, ...],
     workspace: int | None,
@@ -60,25 +76,27 @@ def command(
     hardware_compatible: bool,
     version_compatible: bool,
     refittable: bool,
-    device: str,
+    device: str | None,
     dry_run: bool,
     force: bool,
 ) -> None:
     """Build TensorRT engines from an export, and check them before they may be used.
 
     Precision is the export's: `lutdeploy export --fp16` makes a float16 engine. An engine that
-    is there and fits exactly is used again. Exit code 1 when an engine fails its checks.
+    is there and fits exactly is used again. Engines that no GPU here can run are judged by
+    `sample` where one can. Exit code 1 when an engine fails its checks.
     """
     from lutdeploy.engines.tensorrt.job import (
         build_checked,
-        check_graphs,
+        build_target,
         export_to_build,
         planned_engines,
+        show_types,
     )
 
     options = [
         plan.BuildOptions(
-            batch=plan.BatchProfile.parse(text),
+            profiles=plan.parse_batches(text),
             workspace_mib=workspace,
             optimization_level=opt_level,
             hardware_compatible=hardware_compatible,
@@ -92,23 +110,25 @@ def command(
     manifest = export_to_build(target, path, export, graph, note)
     if manifest.precision == "fp32":
         note("this export is float32, and so will be the engine; --fp16 belongs to `export`")
-    graphs = check_graphs(manifest, note)
+    architectures = [] if architecture is None else architecture.replace(" ", "").split(",")
+    place = build_target(backend, device, architectures, note)
     if dry_run:
+        for name, types in show_types(manifest, options[0], place):
+            counts = ", ".join(f"{count} {kind}" for kind, count in types.items())
+            click.echo(f"{name}: {counts}")
         for option in options:
-            for line in planned_engines(target, manifest, option, device, force):
+            for line in planned_engines(target, manifest, option, place, force):
                 click.echo(line)
         return
-    require_tensorrt()
-    from lutdeploy.engines.cuda.device import CudaDevice
-
-    gpu = CudaDevice(device)
+    if backend == RTX and (hardware_compatible or timing_cache is not None):
+        note("--hardware-compatible and --timing-cache are for tensorrt; here they do nothing")
     if timing_cache is not None and opt_level == 0:
         note("TensorRT ignores the timing cache at --opt-level 0")
     with files.lock(target.engines, "`lutdeploy build`", on_wait=note):
         for option in options:
             with _progress(len(manifest.graphs)) as on_phase:
                 plans = build_checked(
-                    *(target, manifest, graphs, option, gpu, timing_cache, force),
+                    *(target, manifest, option, place, timing_cache, force),
                     on_phase=on_phase,
                     note=note,
                     show=show_report,

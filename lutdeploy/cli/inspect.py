@@ -19,12 +19,12 @@ def command(path: Path, as_json: bool) -> None:
     """Say what a run, an export or a model file is, and verify its files."""
     from lutdeploy.engines.inspection import inspect_path
 
-    machine = None
+    machines = {}
     if path.is_dir() and Run(path).plan_records():
-        from lutdeploy.engines import tensorrt_machine
+        from lutdeploy.engines import tensorrt_machines
 
-        machine = tensorrt_machine()
-    found = inspect_path(path, machine)
+        machines = tensorrt_machines()
+    found = inspect_path(path, machines)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -87,10 +87,14 @@ def _describe_engine(found: dict[str, Any], indent: str) -> Iterator[str]:
             f"{indent}  of {found['export']}/{found['graph_file']}, batch {fields['batch']}, "
             f"{fields['precision']}, {found['bytes'] / 1e6:.1f} MB, checks: {found['verdict']}"
         )
-        yield (
-            f"{indent}  TensorRT {fields['tensorrt']}, CUDA {fields['cuda']}, {fields['gpu']}, "
-            f"compute capability {fields['compute_capability']}"
+        place = (
+            f"architectures {', '.join(fields['architectures'])}"
+            if "architectures" in fields
+            else f"CUDA {fields['cuda']}, {fields['gpu']}, compute capability "
+            f"{fields['compute_capability']}"
         )
+        yield f"{indent}  {fields['backend']} {fields['tensorrt']}, {place}"
+        yield f"{indent}  {', '.join(f'{n} {kind}' for kind, n in found['types'].items())}"
     if not found["machine_compared"]:
         yield f"{indent}  not compared with this machine: TensorRT or the GPU is missing here"
     for reason in found["stale"]:

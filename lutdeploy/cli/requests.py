@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
-ENGINE_BACKENDS = ("torch", "onnxruntime", "openvino", "tensorrt")
+ENGINE_BACKENDS = ("torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 
 SEED = click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 EXPORT = click.option("--export", help="Name of an export of the run; the newest by default.")
@@ -75,7 +75,8 @@ RUN = run_or_model()
 _ENGINE_OPTIONS = {
     "device": click.option(
         "--device",
-        help="cpu, cuda or cuda:N. Default: cuda for tensorrt, else cpu. No fallback.",
+        help="cpu, cuda or cuda:N. Default: cuda for tensorrt and tensorrt-rtx, else cpu. No "
+        "fallback.",
     ),
     "provider": click.option(
         "--provider",
