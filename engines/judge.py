@@ -68,6 +68,18 @@ class Judge:
         return report
 
 
+def save_replay(judge: Judge, request: EngineRequest, folder: Path) -> list[str]:
+    """Write what parity feeds an export, and what is right, for Polygraphy to replay elsewhere.
+
+    Returns:
+        A `polygraphy run` command for each of the export's graphs.
+    """
+    from lutdeploy.engines.polygraphy_files import save_cases
+
+    manifest = read_manifest(request.path)
+    return save_cases(judge.model, manifest, judge.noise, folder, request.backend)
+
+
 def request_to_judge(judge: Judge, request: EngineRequest, fp16: bool) -> EngineRequest:
     """The request with its export found: the named one, the newest, or the newest of fp16."""
     located, export = judge.located, request.export

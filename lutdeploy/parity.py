@@ -132,7 +132,7 @@ class Report:
         return cls(precision, schedule, 0, (), (), nothing)
 
 
-def _limits(expected: NDArray[Any], narrow: NDArray[Any] | None) -> tuple[float, float]:
+def limits_of(expected: NDArray[Any], narrow: NDArray[Any] | None) -> tuple[float, float]:
     """The limits of (max abs, rms) for arrays that should equal ``expected``.
 
     ``narrow`` is what PyTorch's own narrow precision makes of the same inputs; None for float32.
@@ -144,37 +144,57 @@ def _limits(expected: NDArray[Any], narrow: NDArray[Any] | None) -> tuple[float,
     return FLOAT32_LIMIT * scale, FLOAT32_LIMIT * scale
 
 
-def _steps_to_check(candidate: Denoiser) -> list[Step]:
-    """The steps of level 1: eleven of its own schedule, or every tenth of t."""
-    if candidate.schedule is None:
+def steps_to_check(schedule: Schedule | None) -> list[Step]:
+    """The steps of level 1: eleven of an engine's only schedule, or every tenth of t."""
+    if schedule is None:
         last = solver_schedule("euler", 64).rows[-1].t
         return [Step(t, 0.5, 0.75, -0.25) for t in (*TIMESTEPS, last)]
-    rows = candidate.schedule.rows
+    rows = schedule.rows
     picked = sorted({round(k * (len(rows) - 1) / 10) for k in range(11)})
     return [rows[k] for k in picked]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One step that an engine should compute: inputs, what is right, and the limits."""
+
+    row: Step
+    x: Images
+    x0_prev: Images
+    expected: dict[str, Images]  # "x_next" and "x0"
+    limits: dict[str, float]  # of the largest absolute error of each
+
+
+def step_cases(
+    reference: Denoiser, narrow: TorchDenoiser | None, rows: Sequence[Step], noise: Images
+) -> Iterator[StepCase]:
+    """A case for each row, from inputs that the reference made.
+
+    x_t is t·x0 + (1−t)·noise, with x0 the reference's prediction from the noise alone.
+    """
+    x0_prev = reference.predict_x0(noise, np.zeros(len(noise), np.float32))
+    for row in rows:
+        x = np.float32(row.t) * x0_prev + np.float32(1 - row.t) * noise
+        expected = reference.step(x, row, x0_prev)
+        narrowed = narrow.step(x, row, x0_prev) if narrow else (None, None)
+        limits = [limits_of(right, cost)[0] for right, cost in zip(expected, narrowed, strict=True)]
+        names = ("x_next", "x0")
+        yield StepCase(
+            *(row, x, x0_prev),
+            dict(zip(names, expected, strict=True)),
+            dict(zip(names, limits, strict=True)),
+        )
 
 
 def check_steps(
     reference: Denoiser, candidate: Denoiser, narrow: TorchDenoiser | None, noise: Images
 ) -> Iterator[Check]:
-    """Level 1: both outputs of one step, from inputs that the reference made.
-
-    x_t is t·x0 + (1−t)·noise, with x0 the reference's prediction from the noise alone.
-    """
-    x0_prev = reference.predict_x0(noise, np.zeros(len(noise), np.float32))
-    for row in _steps_to_check(candidate):
-        x = np.float32(row.t) * x0_prev + np.float32(1 - row.t) * noise
-        outputs = zip(
-            ("x_next", "x0"),
-            candidate.step(x, row, x0_prev),
-            reference.step(x, row, x0_prev),
-            narrow.step(x, row, x0_prev) if narrow else (None, None),
-            strict=True,
-        )
-        for name, found, expected, narrowed in outputs:
-            limit, _ = _limits(expected, narrowed)
-            value = difference(found, expected).max_abs
-            yield Check("step", f"{name} at t = {row.t:.4g}", "max abs", value, limit)
+    """Level 1: both outputs of one step."""
+    for case in step_cases(reference, narrow, steps_to_check(candidate.schedule), noise):
+        outputs = candidate.step(case.x, case.row, case.x0_prev)
+        for (name, expected), found in zip(case.expected.items(), outputs, strict=True):
+            value, limit = difference(found, expected).max_abs, case.limits[name]
+            yield Check("step", f"{name} at t = {case.row.t:.4g}", "max abs", value, limit)
 
 
 def _states(denoiser: Denoiser, noise: Images, schedule: Schedule) -> list[Images]:
@@ -248,13 +268,13 @@ def compare(
         )
         states = zip(found, expected, narrowed, strict=True)
         for step, (x, x_expected, x_narrow) in enumerate(states, schedule.steps - len(found) + 1):
-            _, limit = _limits(x_expected, x_narrow)
+            _, limit = limits_of(x_expected, x_narrow)
             rms = difference(x, x_expected).rms
             drift.append(Check("trajectory", f"drift after step {step}", "rms", rms, limit))
         streaming = candidate if isinstance(candidate, StreamingDenoiser) else None
         ends = _streamed(streaming, noise, schedule, False) if streaming else found[-1]
         final = difference(ends, expected[-1])
-        limit, _ = _limits(expected[-1], narrowed[-1])
+        limit, _ = limits_of(expected[-1], narrowed[-1])
         if "trajectory" in levels:
             # One check for all steps: the first that fails, else the nearest to its limit.
             checks.append(max(drift, key=lambda check: check.nearness))

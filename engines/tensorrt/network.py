@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,11 +105,15 @@ def polygraphy(backend: str) -> Iterator[tuple[Any, Messages]]:
             f"'lutdeploy[{backend}]'"
         ) from error
     messages, log = Messages(), logging.getLogger("Polygraphy")
+    G_LOGGER.colors = False  # or it prints that a package for colours is missing
     G_LOGGER.use_python_logging_system = True
     propagate, log.propagate = log.propagate, False
     log.addHandler(messages)
     try:
-        yield loaders, messages
+        with warnings.catch_warnings():
+            # Polygraphy sets a timing cache, which TensorRT for RTX is about to remove.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield loaders, messages
     finally:
         log.removeHandler(messages)
         log.propagate = propagate

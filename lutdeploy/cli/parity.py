@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
@@ -31,6 +32,14 @@ from lutdeploy.schedule import ScheduleRequest
 @click.option("-n", "count", type=POSITIVE, default=4, show_default=True, help="Images.")
 @SEED
 @schedule_request
+@click.option(
+    "--save-polygraphy",
+    "replay",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write inputs and reference outputs for Polygraphy, and print the commands that replay "
+    "them on a machine with TensorRT.",
+)
 @click.pass_context
 def command(
     context: click.Context,
@@ -41,14 +50,23 @@ def command(
     fp16: bool,
     count: int,
     seed: int,
+    replay: Path | None,
 ) -> None:
     """Compare a backend with PyTorch float32: step, trajectory, pictures.
 
     Exit code 1 when a limit is passed. The verdict is kept in the run, where `sample` looks for
     failures and `--backend auto` for what it may take.
     """
-    from lutdeploy.engines.judge import Judge, judge_everything, judged_precision, request_to_judge
+    from lutdeploy.engines.judge import (
+        Judge,
+        judge_everything,
+        judged_precision,
+        request_to_judge,
+        save_replay,
+    )
 
+    if everything and replay is not None:
+        raise UsageError("--save-polygraphy is for one export; leave out --all")
     if everything:
         named = ("backend", "export", "device", "provider", "precision")
         if fp16 or any(context.params.get(name) for name in named):
@@ -72,6 +90,12 @@ def command(
         return
     wanted = replace(engine, path=judge.path, batch=count, unverified=True)
     wanted = request_to_judge(judge, wanted, fp16)
+    if replay is not None:
+        if wanted.backend == "torch":
+            raise UsageError("--save-polygraphy is for an export; --backend torch runs none")
+        for line in save_replay(judge, wanted, replay):
+            click.echo(line)
+        return
     with open_engine(wanted, note) as denoiser:
         report = judge.judge(denoiser, judged_precision(wanted))
     show_report(report)
