@@ -89,7 +89,7 @@ class Double:
             raise self.reason
         number = self.windows.get(batch, 0)
         self.windows[batch] = number + 1
-        return Window([self.seconds(batch, number)] * 3, 1000 * batch)
+        return Window([self.seconds(batch, number)] * 3, 1000 * batch, f"engine of {batch}")
 
     def close(self) -> None:
         self.closed = True
@@ -417,8 +417,8 @@ def test_a_contender_computes_and_measures_in_its_process(
         expected = original.step(noise, schedule.rows[1], None)
         found = worker.step(noise, schedule.rows[1], None)
         np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
-        times, peak_bytes = worker.ask(Host.window, 2, schedule, 0.0, 0.0, 3)
-        assert len(times) == 3 and min(times) > 0
+        times, peak_bytes, engine = worker.ask(Host.window, 2, schedule, 0.0, 0.0, 3)
+        assert len(times) == 3 and min(times) > 0 and engine == about.engine_sha256
         assert 2**24 < peak_bytes < 2**33
         assert worker.ask(Host.trajectory, 2, schedule) > min(times)
         with pytest.raises(BackendError, match="holds steps, no whole trajectory"):

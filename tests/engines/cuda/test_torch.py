@@ -19,7 +19,7 @@ from tests.conftest import golden_model
 from tests.doubles.cpu_device import CpuDevice
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 3e-2)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 3e-2), ("bf16", 2.5e-1)])
 def test_a_trajectory_on_the_device(preset: str, precision: str, limit: float) -> None:
     reference = TorchDenoiser(golden_model(preset))
     device = CpuDevice()
@@ -33,7 +33,7 @@ def test_a_trajectory_on_the_device(preset: str, precision: str, limit: float) -
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-2), ("fp16", 3e-2)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 3e-2), ("bf16", 2.5e-1)])
 def test_a_real_gpu_gives_the_numbers_of_the_cpu(
     preset: str, precision: str, limit: float, compile: bool
 ) -> None:
