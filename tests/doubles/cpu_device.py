@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -132,3 +133,15 @@ class CpuDevice(CudaDevice):
             work()
 
         return replay
+
+
+def on_cpu(patch: pytest.MonkeyPatch) -> list[CpuDevice]:
+    """Put a CPU in place of every CUDA device; the list gets the devices as they are opened."""
+    opened: list[CpuDevice] = []
+
+    def make(name: str = "cuda") -> CpuDevice:
+        opened.append(CpuDevice(name))
+        return opened[-1]
+
+    patch.setattr("lutdeploy.engines.cuda.device.CudaDevice", make)
+    return opened

@@ -34,7 +34,7 @@ from lutdeploy.schedule import Step, solver_schedule
 from tests.command import succeed
 from tests.conftest import read_golden
 from tests.doubles import install
-from tests.doubles.cpu_device import CpuDevice
+from tests.doubles.cpu_device import CpuDevice, on_cpu
 from tests.doubles.tensorrt_double import VERSIONS, Controls
 
 Exported = Callable[..., Path]
@@ -49,18 +49,6 @@ BACKENDS = (
     "torch device",  # its GPU code, on the CPU
     pytest.param("torch cuda", marks=pytest.mark.gpu),
 )
-
-
-def on_cpu(patch: pytest.MonkeyPatch, **device: Any) -> list[CpuDevice]:
-    """Put a CPU in place of every CUDA device; returns the devices as they are opened."""
-    opened: list[CpuDevice] = []
-
-    def make(name: str = "cuda") -> CpuDevice:
-        opened.append(CpuDevice(name, **device))
-        return opened[-1]
-
-    patch.setattr("lutdeploy.engines.cuda.device.CudaDevice", make)
-    return opened
 
 
 @pytest.fixture(params=BACKENDS)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from torch._inductor import compile_fx
 
 import lutdeploy
 from benchmarks import gpu
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
+from lutdeploy.machine import this_machine
 from lutdeploy.reference import TorchDenoiser
+from tests.command import fail, succeed
 from tests.conftest import golden_model
-from tests.doubles.cpu_device import CpuDevice
+from tests.doubles.cpu_device import CpuDevice, on_cpu
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 3e-2), ("bf16", 2.5e-1)])
@@ -46,9 +56,109 @@ def test_a_real_gpu_gives_the_numbers_of_the_cpu(
             assert np.abs(found - expected).max() < limit
 
 
-def test_the_gpu_report_needs_a_gpu(tmp_path: Path) -> None:
-    import torch
+GPU = ("--backend", "torch", "--device", "cuda")
+SHORT = ("--solver", "euler", "--steps", 2)
 
+
+@pytest.fixture
+def run(golden_runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run of the test's own, on a machine whose GPU is a CPU."""
+    on_cpu(monkeypatch)
+    run = Run(tmp_path / "run")
+    files.write_atomic(run.model, golden_runs("static-tanh-64").model.read_bytes())
+    return run
+
+
+def test_sample_on_a_gpu_takes_the_captured_loop(run: Run, tmp_path: Path) -> None:
+    pictures = {}
+    for precision in (None, "fp32", "bf16"):
+        out = tmp_path / str(precision)
+        chosen = ("--precision", precision) if precision else ()
+        command = ("sample", run.path, *GPU, *chosen, *SHORT, "-n", 2, "--no-grid", "--out", out)
+        said = succeed(*command, "--format", "npz").stderr
+        assert ("; --precision fp32 computes in float32" in said) == (precision is None)
+        place = f"cuda:0 {precision or 'fp16'}"
+        assert f"backend: torch on {place}" in said
+        assert f"`lutdeploy parity` has not judged torch on {place} yet" in said
+        line = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])
+        assert (line["backend"], line["device"]) == ("torch", place)
+        with np.load(out / "000001.npz") as file:
+            pictures[precision] = next(iter(file.values()))
+    reference = lutdeploy.sample(lutdeploy.load(run.path), 2, steps=2)[1]
+    errors = {name: np.abs(found - reference).max() for name, found in pictures.items()}
+    assert errors["fp32"] < 1e-4 < errors[None] < errors["bf16"]
+
+
+def test_a_verdict_on_one_precision_says_nothing_of_another(run: Run, tmp_path: Path) -> None:
+    judged = ("parity", run.path, *GPU, "-n", 1, *SHORT)
+    succeed(*judged)
+    succeed(*judged, "--precision", "fp32")
+    verdicts = {verdict.device: verdict for verdict in read_verdicts(run)}
+    assert {name: verdict.precision for name, verdict in verdicts.items()} == {
+        "cuda:0 fp16": "fp16",
+        "cuda:0 fp32": "fp32",
+    }
+    assert all(verdict.passed for verdict in verdicts.values())
+    store_verdict(run, msgspec.structs.replace(verdicts["cuda:0 fp16"], passed=False))
+    sampled = ("sample", run.path, *GPU, *SHORT, "-n", 1, "--no-grid", "--out", tmp_path / "out")
+    assert "torch on cuda:0 fp16 failed parity" in fail(1, *sampled)
+    assert "has not judged" not in succeed(*sampled, "--precision", "fp32").stderr
+    assert "has not judged" in succeed(*sampled, "--precision", "bf16", "--overwrite").stderr
+
+
+def test_parity_of_everything_includes_the_gpus_pytorch(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = dataclasses.replace(this_machine(), gpus=("a GPU",))
+    monkeypatch.setattr("lutdeploy.engines.judge.this_machine", lambda: machine)
+    said = succeed("parity", run.path, "--all", "-n", 1, *SHORT).stdout
+    names = [line.partition(":")[0] for line in said.splitlines() if ": passed" in line]
+    assert names == ["torch-cuda-fp16", "torch-cuda-bf16", "torch-cuda-fp32"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--backend", "torch", "--precision", "fp16"), "backend torch has it on cuda alone"),
+        (("--backend", "auto", "--precision", "fp16"), "is for backends torch and openvino"),
+        (("--backend", "openvino", "--precision", "fp16"), "openvino computes in fp32 or bf16"),
+        (("--backend", "torch", "--device", "cuda:x"), "write cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_a_precision_or_device_that_is_not_there_is_one_line(
+    options: tuple[str, ...],
+    message: str,
+    exported_run: Callable[..., Run],
+    tmp_path: Path,
+) -> None:
+    run = exported_run(precision="fp32")
+    assert message in fail(2, "sample", run.path, *options, "--out", tmp_path / "out")
+
+
+def test_inductors_advice_to_use_tf32_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given where there is an Ampere GPU; a warning is an error here."""
+    advise = compile_fx._warn_tf32_disabled.__wrapped__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    with pytest.raises(UserWarning, match="TensorFloat32"):
+        advise()
+
+    def compile(module: Any, **options: Any) -> Any:
+        def compiled(*tensors: Any) -> Any:
+            advise()
+            return module(*tensors)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = golden_model("static-tanh-64")
+    with TorchDeviceDenoiser(model, CpuDevice(), "fp32", compile=True) as engine:
+        assert np.isfinite(lutdeploy.sample(engine, 1, steps=1)).all()
+    with pytest.raises(UserWarning, match="TensorFloat32"):
+        advise()
+
+
+def test_the_gpu_report_needs_a_gpu(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     result = CliRunner().invoke(gpu.main, ["--out", str(tmp_path)])
