@@ -18,7 +18,6 @@ from lutdeploy.engines import EngineRequest
 from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
 from lutdeploy.machine import this_machine
 
-JUDGED = ("tensorrt",)  # whose engines carry the verdict of their build, or do not open
 AUTO_BATCH = 64  # images per pass that "auto" chooses for, where nobody says how many
 
 
@@ -89,8 +88,8 @@ def has_passed(row: Row, verdicts: Iterable[Verdict]) -> bool:
     The check after an export looks at single steps alone and does not count.
     """
     told = (row.backend, row.export, row.computes_on, row.engine_sha256)
-    if row.backend in JUDGED or is_reference(row.backend, row.computes_on):
-        return True
+    if row.backend.startswith("tensorrt") or is_reference(row.backend, row.computes_on):
+        return True  # an engine of TensorRT carries the verdict of its build, or does not open
     return any(
         verdict.passed
         and verdict.check != "export"

@@ -135,7 +135,7 @@ class Contender:
     @property
     def by_batch(self) -> bool:
         """Whether what is opened of it depends on the batch: TensorRT has engines for several."""
-        return self.backend == "tensorrt"
+        return self.backend.startswith("tensorrt")
 
     def request(self, threads: int | None, batch: int) -> EngineRequest:
         """What :func:`engines.open_engine` opens of it, as `lutdeploy sample --batch` does."""

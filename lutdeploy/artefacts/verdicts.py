@@ -156,7 +156,7 @@ def require_passed(path: Path, identity: dict[str, Any], note: Callable[[str], N
             f"{name} failed parity; `lutdeploy parity` shows where, "
             "--unverified samples all the same"
         )
-    if identity["backend"] == "tensorrt":
+    if identity["backend"].startswith("tensorrt"):
         return  # each engine has the verdict of its build, without which it does not open
     if verdict is None or verdict.check == "export":
         passed = "this export has passed the check at export; " if export else ""

@@ -221,8 +221,8 @@ def test_what_bench_measured_of_tensorrt_is_found(
         rows.append(row("tensorrt-fp32", batch, 0.1 * batch, device="cuda", **about))
     host.denoiser.close()
     assert rows[0].engine_sha256 != rows[2].engine_sha256
-    here = {"sha256": files.sha256(run.model), "fingerprint": this_machine().fingerprint()}
-    files.write_json(run.bench, make_result(rows, **here))
+    here = this_machine().fingerprint()
+    files.write_json(run.bench, make_result(rows, files.sha256(run.model), fingerprint=here))
     for batch, expected in ((1, rows[0]), (2, rows[1]), (4, rows[2]), (64, rows[2])):
         out = tmp_path / str(batch)
         backend, said = sampled_by(run, out, "--batch", batch)

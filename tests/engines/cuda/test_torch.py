@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from torch._inductor import compile_fx
 
 import lutdeploy
@@ -20,6 +22,7 @@ from benchmarks import gpu
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
+from lutdeploy.cli import cli
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 from lutdeploy.machine import this_machine
@@ -166,35 +169,123 @@ def test_the_gpu_report_needs_a_gpu(tmp_path: Path) -> None:
     assert "no CUDA device" in result.output
 
 
-def test_the_gpu_report_says_whose_figures_these_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its flow, with commands that are not run; on a double every figure is the double's."""
+Report = Callable[..., tuple[Result, dict[str, Any], str]]
 
-    def commands(arguments: tuple[object, ...]) -> dict[str, Any]:
-        code = int(arguments[0] == "parity")
-        return {"command": str(arguments[0]), "exit_code": code, "seconds": 1.0, "said": "x|y"}
 
-    monkeypatch.setattr(gpu, "run_command", commands)
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """The report of a preset on a double, with the exit codes that its commands are to have.
+
+    They are not run, so `bench` measured what ``benched`` says. Every figure is the double's.
+    """
+    on_cpu(monkeypatch)
     monkeypatch.setattr(gpu, "peak_flops", lambda: 1e12)
-    monkeypatch.setattr("lutdeploy.engines.cuda.device.CudaDevice", CpuDevice)
     monkeypatch.setattr(gpu, "STEPS", 2)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     monkeypatch.setattr(gpu, "PRESETS", {"dynamic-64": {}})
-    options = ("--size", "tiny", "--batch", "2", "--seconds", "0", "--out", tmp_path)
-    plain = {"PyTorch fp16, eager": 1, "ONNX Runtime fp16, CUDA": 1}
-    every = gpu.contenders
-    monkeypatch.setattr(
-        gpu, "contenders", lambda *a: {n: o for n, o in every(*a).items() if n in plain}
-    )
-    result = CliRunner().invoke(gpu.main, [str(option) for option in options])
+
+    def make(
+        *backends: str, benched: str = "measured", **exit_codes: int
+    ) -> tuple[Result, dict[str, Any], str]:
+        def command(arguments: tuple[object, ...]) -> dict[str, Any]:
+            name = str(arguments[0])
+            if name == "bench":
+                path = f"{backends[0]}-cuda-fp16"
+                about = {"path": path, "backend": backends[0], "device": "cuda"}
+                found = [{**about, "status": benched, "reason": "no memory"}]
+                files.write_json(Run(Path(str(arguments[1]))).bench, {"contenders": found})
+            code = exit_codes.get(name, 0)
+            return {"command": name, "exit_code": code, "seconds": 1.0, "said": "x|y"}
+
+        monkeypatch.setattr(gpu, "run_command", command)
+        named = [word for backend in backends for word in ("--backend", backend)]
+        options = ("--size", "tiny", "--batch", "2", "--seconds", "0", "--out", str(tmp_path))
+        result = CliRunner().invoke(gpu.main, [*named, *options])
+        (found,) = files.read_json(tmp_path / "report.json")["presets"].values()
+        return result, found, (tmp_path / "report.md").read_text()
+
+    return make
+
+
+def test_the_gpu_report_says_whose_figures_these_are(report: Report) -> None:
+    result, found, text = report("torch", parity=1)
     assert result.exit_code == 1
-    assert 'failed: ["parity"]' in result.output
-    text = (tmp_path / "report.md").read_text()
+    assert 'failed: ["parity"' in result.output
     assert text.startswith("# TensorRT double")
-    assert "not here: " in text
-    report = json.loads((tmp_path / "report.json").read_text())
-    (found,) = report["presets"].values()
-    assert [done["command"] for done in found["commands"]] == ["export", "build", "parity"]
-    timed, missing = found["speed"]
+    assert [done["command"] for done in found["commands"]] == ["export", "parity"]
+    timed = found["speed"][0]
+    assert timed["contender"] == "PyTorch fp16, eager"
     assert timed["images_per_second"] == pytest.approx(2 / timed["seconds"])
-    assert "has no export" in missing["missing"]
+
+
+def test_the_gpu_report_goes_on_after_any_failure(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, the compiler, a missing C compiler, a missing backend; the others are timed."""
+    errors = {
+        "fp16, compiled, CUDA graph": RuntimeError("Failed to find C compiler."),
+        "bf16, CUDA graph": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        "fp32, CUDA graph": ValueError(),
+    }
+    every = gpu.contenders
+
+    def some_fail(run: Run, backend: str, batch: int) -> dict[str, Callable[[], Any]]:
+        def fails(error: Exception) -> Any:
+            raise error
+
+        found = every(run, backend, batch)
+        broken = {f"PyTorch {name}": partial(fails, error) for name, error in errors.items()}
+        return found | broken if backend == "torch" else found
+
+    monkeypatch.setattr(gpu, "contenders", some_fail)
+    result, found, text = report("torch", "onnxruntime")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    failed = {row["contender"]: row["failed"] for row in found["speed"] if "failed" in row}
+    assert "has no export" in failed.pop("onnxruntime fp16")
+    assert failed == {
+        "PyTorch fp16, compiled, CUDA graph": "RuntimeError: Failed to find C compiler.",
+        "PyTorch bf16, CUDA graph": "OutOfMemoryError: CUDA out of memory. Tried to allocate",
+        "PyTorch fp32, CUDA graph": "ValueError: ValueError",
+    }
+    assert [row["contender"] for row in found["speed"] if "seconds" in row] == [
+        "PyTorch fp16, eager",
+        "PyTorch fp16, CUDA graph",
+    ]
+    assert "failed: OutOfMemoryError: CUDA out of memory" in text
+    assert "dynamic-64: PyTorch fp32, CUDA graph, batch 2" in result.output
+
+
+def test_the_gpu_report_without_a_peak(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpu, "peak_flops", no_memory)
+    result, found, text = report("torch")
+    assert result.exit_code == 1 and "the float16 matrix product" in result.output
+    assert "matrix product: failed: OutOfMemoryError: CUDA out of memory." in text
+    assert {row.get("share_of_peak") for row in found["speed"]} == {None}
+
+
+def test_a_contender_that_bench_left_out_fails_the_gpu_report(report: Report) -> None:
+    result, found, _ = report("torch", benched="failed")
+    (bench,) = [done for done in found["commands"] if done["said"].startswith("torch-cuda")]
+    assert bench["exit_code"] == 1 and bench["said"] == "torch-cuda-fp16: no memory"
+    assert result.exit_code == 1
+    _, found, _ = report("torch")
+    assert found["commands"][-1]["said"] == "measured: torch-cuda-fp16"
+
+
+def test_commands_of_the_gpu_report(tmp_path: Path) -> None:
+    """Every word of them is one that the command line knows."""
+    for backend in ("torch", "onnxruntime", "tensorrt"):
+        commands = list(gpu.daily_commands(Run(tmp_path), backend, (1, 64), 8))
+        names = [str(command[0]) for command in commands]
+        assert names[0] == ("build" if backend == "tensorrt" else "parity")
+        assert names[-2:] == ["sample", "bench"]
+        for name, *words in commands:
+            if backend == "tensorrt" and name == "build":
+                assert words == [tmp_path, "--backend", "tensorrt", "--batch", 1, "--batch", 64]
+                continue
+            command = cli.get_command(click.Context(cli), str(name))
+            assert command is not None
+            command.make_context(str(name), [str(word) for word in words])
