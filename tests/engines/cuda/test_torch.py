@@ -23,8 +23,10 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.cli import cli
+from lutdeploy.engines import Engine
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
+from lutdeploy.errors import UsageError
 from lutdeploy.machine import this_machine
 from lutdeploy.reference import TorchDenoiser
 from tests.command import fail, succeed
@@ -107,6 +109,19 @@ def test_a_verdict_on_one_precision_says_nothing_of_another(run: Run, tmp_path: 
     assert "torch on cuda:0 fp16 failed parity" in fail(1, *sampled)
     assert "has not judged" not in succeed(*sampled, "--precision", "fp32").stderr
     assert "has not judged" in succeed(*sampled, "--precision", "bf16", "--overwrite").stderr
+
+
+def test_schedules_are_tuned_in_float32(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision would put noise in the search."""
+    opened: list[Engine] = []
+
+    def stop(*arguments: Any) -> None:
+        opened.append(arguments[1])
+        raise UsageError("enough")
+
+    monkeypatch.setattr("lutdeploy.training.few_steps.tune.tune_schedules", stop)
+    fail(2, "tune-steps", run.path, "--device", "cuda", "--steps", 4)
+    assert [engine.identity["device"] for engine in opened] == ["cuda:0 fp32"]
 
 
 def test_parity_of_everything_includes_the_gpus_pytorch(
