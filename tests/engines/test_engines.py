@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import hash_files, read_manifest
 from lutdeploy.artefacts.run import Run
 from lutdeploy.engines import Engine, EngineRequest, open_engine
+from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
 from lutdeploy.engines.onnxruntime import (
     CUDA,
@@ -48,6 +50,7 @@ BACKENDS = (
     "onnxruntime device",  # the code of its GPU providers, on the CPU
     "torch device",  # its GPU code, on the CPU
     pytest.param("torch cuda", marks=pytest.mark.gpu),
+    pytest.param("onnxruntime cuda", marks=pytest.mark.gpu),
 )
 
 
@@ -322,6 +325,31 @@ def test_a_gpu_keeps_the_sessions_that_its_memory_holds(
     assert opened[:5] == names
     # The loop runs once more while it warms up.
     assert opened[5:] == [names[k] for k in again] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_a_real_gpu_follows_every_graph(
+    exported: Exported, graph: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sessions for all steps and for one: bindings, captured graphs, the end of a session."""
+    folder = exported(graph=graph)
+    reference = lutdeploy.sample(lutdeploy.load(folder, "onnxruntime"), 3, batch=2)
+    monkeypatch.setattr(CudaDevice, "free_memory", room)
+    with lutdeploy.load(folder, "onnxruntime", "cuda") as engine:
+        for _ in range(2):
+            assert np.abs(lutdeploy.sample(engine, 3, batch=2) - reference).max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_doctor_finds_the_gpus_providers_in_a_process_of_its_own() -> None:
+    """Nothing has loaded CUDA's libraries there yet."""
+    command = [sys.executable, "-m", "lutdeploy.cli", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    assert found["torch cuda"]["works"]
+    assert found["onnxruntime CUDAExecutionProvider"]["works"], found
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda", "0"), ("cuda:1", "1"), (CUDA, "0")])

@@ -24,6 +24,7 @@ from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.cli import cli
 from lutdeploy.engines import Engine
+from lutdeploy.engines.benchmark import limits
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 from lutdeploy.errors import UsageError
@@ -109,6 +110,26 @@ def test_a_verdict_on_one_precision_says_nothing_of_another(run: Run, tmp_path: 
     assert "torch on cuda:0 fp16 failed parity" in fail(1, *sampled)
     assert "has not judged" not in succeed(*sampled, "--precision", "fp32").stderr
     assert "has not judged" in succeed(*sampled, "--precision", "bf16", "--overwrite").stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_real_gpu_passes_parity(
+    exported_run: Callable[..., Run], precision: str, tmp_path: Path
+) -> None:
+    run = exported_run(precision="fp32")
+    succeed("parity", run.path, *GPU, "--precision", precision)
+    sampled = ("sample", run.path, *GPU, "--precision", precision, "-n", 3, "--batch", 2)
+    assert "one by one" not in succeed(*sampled, "--out", tmp_path / "out").stderr
+
+
+@pytest.mark.gpu
+def test_a_real_gpus_peak_is_that_of_large_products() -> None:
+    small, large = (
+        limits.rate("fp16", limits.measure({"fp16": limits._product("cuda", "fp16", n)})["fp16"], n)
+        for n in (256, limits.GPU_SIDE)
+    )
+    assert limits.product_peak("cuda:0", "fp16") > 0.8 * large > small
 
 
 def test_schedules_are_tuned_in_float32(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
