@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import MODEL, Located, Run, locate
+from lutdeploy.device import parse_device
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.library import MODULES, RTX, TENSORRT
 from lutdeploy.errors import (
@@ -52,13 +53,14 @@ class EngineRequest:
     the engines that were built from an export, "auto" the fastest that passed parity on this
     machine (``engines.auto``); where nothing was measured, an export in ONNX Runtime if there
     is one, else the model file.
-    ``device``: "cpu", "cuda" or "cuda:N"; for onnxruntime also the name of an execution provider.
-    By default "cuda" for tensorrt, "cpu" for the others.
+    ``device``: "cpu", "cuda" or "cuda:N"; for torch also "mps", for onnxruntime also the name of
+    an execution provider. By default "cuda" for tensorrt, "cpu" for the others.
     ``threads``: of one operator; with torch, of every operator in the process.
     ``batch``: images per pass that tensorrt and auto choose for.
     ``unverified``: take TensorRT engines that have not passed the check after their build.
     ``precision``: of openvino's arithmetic: "fp32", the default, or "bf16"; of an int8 export
-    that of all but its int8 matrix products.
+    that of all but its int8 matrix products. Of torch on a GPU: "fp16", the default, "bf16" or
+    "fp32".
     """
 
     path: Path
@@ -88,10 +90,13 @@ def open_engine(request: EngineRequest, note: Callable[[str], None] = lambda tex
         raise BackendError(
             f"no backend {request.backend!r} in this version; there are {', '.join(BACKENDS)}"
         )
-    if request.precision is not None and request.backend != "openvino":
+    if request.precision is not None and request.backend not in ("openvino", "torch"):
         raise UsageError(
-            f"precision {request.precision} is for backend openvino; elsewhere the export's"
+            f"precision {request.precision} is for backends torch and openvino; elsewhere the "
+            "export's"
         )
+    if request.backend == "auto" and request.device is not None:
+        parse_device(request.device)
     located = locate(Path(request.path))
     engine = _open_measured(request, located, note) if request.backend == "auto" else None
     if engine is None:
@@ -104,6 +109,8 @@ def open_engine(request: EngineRequest, note: Callable[[str], None] = lambda tex
         engine = _open(request, located, note)
     made = engine.identity
     name = f", export {made['export']}" if made["export"] else ""
+    if request.backend == "torch" and request.precision != torch_precision(request) != "fp32":
+        name = "; --precision fp32 computes in float32"
     note(f"backend: {made['backend']} on {made['device']}{name}")
     return engine
 
@@ -153,16 +160,41 @@ def _open(request: EngineRequest, located: Located, note: Callable[[str], None])
     return _open_onnxruntime(manifest, device or "cpu", request)
 
 
-def _open_torch(request: EngineRequest, located: Located) -> Engine:
-    from lutdeploy.engines.torch import TorchEngine
+def torch_precision(request: EngineRequest) -> str:
+    """What backend torch computes a request in: float16 on a GPU unless told otherwise.
 
+    Raises:
+        UsageError: a narrow precision on another device.
+    """
+    if parse_device(request.device or "cpu").kind == "cuda":
+        return request.precision or "fp16"
+    if request.precision not in (None, "fp32"):
+        raise UsageError(
+            f"precision {request.precision}: backend torch has it on cuda alone, and is the "
+            f"float32 reference on {request.device or 'cpu'}; backend openvino computes in bf16"
+        )
+    return "fp32"
+
+
+def _open_torch(request: EngineRequest, located: Located) -> Engine:
     if request.export is not None:
         raise UsageError(f"export {request.export}: backend torch runs the model and no export")
     if located.model is None:
         raise UsageError(f"{request.path} has no {MODEL} beside it, which backend torch runs")
     if located.export is not None:
         require_same_model(read_manifest(located.export), located.model)
-    return TorchEngine(located.model, request.device or "cpu", request.threads)
+    precision, device = torch_precision(request), request.device or "cpu"
+    if parse_device(device).kind != "cuda":
+        from lutdeploy.engines.torch import TorchEngine
+
+        return TorchEngine(located.model, device, request.threads)
+    from lutdeploy.artefacts.checkpoint import load_model
+    from lutdeploy.engines.cuda.device import CudaDevice
+    from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
+
+    gpu = CudaDevice(device)
+    model = load_model(located.model)
+    return TorchDeviceDenoiser(model, gpu, precision, files.sha256(located.model))
 
 
 def _open_onnxruntime(manifest: Manifest, device: str, request: EngineRequest) -> Engine:
@@ -177,7 +209,7 @@ def _open_onnxruntime(manifest: Manifest, device: str, request: EngineRequest) -
     from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
 
     try:
-        cuda = CudaDevice()
+        cuda = CudaDevice("cuda" if device == provider else device)
     except BackendError as error:
         raise BackendError(
             f"{provider} cannot run here, {PROVIDERS['cpu']} can: it computes on torch's CUDA "

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
-from lutdeploy.artefacts.verdicts import Verdict, read_verdicts
+from lutdeploy.artefacts.verdicts import Verdict, is_reference, read_verdicts
+from lutdeploy.device import parse_device
 from lutdeploy.engines import EngineRequest
 from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
-from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.machine import this_machine
 
-# Judged elsewhere: PyTorch is what the others are compared with, and TensorRT's engines carry
-# the verdict of their build, without which they do not open.
-JUDGED = ("torch", *MODULES)
 AUTO_BATCH = 64  # images per pass that "auto" chooses for, where nobody says how many
 
 
@@ -49,7 +46,7 @@ def measured_choices(run: Run, request: EngineRequest) -> list[Choice]:
         row
         for row in result.rows
         if row.sample_options is not None
-        and request.device in (None, row.device)
+        and (request.device is None or parse_device(request.device) == parse_device(row.device))
         and request.export in (None, row.export)
         and (row.export is None or run.export_folder(row.export).is_dir())
     ]
@@ -91,7 +88,9 @@ def has_passed(row: Row, verdicts: Iterable[Verdict]) -> bool:
     The check after an export looks at single steps alone and does not count.
     """
     told = (row.backend, row.export, row.computes_on, row.engine_sha256)
-    return row.backend in JUDGED or any(
+    if row.backend.startswith("tensorrt") or is_reference(row.backend, row.computes_on):
+        return True  # an engine of TensorRT carries the verdict of its build, or does not open
+    return any(
         verdict.passed
         and verdict.check != "export"
         and (verdict.backend, verdict.export, verdict.device, verdict.engine_sha256) == told
@@ -110,12 +109,14 @@ def _choice(
     faster = [r.path for r in telling[: telling.index(row)] if r not in passed]
     if faster:
         why += f"; faster, but not passed: {', '.join(faster)} (`lutdeploy parity --all` judges)"
+    options = dict(pairwise(row.sample_options or ()))
     chosen = replace(
         request,
         path=run.path,
         backend=row.backend,
         device=row.device,
         export=row.export,
-        precision="bf16" if "--precision" in (row.sample_options or ()) else None,
+        precision=options.get("--precision"),
+        batch=row.batch,  # with another one TensorRT may open another engine than was measured
     )
     return Choice(row.path, chosen, row.engine_sha256, why)

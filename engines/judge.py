@@ -12,7 +12,7 @@ from lutdeploy.artefacts.run import MODEL, RUNS, locate
 from lutdeploy.artefacts.shipped import is_shipped
 from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
-from lutdeploy.artefacts.verdicts import store_verdict, verdict_of
+from lutdeploy.artefacts.verdicts import is_reference, store_verdict, verdict_of
 from lutdeploy.engines import (
     Engine,
     EngineRequest,
@@ -20,6 +20,7 @@ from lutdeploy.engines import (
     newest_built_export,
     open_engine,
     require_same_model,
+    torch_precision,
 )
 from lutdeploy.engines.benchmark.contenders import list_contenders
 from lutdeploy.engines.tensorrt.library import MODULES
@@ -108,7 +109,7 @@ def request_to_judge(judge: Judge, request: EngineRequest, fp16: bool) -> Engine
 def judged_precision(request: EngineRequest) -> str:
     """Whose limits count for the engine of a request that :func:`request_to_judge` made."""
     if request.backend == "torch":
-        return "fp32"
+        return torch_precision(request)
     held = read_manifest(request.path).precision
     if request.precision == "bf16":
         return "int8-bf16" if held == "int8" else "bf16"
@@ -129,14 +130,15 @@ def judge_everything(judge: Judge, threads: int | None) -> Iterator[Judged]:
     located, run = judge.located, judge.run
     assert located.model is not None
     exports = [located.export] if located.export else run.exports() if run else []
-    if not exports:
+    everyone = list_contenders(located.model, exports, run, bool(this_machine().gpus))
+    to_judge = [c for c in everyone if c.kind == "engine" and not is_reference(c.backend, c.device)]
+    if not to_judge:
         raise UsageError("there is no export to judge; run `lutdeploy export` first")
-    for contender in list_contenders(located.model, exports, run, bool(this_machine().gpus)):
-        if contender.kind != "engine" or contender.export is None:
-            continue
-        request = replace(contender.request(threads), batch=len(judge.noise), unverified=True)
+    for contender in to_judge:
+        request = replace(contender.request(threads, batch=len(judge.noise)), unverified=True)
         try:
-            require_same_model(read_manifest(request.path), located.model)
+            if contender.export is not None:
+                require_same_model(read_manifest(request.path), located.model)
             opened = open_engine(request)
         except LutDeployError as error:
             yield Judged(contender.name, None, str(error))

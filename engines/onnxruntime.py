@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ import onnxruntime as ort
 import psutil
 
 from lutdeploy.artefacts.manifest import Manifest
+from lutdeploy.device import parse_device
 from lutdeploy.engines.export_denoiser import ExportDenoiser
 from lutdeploy.errors import ArtefactError, BackendError, UsageError, first_line
 from lutdeploy.sampling import Images
@@ -27,7 +30,7 @@ DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 def execution_provider(device: str) -> str:
-    """The execution provider of a device; a provider's own name is taken as it is.
+    """The execution provider of "cpu", "cuda" or "cuda:N"; its own name is taken as it is.
 
     Raises:
         UsageError: TensorRT's provider.
@@ -38,6 +41,8 @@ def execution_provider(device: str) -> str:
             "ONNX Runtime's TensorRT provider replays the wrong captured CUDA graph and cannot "
             "load with today's TensorRT; use --backend tensorrt (`lutdeploy build`)"
         )
+    with contextlib.suppress(UsageError):  # what is no device may be a provider
+        device = parse_device(device).kind
     provider = PROVIDERS.get(device, device)
     offered = [name for name in ort.get_available_providers() if name != TENSORRT]
     if provider not in offered:
@@ -77,6 +82,8 @@ def open_session(
         BackendError: the provider did not come up, or left a matmul to the CPU.
         ArtefactError: ONNX Runtime cannot load the graph.
     """
+    if provider == CUDA:
+        load_cuda_libraries()
     options = ort.SessionOptions()
     options.log_severity_level = FATAL  # the exceptions below say the same
     options.enable_mem_reuse = not unrolled
@@ -115,6 +122,19 @@ def open_session(
     return session
 
 
+def load_cuda_libraries() -> None:
+    """Load CUDA and cuDNN from wherever a pip package brings them, for the CUDA provider.
+
+    torch loads those that it was installed with, and ONNX Runtime those of NVIDIA's wheels, where
+    torch has none or other versions. What it prints of those it does not find is left out, since
+    opening the session says the same.
+    """
+    import torch  # noqa: F401
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
 @functools.cache
 def _register_cpu_arena() -> None:
     """Give the process the arena that sessions with ``session.use_env_allocators`` share."""
@@ -134,29 +154,35 @@ def misplaced_matmuls(session: ort.InferenceSession, provider: str) -> list[str]
     ]
 
 
-def sessions_that_fit(manifest: Manifest) -> int:
-    """How many sessions of a ``per-step`` export half of this machine's memory holds.
+def sessions_that_fit(manifest: Manifest, memory: int, widened: bool) -> int:
+    """How many sessions of a ``per-step`` export half of some memory holds.
 
-    Each holds its own copy of the weights, in float32 and in the layout of the CPU's kernels.
+    Each holds its own copy of the weights, in the layout of its kernels.
+
+    Args:
+        manifest: of the export.
+        memory: in bytes.
+        widened: float16 weights are held in float32, as the CPU's kernels do.
     """
     weights = sum(
         file.bytes for name, file in manifest.files.items() if name not in manifest.graphs
     )
-    in_memory = max(1, weights * (2 if manifest.precision == "fp16" else 1))
-    return max(1, int(psutil.virtual_memory().total / 2 / (SESSION_OVERHEAD * in_memory)))
+    in_memory = max(1, weights * (2 if widened and manifest.precision == "fp16" else 1))
+    return max(1, int(memory / 2 / (SESSION_OVERHEAD * in_memory)))
 
 
 class OnnxRuntimeDenoiser(ExportDenoiser):
     """One export in ONNX Runtime. The files are verified before anything runs.
 
-    A ``per-step`` export has a session for each step: 0.12 GB each at ``seed`` size. Those that
-    do not fit into half of the memory are opened again whenever their step comes.
+    A ``per-step`` export has a session for each step: 0.12 GB each at ``seed`` size. Those for
+    which there is no room are opened again whenever their step comes.
 
     Args:
         manifest: of the export folder.
-        device: "cpu", "cuda" or an execution provider's name.
+        device: "cpu", "cuda", "cuda:N" or an execution provider's name.
         threads: of one operator; the physical cores by default.
         provider_options: of the execution provider.
+        room: how many sessions to keep; as many as half of this machine's memory by default.
     """
 
     backend = "onnxruntime"
@@ -167,12 +193,15 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         device: str = "cpu",
         threads: int | None = None,
         provider_options: Mapping[str, str] | None = None,
+        room: int | None = None,
     ) -> None:
         self.provider = execution_provider(device)
         super().__init__(manifest)
         self.threads, self._provider_options = threads, provider_options
         self._sessions: dict[int, ort.InferenceSession] = {}
-        self._room = sessions_that_fit(manifest)
+        if room is None:
+            room = sessions_that_fit(manifest, psutil.virtual_memory().total, widened=True)
+        self._room = room
         self.session(0)
 
     def close(self) -> None:
@@ -204,6 +233,10 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         if len(self._sessions) < self._room:
             self._sessions[k] = session
         return session
+
+    def keeps(self, k: int) -> bool:
+        """Whether the session of graph k, once opened, stays."""
+        return k in self._sessions
 
     def infer(self, k: int, feed: dict[str, Images]) -> list[Images]:
         """See :class:`ExportDenoiser`."""

@@ -20,7 +20,7 @@ import openvino as ov
 
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.engines.export_denoiser import ExportDenoiser
-from lutdeploy.errors import ArtefactError, BackendError
+from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import Images
 
 DEVICE = "CPU"
@@ -55,7 +55,9 @@ class OpenVinoDenoiser(ExportDenoiser):
         if device != "cpu":
             raise BackendError(f"backend openvino runs on cpu alone, not on {device!r}")
         if precision not in HINTS:
-            raise BackendError(f"no precision {precision!r}; there are {', '.join(HINTS)}")
+            raise UsageError(
+                f"precision {precision}: backend openvino computes in {' or '.join(HINTS)}"
+            )
         self._core = ov.Core()
         self._int8 = manifest.precision == "int8"
         offered = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")

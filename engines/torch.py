@@ -1,4 +1,7 @@
-"""PyTorch: a model file behind the Denoiser protocol."""
+"""PyTorch where it is the float32 reference: a model file behind the Denoiser protocol.
+
+On a GPU ``engines.cuda.torch`` runs instead.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import load_model
-from lutdeploy.errors import BackendError, first_line
+from lutdeploy.errors import BackendError
 from lutdeploy.reference import TorchDenoiser
 
 
@@ -18,13 +21,14 @@ class TorchEngine(TorchDenoiser):
 
     Args:
         model: a model.safetensors.
-        device: "cpu", "cuda" or another torch device.
+        device: "cpu" or "mps".
         threads: of one operator, for the whole process, which is how torch sets it; None
             changes nothing.
     """
 
     def __init__(self, model: Path, device: str = "cpu", threads: int | None = None) -> None:
-        check_device(device)
+        if device == "mps" and not torch.backends.mps.is_available():
+            raise BackendError("torch sees no mps device here; see `lutdeploy doctor`")
         if threads is not None:
             torch.set_num_threads(threads)
         super().__init__(load_model(model), device)
@@ -49,15 +53,3 @@ class TorchEngine(TorchDenoiser):
             "engine_sha256": self.model_sha256,
             "model_sha256": self.model_sha256,
         }
-
-
-def check_device(device: str) -> None:
-    """Raise a BackendError where torch does not know a device or does not have it."""
-    try:
-        torch.zeros(1, device=device).cpu()  # device "meta" fails at .cpu(): it computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-        raise BackendError(
-            f"torch has no device {device!r} here; there are {', '.join(there)} "
-            f"({first_line(error)})"
-        ) from error

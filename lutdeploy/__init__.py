@@ -16,14 +16,21 @@ __version__ = "0.1.0"
 __all__ = ["ModelConfig", "__version__", "load", "sample"]
 
 
-def load(path: str | Path, backend: str = "torch", device: str | None = None) -> Engine:
+def load(
+    path: str | Path,
+    backend: str = "torch",
+    device: str | None = None,
+    precision: str | None = None,
+) -> Engine:
     """Open a model for inference.
 
     Args:
         path: a run folder (its newest export), a model.safetensors, or one export folder.
         backend: "torch", "onnxruntime", "openvino", "tensorrt", or "auto".
-        device: "cpu", "cuda", or for onnxruntime an execution provider's name; by default the
-            CPU, for tensorrt "cuda".
+        device: "cpu", "cuda" or "cuda:N", for torch also "mps", for onnxruntime also an execution
+            provider's name; by default the CPU, for tensorrt "cuda".
+        precision: of the arithmetic: for torch on a GPU "fp16" (the default), "bf16" or "fp32",
+            for openvino "fp32" (the default) or "bf16"; elsewhere the export decides.
 
     Returns:
         An engine with ``config``, ``predict_x0(x, t)`` (float32 [B, C, S, S] and [B] to
@@ -36,7 +43,7 @@ def load(path: str | Path, backend: str = "torch", device: str | None = None) ->
 
     from lutdeploy.engines import EngineRequest, open_engine
 
-    return open_engine(EngineRequest(Path(path), backend, device))
+    return open_engine(EngineRequest(Path(path), backend, device, precision=precision))
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,8 @@ GPU_DRIVERS = (
     Path("/proc/driver/nvidia"),
     Path("/dev/kfd"),
 )
-RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")  # where it is from
+RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", *TENSORRTS)
 PACKAGES = ("lutdeploy", *RUNTIMES, "numpy")
 
 

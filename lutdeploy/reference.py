@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,6 +14,44 @@ from lutdeploy.errors import UsageError
 from lutdeploy.model import LutTransformer
 from lutdeploy.sampling import Images
 from lutdeploy.schedule import Schedule, Step
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep torch from rounding float32 products to TF32 or bfloat16 inside the block.
+
+    On Ampere and later GPUs torch convolves float32 in TF32 unless told otherwise, which is 1e-3
+    off; ``torch.set_float32_matmul_precision`` does the same to matrix products, on a CPU too.
+    The settings are the process's, so the host's own come back at the end of the block.
+    """
+    backends: Any = torch.backends  # whose modules mypy does not know
+    # rnn is here because the older allow_tf32 holds it and conv together.
+    places = (
+        *(backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
+        *(backends.mkldnn.conv, backends.mkldnn.matmul),
+    )
+    before = [place.fp32_precision for place in places]
+    if not {"tf32", "bf16"} & set(before):
+        yield
+        return
+    with contextlib.ExitStack() as restore:
+        for place, precision in zip(places, before, strict=True):
+            restore.callback(setattr, place, "fp32_precision", precision)
+        # The older settings first, as parts of torch still read them. They cannot be read, and
+        # need not be set, in a process that has used the newer ones.
+        with contextlib.suppress(RuntimeError):
+            older = torch.get_float32_matmul_precision()
+            if older != "highest":
+                restore.callback(torch.set_float32_matmul_precision, older)
+                torch.set_float32_matmul_precision("highest")
+        with contextlib.suppress(RuntimeError):
+            if backends.cudnn.allow_tf32:
+                restore.callback(setattr, backends.cudnn, "allow_tf32", True)
+                backends.cudnn.allow_tf32 = False
+        for place in places:
+            if place.fp32_precision in ("tf32", "bf16"):
+                place.fp32_precision = "ieee"
+        yield
 
 
 class TorchDenoiser:
@@ -55,5 +97,6 @@ class TorchDenoiser:
     @torch.inference_mode()
     def _x0(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         enabled = self.autocast is not None
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
+        autocast = torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled)
+        with full_float32(), autocast:
             return self.model(x, t).float()

@@ -10,6 +10,7 @@ from lutdeploy.cli import cli
 NOTES = (
     "warning: ",
     "backend: ",
+    "`lutdeploy parity` has not ",
     "machine: ",
     "data: ",
     "learning rate: ",

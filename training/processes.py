@@ -86,6 +86,11 @@ def is_first() -> bool:
 
 
 def open_processes(device: str) -> Processes:
-    """This process on "cpu" or "cuda", joined with the others where torchrun started several."""
+    """This process on a device, joined with the others where torchrun started several."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and device not in ("cpu", "cuda"):
+        raise UsageError(
+            f"--device {device}: torchrun gives each process a GPU of its own; write cuda, and "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
     return JoinedProcesses(device) if several else Processes(device)

@@ -18,6 +18,7 @@ from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, model_config
+from lutdeploy.device import parse_device
 from lutdeploy.errors import LutDeployError, UsageError
 from lutdeploy.training.data import ImageSet
 from lutdeploy.training.processes import Processes, is_first
@@ -45,10 +46,17 @@ class Request:
 
 def choose_device(name: str) -> str:
     """The torch device for --device, which may be "auto"."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here; see `lutdeploy doctor`")
+        return "cuda" if count else "cpu"
+    device = parse_device(name)
+    if device.kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: torch sees no such device here; see `lutdeploy doctor`")
+    if device.kind == "cuda" and device.index >= count:
+        there = ", ".join(f"cuda:{k}" for k in range(count)) or "none"
+        raise UsageError(
+            f"--device {name}: no such CUDA device here, torch sees {there}; see `lutdeploy doctor`"
+        )
     return name
 
 
@@ -190,7 +198,8 @@ def describe(
     model, device = settings.model, processes.device.type
     note(
         f"data: {len(data.images)} images, {len(data.skipped)} unreadable; "
-        f"model: {model.preset()}, width {model.width}, depth {model.depth}; device: {device}"
+        f"model: {model.preset()}, width {model.width}, depth {model.depth}; "
+        f"device: {processes.device}"
         + (f", {processes.count} processes" if processes.count > 1 else "")
         + ("; compiling, which takes a minute" if settings.compile else "")
     )
@@ -208,14 +217,15 @@ def describe(
 def peak_of(
     processes: Processes, precision: str, matmul_peak: Callable[[str, str], float]
 ) -> float | None:
-    """FLOP/s of matrix products, all processes together; None where they share a CPU.
+    """FLOP/s of matrix products, all processes together.
 
-    ``matmul_peak`` measures it for one process, from device and precision.
+    None where they share a CPU, and on a device that ``matmul_peak`` cannot time. It measures
+    the peak for one process, from device and precision.
     """
-    device = processes.device.type
-    if device == "cpu" and processes.count > 1:
+    kind = processes.device.type
+    if kind == "mps" or (kind == "cpu" and processes.count > 1):
         return None
-    return processes.count * matmul_peak(device, precision)
+    return processes.count * matmul_peak(str(processes.device), precision)
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ class Contender:
     backend: str
     precision: str
     path: Path  # of the model file or of the export folder
-    kind: str = "engine"  # or "original", "compiled", "cuda", "cuda-compiled"
+    kind: str = "engine"  # or "original", "compiled", "cuda-compiled"
     device: str = "cpu"
     export: str | None = None
 
@@ -125,15 +125,26 @@ class Contender:
     def arithmetic(self) -> str | None:
         """What :func:`engines.open_engine` takes as precision.
 
-        OpenVINO alone chooses: float32 unless told otherwise. Elsewhere the export decides.
+        OpenVINO alone chooses, float32 unless told otherwise, and PyTorch on a GPU. Elsewhere the
+        export decides.
         """
+        if self.backend == "torch" and self.device != "cpu":
+            return self.precision
         chosen = self.backend == "openvino" and self.precision.endswith("bf16")
         return "bf16" if chosen else None
 
-    def request(self, threads: int | None) -> EngineRequest:
-        """What :func:`engines.open_engine` opens of it."""
+    @property
+    def by_batch(self) -> bool:
+        """Whether what is opened of it depends on the batch: TensorRT has engines for several."""
+        return self.backend.startswith("tensorrt")
+
+    def request(self, threads: int | None, batch: int) -> EngineRequest:
+        """What :func:`engines.open_engine` opens of it, as `lutdeploy sample --batch` does."""
         return EngineRequest(
-            self.path, self.backend, self.device, threads=threads, precision=self.arithmetic
+            *(self.path, self.backend, self.device),
+            threads=threads,
+            batch=batch,
+            precision=self.arithmetic,
         )
 
     @property
@@ -162,7 +173,10 @@ def list_contenders(
     ]
     if gpu:
         found += [
-            Contender("torch-cuda-fp16", "torch", "fp16", model, "cuda", "cuda"),
+            *(
+                Contender(f"torch-cuda-{name}", "torch", name, model, device="cuda")
+                for name in ("fp16", "bf16", "fp32")
+            ),
             Contender("torch-cuda-compiled-fp16", "torch", "fp16", model, "cuda-compiled", "cuda"),
         ]
     manifests = [read_manifest(folder) for folder in exports]
@@ -200,10 +214,10 @@ def choose(
     return [c for c in contenders if c.name in names or c.name == ORIGINAL]
 
 
-def open_contender(contender: Contender, threads: int | None) -> Any:
-    """Open it in this process: a denoiser, which may be a context manager."""
+def open_contender(contender: Contender, threads: int | None, batch: int) -> Any:
+    """Open it in this process, for a batch size: a denoiser, which may be a context manager."""
     if contender.kind == "engine":
-        return open_engine(contender.request(threads))
+        return open_engine(contender.request(threads, batch))
     import torch
 
     from lutdeploy.artefacts.checkpoint import load_model
@@ -228,5 +242,5 @@ def open_contender(contender: Contender, threads: int | None) -> Any:
     from lutdeploy.engines.cuda.device import CudaDevice
     from lutdeploy.engines.cuda.torch import TorchDeviceDenoiser
 
-    compiles = contender.kind == "cuda-compiled"
-    return TorchDeviceDenoiser(model, CudaDevice(), contender.precision, compile=compiles)
+    sha256 = files.sha256(contender.path)
+    return TorchDeviceDenoiser(model, CudaDevice(), contender.precision, sha256, compile=True)

@@ -14,12 +14,19 @@ COPIED_BYTES = 2**28  # per copy; well above any cache
 TRIES = 3  # in a round
 SPIN = 0.02  # seconds of untimed products before: a clock needs them to rise
 
+GPU_SIDE = 8192  # of square matrices: smaller ones leave a large GPU idle between kernels
+
 Try = Callable[[], float]  # computes once and returns the seconds that it took
 
 
 def place(device: str) -> str:
     """Whose limits a device has: "cpu" or "cuda", also for a provider such as "tensorrt"."""
     return "cpu" if device == "cpu" else "cuda"
+
+
+def side(device: str, size: int) -> int:
+    """n of the n×n products that measure a device, of which a CPU needs ``size``."""
+    return max(size, GPU_SIDE) if device.startswith("cuda") else size
 
 
 def limit_of(precision: str) -> str:
@@ -42,7 +49,7 @@ def open_limits(device: str, size: int, threads: int | None) -> dict[str, Try]:
         MEMORY: _timed(device, lambda: target.copy_(source)),
     }
     if device == "cuda":
-        return {**tries, "fp16": _product(device, "fp16", size)}
+        return {**tries, **{name: _product(device, name, size) for name in ("fp16", "bf16")}}
     if bf16_speedup() > 1:  # else the processor emulates them, at a hundredth of the speed
         tries["bf16"] = _product(device, "bf16", size)
     return {**tries, "int8": _int8_product(size, threads)}
@@ -66,7 +73,14 @@ def rate(name: str, seconds: float, size: int) -> float:
 
 
 def product_peak(device: str, precision: str, size: int = 1024) -> float:
-    """FLOP/s of PyTorch's n×n products in "fp32", "bf16" or "fp16", the best of some tries."""
+    """FLOP/s of PyTorch's n×n products in "fp32", "bf16" or "fp16", the best of some tries.
+
+    Args:
+        device: of torch, such as "cuda:1".
+        precision: of the products.
+        size: n on a CPU, see :func:`side`.
+    """
+    size = side(device, size)
     best = measure({precision: _product(device, precision, size)})
     return rate(precision, best[precision], size)
 
@@ -80,14 +94,15 @@ def _timed(device: str, call: Callable[[], Any]) -> Try:
     def on_cuda() -> float:
         import torch
 
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
 
-    return on_cuda if device == "cuda" else on_cpu
+    return on_cuda if device.startswith("cuda") else on_cpu
 
 
 def _product(device: str, precision: str, size: int) -> Try:

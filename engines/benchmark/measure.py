@@ -223,7 +223,8 @@ class Benchmark:
     def _open_limits(self) -> None:
         for device in sorted({limits.place(e.contender.device) for e in self._running}):
             self._turn(f"start the limits of {device}")
-            arguments = (device, self.settings.matrix, self.settings.threads)
+            side = limits.side(device, self.settings.matrix)
+            arguments = (device, side, self.settings.threads)
             log = self._log(f"limits-{device}")
             self._limiters[device] = self._isolate(log, limits.open_limits, *arguments)
         self._measure_limits()
@@ -318,7 +319,7 @@ class Benchmark:
         ratios = [o.median / windows[n].median for n, o in zip(counted, beside, strict=False)]
         return Row(
             *entry.named(),
-            engine_sha256=entry.about.engine_sha256,
+            engine_sha256=windows[-1].engine_sha256,
             computes_on=entry.about.computes_on,
             sample_options=entry.contender.sample_options,
             batch=batch,
@@ -382,9 +383,10 @@ class Benchmark:
             entry.end_to_end = EndToEnd(row.batch, images, seconds, images / seconds)
 
     def _result(self, interrupted: bool) -> Result:
-        config, size = self.subject.config, self.settings.matrix
+        config = self.subject.config
         peaks: dict[str, Peak] = {}
         for device, tries in self._tries.items():
+            size = limits.side(device, self.settings.matrix)
             rates = {name: limits.rate(name, seconds, size) for name, seconds in tries.items()}
             copied = rates.pop(limits.MEMORY, None)
             peaks[device] = Peak(rates, copied, size)
@@ -399,7 +401,7 @@ class Benchmark:
             contenders.append(
                 Participant(
                     *entry.named(),
-                    engine_sha256=about.engine_sha256 if about else None,
+                    engine_sha256=(best or about).engine_sha256 if about else None,
                     status="measured" if best else entry.status,
                     reason=entry.reason,
                     startup=about.startup if about else None,

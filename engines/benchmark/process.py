@@ -129,6 +129,7 @@ class Window(NamedTuple):
 
     seconds: list[float]
     peak_bytes: int
+    engine_sha256: str  # of what computed them
 
     @property
     def median(self) -> float:
@@ -142,7 +143,7 @@ class About:
     config: ModelConfig
     schedule: Schedule | None
     whole_trajectory: bool
-    engine_sha256: str
+    engine_sha256: str  # of what is open first
     computes_on: str  # as the engine's identity says
     startup: dict[str, float]  # seconds
 
@@ -155,7 +156,8 @@ class Host:
 
     def __init__(self, contender: Contender, threads: int | None, started: float) -> None:
         running = time.time()
-        self.denoiser = open_contender(contender, threads)
+        self._contender, self._threads, self._batch = contender, threads, 1
+        self.denoiser = open_contender(contender, threads, self._batch)
         opened = time.time()
         self._noise: Images = np.empty(0, np.float32)  # of the largest batch so far
         compute, _ = self._shortest(1, solver_schedule("euler", 2))
@@ -166,7 +168,7 @@ class Host:
             self.denoiser.config,
             self.denoiser.schedule,
             self.denoiser.whole_trajectory,
-            identity["engine_sha256"] if identity else files.sha256(contender.path),
+            self.engine_sha256,
             identity["device"] if identity else contender.device,
             {
                 "seconds": finished - started,
@@ -175,6 +177,19 @@ class Host:
                 "first_step_seconds": finished - opened,
             },
         )
+
+    @property
+    def engine_sha256(self) -> str:
+        """Of what is open now."""
+        identity = getattr(self.denoiser, "identity", None)
+        return identity["engine_sha256"] if identity else files.sha256(self._contender.path)
+
+    def _open_for(self, batch: int) -> None:
+        """Have open what `lutdeploy sample --batch` would open."""
+        if self._contender.by_batch and batch != self._batch:
+            self.denoiser.close()
+            self.denoiser = open_contender(self._contender, self._threads, batch)
+            self._batch = batch
 
     def compute(self, name: str, *arguments: Any) -> Any:
         """What a method of the denoiser returns; of ``stream`` a list."""
@@ -189,6 +204,7 @@ class Host:
         Other processes' idle threads fall asleep in the ``pause`` before, in seconds. A denoiser
         that walks by itself walks the whole schedule; a time is that of one step.
         """
+        self._open_for(batch)
         time.sleep(pause)
         compute, steps = self._shortest(batch, schedule)
         compute()
@@ -197,10 +213,11 @@ class Host:
             start = time.perf_counter()
             compute()
             times.append((time.perf_counter() - start) / steps)
-        return Window(times, peak_memory())
+        return Window(times, peak_memory(), self.engine_sha256)
 
     def trajectory(self, batch: int, schedule: Schedule) -> float:
         """Seconds of a whole trajectory, noise in and images out, after an untimed step."""
+        self._open_for(batch)
         compute, _ = self._shortest(batch, schedule)
         compute()
         work = [(range(batch), self._images(batch))]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lutdeploy.device import Device, parse_device
 from lutdeploy.errors import BackendError, first_line
 
 
@@ -28,16 +29,16 @@ class CudaDevice:
         name: "cuda" or "cuda:N".
     """
 
+    # Errors of captures in this process, whatever their device: torch's allocator is one for all.
+    failures: ClassVar[list[CaptureError]] = []
+
     def __init__(self, name: str = "cuda") -> None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise BackendError(f"{name!r} is no device; write cuda or cuda:N") from error
-        if device.type != "cuda" or (device.index or 0) >= count:
+        device = parse_device(name)
+        if device.kind != "cuda" or device.index >= count:
             there = ", ".join(f"cuda:{k}" for k in range(count)) or "none"
             raise BackendError(f"no CUDA device {name!r} here; torch sees {there}")
-        self.torch_device = torch.device("cuda", device.index or 0)
+        self.torch_device = torch.device("cuda", device.index)
         self.activate()
         self.upload = self._stream()
         self.compute = self._stream()
@@ -70,6 +71,16 @@ class CudaDevice:
     def index(self) -> int:
         """N of cuda:N."""
         return self.torch_device.index or 0
+
+    @property
+    def word(self) -> str:
+        """The device as every command writes it, such as "cuda:0"."""
+        return str(Device("cuda", self.index))
+
+    @property
+    def free_memory(self) -> int:
+        """Bytes of its memory that nobody holds now."""
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
 
     @property
     def stream_handle(self) -> int:
@@ -110,8 +121,22 @@ class CudaDevice:
             A function that enqueues the recording on the compute stream.
 
         Raises:
-            CaptureError: something in ``work`` cannot be captured.
+            CaptureError: something in ``work`` cannot be captured, or nothing can any more.
         """
+        if self.failures and torch.__version__ < "2.13":
+            # There torch's allocator still takes a failed capture for one under way, and the next
+            # capture ends the process.
+            raise CaptureError(
+                f"torch {torch.__version__} cannot capture after a capture has failed, 2.13 can "
+                f"(it failed with {self.failures[0]})"
+            )
+        try:
+            return self._capture(work)
+        except CaptureError as error:
+            self.failures.append(error)
+            raise
+
+    def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self.torch_device)
         try:

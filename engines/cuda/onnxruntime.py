@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnxruntime as ort
@@ -20,7 +21,12 @@ from torch import Tensor
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.engines.cuda.denoiser import COEFFICIENTS, DeviceDenoiser
 from lutdeploy.engines.cuda.device import CudaDevice
-from lutdeploy.engines.onnxruntime import CUDA, OnnxRuntimeDenoiser, execution_provider
+from lutdeploy.engines.onnxruntime import (
+    CUDA,
+    OnnxRuntimeDenoiser,
+    execution_provider,
+    sessions_that_fit,
+)
 from lutdeploy.errors import BackendError, first_line
 from lutdeploy.signature import graph_signature
 
@@ -53,7 +59,10 @@ class OnnxRuntimeProgram:
         self.evaluations = steps if self._graph == "step" else len(sessions.manifest.graphs)
         self._coefficients = device.empty((steps, len(COEFFICIENTS), batch))
         self._current = [device.empty((batch,)) for _ in COEFFICIENTS]
-        self._bound: dict[tuple[int, ...], tuple[Any, Any]] = {}
+        # A binding serves the session that made it, and must not outlive it.
+        self._bound: WeakKeyDictionary[
+            ort.InferenceSession, dict[tuple[int, ...], tuple[Any, Any]]
+        ] = WeakKeyDictionary()
 
     def set_coefficients(self, values: NDArray[np.float32]) -> None:
         """See :class:`lutdeploy.engines.cuda.denoiser.ExportProgram`."""
@@ -68,19 +77,22 @@ class OnnxRuntimeProgram:
             for place, value in zip(self._current, self._coefficients[k], strict=True):
                 place.copy_(value)
         tensors = {"x": x, "x0_prev": x0_prev, "x_next": x_next, "x0": x0}
-        key = (index, *(tensor.data_ptr() for tensor in tensors.values()))
-        if key not in self._bound:
+        key = tuple(tensor.data_ptr() for tensor in tensors.values())
+        bound = self._bound.setdefault(session, {})
+        if key not in bound:
             if self._graph == "loop":
                 tensors = {"noise": x, "image": x_next}
             tensors |= dict(zip(COEFFICIENTS, self._current, strict=True))
-            self._bound[key] = self._bind(session, index, tensors)
-        binding, options = self._bound[key]
+            bound[key] = self._bind(session, index, tensors)
+        binding, options = bound[key]
         try:
             session.run_with_iobinding(binding, options)
         except Exception as error:  # its exceptions derive from RuntimeError or from nothing
             raise BackendError(
                 f"ONNX Runtime failed in evaluation {k}: {first_line(error)[:200]}"
             ) from error
+        if not self.sessions.keeps(index):
+            self.device.synchronize()  # the session goes now, and its memory with it
 
     def _bind(
         self, session: ort.InferenceSession, index: int, tensors: dict[str, Tensor]
@@ -88,7 +100,7 @@ class OnnxRuntimeProgram:
         """Bind every tensor of graph ``index``; the binding and the options to run it with."""
         manifest, binding = self.sessions.manifest, session.io_binding()
         signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, index)
-        place = (self.device.torch_device.type, self.device.index)
+        place = (self.device.torch_device.type, self.device.torch_device.index or 0)
         for bind, specs in (
             (binding.bind_input, signature.inputs),
             (binding.bind_output, signature.outputs),
@@ -99,7 +111,8 @@ class OnnxRuntimeProgram:
         options = ort.RunOptions()
         # The loop waits for its own events; a wait after each step would empty the queue.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        graph_id = next(self._graph_ids) if self._graph_ids else -1  # -1: capture nothing
+        ids = self._graph_ids if self.sessions.keeps(index) else None
+        graph_id = next(ids) if ids else -1  # -1: capture nothing
         options.add_run_config_entry("gpu_graph_id", str(graph_id))
         return binding, options
 
@@ -109,7 +122,7 @@ class OnnxRuntimeDeviceDenoiser(DeviceDenoiser):
 
     Args:
         manifest: of the export folder.
-        provider: "cuda" or an execution provider's name.
+        provider: "cuda", "cuda:N" or an execution provider's name.
         device: the GPU.
     """
 
@@ -117,7 +130,12 @@ class OnnxRuntimeDeviceDenoiser(DeviceDenoiser):
         super().__init__(manifest.config, manifest.graph, manifest.schedule, device)
         self._graph_ids = itertools.count(1)
         options = provider_options(execution_provider(provider), device)
-        self._sessions = OnnxRuntimeDenoiser(manifest, provider, provider_options=options)
+        self._sessions = OnnxRuntimeDenoiser(
+            manifest,
+            provider,
+            provider_options=options,
+            room=sessions_that_fit(manifest, device.free_memory, widened=False),
+        )
 
     def make_program(self, batch: int, steps: int, alone: bool) -> OnnxRuntimeProgram:
         """See :class:`DeviceDenoiser`."""

@@ -1,11 +1,12 @@
-"""PyTorch on a device in half or full precision, eager or compiled.
+"""PyTorch on a GPU: whole trajectories, captured, in half or full precision.
 
-It runs the network that is exported, with its rewrites and float32 islands, so it shows what a
-GPU does without TensorRT.
+It runs the network that is exported, with its rewrites and float32 islands.
 """
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,42 @@ from torch import Tensor
 
 from lutdeploy.engines.cuda.denoiser import COEFFICIENTS, DeviceDenoiser
 from lutdeploy.engines.cuda.device import CudaDevice
+from lutdeploy.errors import UsageError
 from lutdeploy.fused import StepGraph
 from lutdeploy.model import LutTransformer
+from lutdeploy.reference import full_float32
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def step_module(model: LutTransformer, precision: str) -> StepGraph:
+    """The ``step`` graph's module in a precision of ``PRECISIONS``.
+
+    "bf16" has the islands of "fp16": what is float16 there is bfloat16 here.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    module = StepGraph(model, "fp32" if precision == "fp32" else "fp16").eval()
+    if precision == "bf16":
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            if tensor.dtype == torch.float16:
+                tensor.data = tensor.data.bfloat16()
+        for part in module.modules():
+            if getattr(part, "dtype", None) == torch.float16:
+                setattr(part, "dtype", torch.bfloat16)  # noqa: B010 - what it casts its inputs to
+    return module
+
+
+def _compiled(module: StepGraph) -> Any:
+    """The module under torch.compile, without Inductor's advice to use TF32."""
+    compiled = torch.compile(module, dynamic=False)
+
+    def call(*tensors: Tensor) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            return compiled(*tensors)
+
+    return call
 
 
 class TorchProgram:
@@ -45,7 +80,8 @@ class TorchProgram:
     @torch.inference_mode()
     def enqueue(self, k: int, x: Tensor, x0_prev: Tensor, x_next: Tensor, x0: Tensor) -> None:
         """See :class:`lutdeploy.engines.cuda.loop.Program`."""
-        following, prediction = self._module(x, *self._coefficients[k], x0_prev)
+        with full_float32():
+            following, prediction = self._module(x, *self._coefficients[k], x0_prev)
         x_next.copy_(following)
         x0.copy_(prediction)
 
@@ -56,7 +92,8 @@ class TorchDeviceDenoiser(DeviceDenoiser):
     Args:
         model: float32, on the CPU.
         device: where it runs.
-        precision: "fp16" with the export's islands, or "fp32".
+        precision: one of ``PRECISIONS``.
+        model_sha256: of the model's file, for the identity.
         compile: use torch.compile.
         graph: capture the trajectory in a CUDA graph.
     """
@@ -66,13 +103,25 @@ class TorchDeviceDenoiser(DeviceDenoiser):
         model: LutTransformer,
         device: CudaDevice,
         precision: str = "fp16",
+        model_sha256: str = "",
         compile: bool = False,
         graph: bool = True,
     ) -> None:
         super().__init__(model.config, "step", None, device)
-        self._graph = graph
-        module = StepGraph(model, precision).to(device.torch_device).eval()
-        self._module = torch.compile(module, dynamic=False) if compile else module
+        self.precision, self.model_sha256, self._graph = precision, model_sha256, graph
+        module = step_module(model, precision).to(device.torch_device)
+        self._module = _compiled(module) if compile else module
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What made a picture: backend, device with precision, and the model's hash."""
+        return {
+            "backend": "torch",
+            "device": f"{self.device.word} {self.precision}",
+            "export": None,
+            "engine_sha256": self.model_sha256,
+            "model_sha256": self.model_sha256,
+        }
 
     def make_program(self, batch: int, steps: int, alone: bool) -> TorchProgram:
         """See :class:`DeviceDenoiser`."""

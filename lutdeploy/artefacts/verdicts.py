@@ -132,24 +132,32 @@ def read_verdicts(run: Run) -> list[Verdict]:
     return list(found.values())
 
 
+def is_reference(backend: str, device: str) -> bool:
+    """Whether an engine is what others are compared with: float32 PyTorch on the CPU."""
+    return (backend, device) == ("torch", "cpu")
+
+
 def require_passed(path: Path, identity: dict[str, Any], note: Callable[[str], None]) -> None:
-    """Refuse an engine whose last check failed; note where only the check at export ran.
+    """Refuse an engine whose last check failed; note where `parity` has not judged it.
 
     Args:
         path: where it was opened from.
         identity: of the engine.
         note: told what has not been judged.
     """
-    if identity["export"] is None:
+    if is_reference(identity["backend"], identity["device"]):
         return
     run = locate(path).run
+    export = identity["export"]
+    name = f"export {export}" if export else f"{identity['backend']} on {identity['device']}"
     verdict = next((v for v in read_verdicts(run) if v.judged(identity)), None) if run else None
     if verdict is not None and not verdict.passed:
         raise ParityError(
-            f"export {identity['export']} failed parity; `lutdeploy parity` shows where, "
+            f"{name} failed parity; `lutdeploy parity` shows where, "
             "--unverified samples all the same"
         )
     if identity["backend"].startswith("tensorrt"):
         return  # each engine has the verdict of its build, without which it does not open
     if verdict is None or verdict.check == "export":
-        note("this export has passed the check at export; `lutdeploy parity` has not judged it yet")
+        passed = "this export has passed the check at export; " if export else ""
+        note(f"{passed}`lutdeploy parity` has not judged {'it' if export else name} yet")

@@ -75,19 +75,20 @@ RUN = run_or_model()
 _ENGINE_OPTIONS = {
     "device": click.option(
         "--device",
-        help="cpu, cuda or cuda:N. Default: cuda for tensorrt and tensorrt-rtx, else cpu. No "
+        help="cpu, cuda or cuda:N; mps for torch. Default: cuda for the TensorRTs, else cpu. No "
         "fallback.",
     ),
     "provider": click.option(
         "--provider",
-        help="cpu, cuda, or the name of an execution provider, for --backend onnxruntime. No "
-        "fallback.",
+        help="cpu, cuda, cuda:N, or the name of an execution provider, for --backend onnxruntime. "
+        "No fallback.",
     ),
     "precision": click.option(
         "--precision",
-        type=click.Choice(("fp32", "bf16")),
-        help="Arithmetic of --backend openvino, of an int8 export that of all but its int8 "
-        "matrix products. Default: fp32. Elsewhere it is the export's.",
+        type=click.Choice(("fp32", "fp16", "bf16")),
+        help="Arithmetic of --backend torch on a GPU (default: fp16) and of --backend openvino "
+        "(fp32, the default, or bf16; of an int8 export that of all but its int8 matrix products). "
+        "Elsewhere it is the export's.",
     ),
     "export": EXPORT,
     "threads": THREADS,

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     default="auto",
     help="torch.compile; auto: from 1000 steps, where there is a C++ compiler.",
 )
-@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--checkpoint-every", type=POSITIVE, default=500)
 @click.option("--sample-every", type=POSITIVE, default=500)
 @click.pass_context
@@ -119,6 +119,7 @@ def command(
         session.describe(settings, data, processes, bf16_speedup, say)
         if settings.compile:  # deprecations inside the compiler, which a user cannot mend
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
         with session.stoppable(run, processes) as should_stop:
             steps = train(
                 settings,

@@ -111,6 +111,8 @@ def command(
     engine = replace(engine, path=run.path)
     if engine.backend == "auto" and engine.export is None:
         engine = _float32(engine, run)
+    if engine.backend == "torch":
+        engine = replace(engine, precision="fp32")  # also on a GPU
     settings = TuneSettings(
         steps=steps,
         solvers=solvers or tuple(SOLVERS),

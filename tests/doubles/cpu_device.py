@@ -10,9 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from lutdeploy.device import parse_device
 from lutdeploy.engines.cuda.device import CaptureError, CudaDevice
 from tests.doubles.tensorrt_double import GPU_NAME
 
@@ -46,6 +48,8 @@ class CpuDevice(CudaDevice):
         gpu: its name, "TensorRT double …" by default.
         compute_capability: as a GPU would report it.
         capture_fails: every capture ends in an error.
+        free_memory: in bytes.
+        failures: of earlier captures on devices of one process; this device's own by default.
     """
 
     def __init__(
@@ -54,16 +58,28 @@ class CpuDevice(CudaDevice):
         gpu: str = GPU_NAME,
         compute_capability: str = "9.0",
         capture_fails: bool = False,
+        free_memory: int = 2**33,
+        failures: list[CaptureError] | None = None,
     ) -> None:
         self.torch_device = torch.device("cpu")
         self.upload, self.compute, self.download = (CpuStream(k) for k in (1, 2, 3))
         self.name, self.capture_fails = gpu, capture_fails
         self._compute_capability = compute_capability
+        self._index, self._free_memory = parse_device(name).index, free_memory
+        self.failures = [] if failures is None else failures  # type: ignore[misc]
         self.capturing, self.captures, self.replays = False, 0, 0
 
     @property
     def gpu(self) -> str:
         return self.name
+
+    @property
+    def index(self) -> int:
+        return self._index
+
+    @property
+    def free_memory(self) -> int:
+        return self._free_memory
 
     @property
     def compute_capability(self) -> str:
@@ -100,7 +116,7 @@ class CpuDevice(CudaDevice):
         if self.capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.capture_fails:
             raise CaptureError("RuntimeError: operation not permitted when stream is capturing")
         self.capturing = True
@@ -117,3 +133,15 @@ class CpuDevice(CudaDevice):
             work()
 
         return replay
+
+
+def on_cpu(patch: pytest.MonkeyPatch) -> list[CpuDevice]:
+    """Put a CPU in place of every CUDA device; the list gets the devices as they are opened."""
+    opened: list[CpuDevice] = []
+
+    def make(name: str = "cuda") -> CpuDevice:
+        opened.append(CpuDevice(name))
+        return opened[-1]
+
+    patch.setattr("lutdeploy.engines.cuda.device.CudaDevice", make)
+    return opened

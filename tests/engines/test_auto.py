@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,14 @@ from lutdeploy.artefacts.verdicts import Verdict, read_verdicts, store_verdict
 from lutdeploy.engines import EngineRequest
 from lutdeploy.engines.auto import Choice, has_passed, measured_choices, nearest
 from lutdeploy.engines.auto import rank as rank_all
+from lutdeploy.engines.benchmark.contenders import Contender
+from lutdeploy.engines.benchmark.process import Host
 from lutdeploy.engines.benchmark.result import REMEDY, Result, Row
 from lutdeploy.machine import this_machine
+from lutdeploy.schedule import solver_schedule
 from tests.command import fail, succeed
+from tests.doubles import install
+from tests.doubles.tensorrt_double import Controls
 from tests.engines.benchmark.bench_records import make_result, row
 
 Exported = Callable[..., Path]
@@ -71,12 +77,37 @@ def test_the_fastest_that_passed_is_first() -> None:
     assert (narrow.name, narrow.request.precision) == ("openvino-bf16", "bf16")
 
 
+def test_pytorch_on_a_gpu_is_judged_by_precision() -> None:
+    """A verdict on float32 lets nobody take float16; the CPU's float32 needs none."""
+    half, single = (
+        row(
+            f"torch-cuda-{precision}",
+            seconds=seconds,
+            precision=precision,
+            device="cuda",
+            computes_on=f"cuda:0 {precision}",
+            export=None,
+            sample_options=["--backend", "torch", "--device", "cuda", "--precision", precision],
+        )
+        for precision, seconds in (("fp16", 1.0), ("fp32", 2.0))
+    )
+    rows = [half, single, row("torch-eager", seconds=9)]
+    assert [choice.name for choice in rank(rows, [], 16)] == ["torch-eager"]
+    first, *_ = rank(rows, [verdict(single)], 16)
+    assert (first.name, first.request.precision) == ("torch-cuda-fp32", "fp32")
+    first, *_ = rank(rows, [verdict(single), verdict(half)], 16)
+    assert (first.name, first.request.precision) == ("torch-cuda-fp16", "fp16")
+    assert (first.request.backend, first.request.device) == ("torch", "cuda")
+
+
 def test_the_batch_size_decides() -> None:
     small = [row("torch-eager", 1, 1.0), row("torch-eager", 64, 60.0)]
     large = [row("onnxruntime-fp32", 1, 2.0), row("onnxruntime-fp32", 64, 20.0)]
     verdicts = [verdict(large[0])]
     assert rank([*small, *large], verdicts, 1)[0].name == "torch-eager"
     assert rank([*small, *large], verdicts, 100)[0].name == "onnxruntime-fp32"
+    (choice, *_) = rank([*small, *large], verdicts, 100)
+    assert choice.request.batch == 64, "asks for what was measured"
     assert nearest(small, 63).batch == 1
     assert nearest([row("torch-eager", 8)], 2).batch == 8
 
@@ -132,6 +163,7 @@ def test_sample_takes_it_and_says_why(run: Run, tmp_path: Path) -> None:
     with lutdeploy.load(run.path, "auto") as engine:
         assert engine.identity["backend"] == "openvino"
     assert measured_choices(run, EngineRequest(run.path, device="cuda")) == []
+    assert len(measured_choices(run, EngineRequest(run.path, device="cpu"))) == 2
     assert measured_choices(run, EngineRequest(run.path, export="step-fp16")) == []
 
 
@@ -168,6 +200,35 @@ def test_what_changed_or_does_not_open_is_passed_over(
     backend, said = sampled_by(run, tmp_path / "changed")
     assert backend == "torch"
     assert "auto: not openvino-fp32, which has changed" in said
+
+
+def test_what_bench_measured_of_tensorrt_is_found(
+    exported_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an engine for each of two batch sizes: bench, auto and sample open the same one."""
+    install(monkeypatch, "11.1.0.106", Controls())
+    run = exported_run("step", precision="fp32")
+    succeed("build", run.path, "--batch", 1, "--batch", 4)
+    export = run.export_folder("step-fp32")
+    contender = Contender(
+        "tensorrt-fp32", "tensorrt", "fp32", export, device="cuda", export="step-fp32"
+    )
+    host, schedule = Host(contender, None, time.time()), solver_schedule("euler", 2)
+    rows = []
+    for batch in (1, 2, 4):
+        window = host.window(batch, schedule, 0.0, 0.0, 1)
+        about = {"computes_on": host.about.computes_on, "engine_sha256": window.engine_sha256}
+        rows.append(row("tensorrt-fp32", batch, 0.1 * batch, device="cuda", **about))
+    host.denoiser.close()
+    assert rows[0].engine_sha256 != rows[2].engine_sha256
+    here = this_machine().fingerprint()
+    files.write_json(run.bench, make_result(rows, files.sha256(run.model), fingerprint=here))
+    for batch, expected in ((1, rows[0]), (2, rows[1]), (4, rows[2]), (64, rows[2])):
+        out = tmp_path / str(batch)
+        backend, said = sampled_by(run, out, "--batch", batch)
+        assert backend == "tensorrt", said
+        line = json.loads((out / "manifest.jsonl").read_text())
+        assert line["engine_sha256"] == expected.engine_sha256
 
 
 def test_a_damaged_measurement_is_one_line(run: Run, tmp_path: Path) -> None:

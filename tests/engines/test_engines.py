@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,11 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import hash_files, read_manifest
 from lutdeploy.artefacts.run import Run
 from lutdeploy.engines import Engine, EngineRequest, open_engine
+from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
 from lutdeploy.engines.onnxruntime import (
+    CUDA,
+    SESSION_OVERHEAD,
     OnnxRuntimeDenoiser,
     misplaced_matmuls,
     open_session,
@@ -32,7 +36,7 @@ from lutdeploy.schedule import Step, solver_schedule
 from tests.command import succeed
 from tests.conftest import read_golden
 from tests.doubles import install
-from tests.doubles.cpu_device import CpuDevice
+from tests.doubles.cpu_device import CpuDevice, on_cpu
 from tests.doubles.tensorrt_double import VERSIONS, Controls
 
 Exported = Callable[..., Path]
@@ -44,7 +48,9 @@ BACKENDS = (
     "openvino",
     *(f"tensorrt {version}" for version in VERSIONS),  # the double
     "onnxruntime device",  # the code of its GPU providers, on the CPU
+    "torch device",  # its GPU code, on the CPU
     pytest.param("torch cuda", marks=pytest.mark.gpu),
+    pytest.param("onnxruntime cuda", marks=pytest.mark.gpu),
 )
 
 
@@ -64,6 +70,11 @@ def engine(
         run = exported_run("step", preset=preset, precision="fp32")
         succeed("build", run.path, "--batch", "2:3:4")
         opened = lutdeploy.load(run.path, backend)
+    elif backend == "torch" and detail:
+        if detail == "device":
+            on_cpu(monkeypatch)
+        model = golden_runs(preset).model
+        opened = lutdeploy.load(model, backend, "cuda", precision="fp32")
     elif detail == "device":
         manifest = read_manifest(exported(preset))
         opened = OnnxRuntimeDeviceDenoiser(manifest, "cpu", CpuDevice())
@@ -227,7 +238,10 @@ TENSORRT = r"use --backend tensorrt \(`lutdeploy build`\)"
         pytest.param("onnxruntime", "cuda", BackendError, "CPUExecutionProvider", marks=no_gpu),
         ("onnxruntime", "tensorrt", UsageError, TENSORRT),
         ("onnxruntime", "TensorrtExecutionProvider", UsageError, TENSORRT),
-        pytest.param("torch", "cuda", BackendError, "no device 'cuda'.*are cpu", marks=no_gpu),
+        pytest.param("torch", "cuda", BackendError, "no CUDA device 'cuda'.*none", marks=no_gpu),
+        ("torch", "mps", BackendError, "torch sees no mps device here"),
+        ("torch", "meta", UsageError, "'meta' is no device; write cpu, cuda, cuda:N or mps"),
+        ("auto", "npu", UsageError, "'npu' is no device"),
     ],
 )
 def test_what_is_not_there_is_an_error_and_no_fallback(
@@ -279,11 +293,102 @@ def test_sessions_that_do_not_fit_are_opened_again(
     with open_engine(EngineRequest(exported(graph="per-step"), "onnxruntime")) as engine:
         expected = lutdeploy.sample(engine, 2)
     opened.clear()
-    monkeypatch.setattr("lutdeploy.engines.onnxruntime.sessions_that_fit", lambda manifest: room)
+    monkeypatch.setattr("lutdeploy.engines.onnxruntime.sessions_that_fit", lambda *a, **b: room)
     with open_engine(EngineRequest(exported(graph="per-step"), "onnxruntime")) as engine:
         for _ in range(2):
             assert np.array_equal(lutdeploy.sample(engine, 2), expected)
     assert opened == [f"step-{k:03d}.onnx" for k in (*range(5), *again)]
+
+
+@pytest.mark.parametrize(("room", "again"), [(5, range(0)), (2, range(2, 5))])
+def test_a_gpu_keeps_the_sessions_that_its_memory_holds(
+    room: int, again: range, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are opened again, each with bindings of its own."""
+    opened: list[str] = []
+
+    def count(graph: Path, *more: Any, **options: Any) -> ort.InferenceSession:
+        opened.append(graph.name)
+        return open_session(graph, *more, **options)
+
+    manifest = read_manifest(exported(graph="per-step", precision="fp16"))
+    weights = sum(f.bytes for n, f in manifest.files.items() if n not in manifest.graphs)
+    memory = int((room + 0.5) * 2 * SESSION_OVERHEAD * weights)
+    with open_engine(EngineRequest(manifest.folder, "onnxruntime")) as host:
+        expected = lutdeploy.sample(host, 2)
+    monkeypatch.setattr("lutdeploy.engines.onnxruntime.open_session", count)
+    device = CpuDevice(free_memory=memory)
+    with OnnxRuntimeDeviceDenoiser(manifest, "cpu", device) as engine:
+        for _ in range(2):
+            assert np.abs(lutdeploy.sample(engine, 2) - expected).max() < 1e-3
+    names = list(manifest.graphs)
+    assert opened[:5] == names
+    # The loop runs once more while it warms up.
+    assert opened[5:] == [names[k] for k in again] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_a_real_gpu_follows_every_graph(
+    exported: Exported, graph: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sessions for all steps and for one: bindings, captured graphs, the end of a session."""
+    folder = exported(graph=graph)
+    reference = lutdeploy.sample(lutdeploy.load(folder, "onnxruntime"), 3, batch=2)
+    monkeypatch.setattr(CudaDevice, "free_memory", room)
+    with lutdeploy.load(folder, "onnxruntime", "cuda") as engine:
+        for _ in range(2):
+            assert np.abs(lutdeploy.sample(engine, 3, batch=2) - reference).max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_doctor_finds_the_gpus_providers_in_a_process_of_its_own() -> None:
+    """Nothing has loaded CUDA's libraries there yet."""
+    command = [sys.executable, "-m", "lutdeploy.cli", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    assert found["torch cuda"]["works"]
+    assert found["onnxruntime CUDAExecutionProvider"]["works"], found
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda", "0"), ("cuda:1", "1"), (CUDA, "0")])
+def test_the_provider_is_told_which_gpu(
+    device: str, number: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    def no_gpu(graph: Path, provider: str, *more: Any, **options: Any) -> None:
+        told.update(provider=provider, **dict(more[-1] or {}))
+        raise BackendError("no GPU")
+
+    devices = on_cpu(monkeypatch)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr("lutdeploy.engines.onnxruntime.open_session", no_gpu)
+    with pytest.raises(BackendError, match="no GPU"):
+        lutdeploy.load(exported(), "onnxruntime", device)
+    assert (told["provider"], told["device_id"]) == (CUDA, number)
+    assert [opened.word for opened in devices] == [f"cuda:{number}"]
+
+
+@no_gpu
+def test_torch_is_loaded_for_the_cuda_provider_and_no_other(exported: Exported) -> None:
+    """CUDA's libraries come with torch's wheels; sampling on the CPU does without."""
+    program = (
+        "import sys\nfrom pathlib import Path\n"
+        "from lutdeploy.artefacts.manifest import read_manifest\n"
+        "import lutdeploy\nfrom lutdeploy.errors import BackendError\n"
+        "from lutdeploy.engines.onnxruntime import open_session\n"
+        "with lutdeploy.load(sys.argv[1], 'onnxruntime') as engine:\n"
+        "    lutdeploy.sample(engine, 1, steps=1)\n"
+        "print('torch' in sys.modules)\n"
+        "try:\n    open_session(Path(sys.argv[1]) / 'step.onnx', 'CUDAExecutionProvider')\n"
+        "except BackendError: pass\n"
+        "print('torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, str(exported())]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "True"], "and nothing else is printed"
 
 
 def test_sessions_of_a_per_step_export_share_their_arena(exported: Exported) -> None:

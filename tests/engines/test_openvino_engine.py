@@ -82,11 +82,11 @@ def test_a_precision_that_the_cpu_lacks_is_an_error(
         patch.setattr(ov, "Core", lambda: core)
         with pytest.raises(BackendError, match="does not compute in bf16: OpenVINO offers FP32"):
             OpenVinoDenoiser(manifest, precision="bf16")
-    with pytest.raises(BackendError, match="no precision 'int4'"):
+    with pytest.raises(UsageError, match="int4: backend openvino computes in fp32 or bf16"):
         OpenVinoDenoiser(manifest, precision="int4")
     with pytest.raises(BackendError, match="cpu alone"):
         open_engine(EngineRequest(exported(), "openvino", "cuda"))
-    with pytest.raises(UsageError, match="for backend openvino"):
+    with pytest.raises(UsageError, match="for backends torch and openvino"):
         open_engine(EngineRequest(exported(), "onnxruntime", precision="bf16"))
 
 

@@ -69,6 +69,8 @@ def test_a_batch_is_shared_evenly_or_not_at_all() -> None:
 
 def test_several_processes_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--device cuda:1: torchrun gives each process a GPU"):
+        open_processes("cuda:1")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(BackendError, match=r"lutdeploy\[distributed\]"):
         open_processes("cpu")

@@ -186,6 +186,24 @@ def test_a_description_names_unreadable_files_and_slow_bf16(said: list[str]) -> 
     assert "0.25 × the speed of float32; --precision fp32" in said[22]
 
 
+def test_devices_have_the_same_words_as_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, device in (("auto", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert session.choose_device(name) == device
+    with pytest.raises(UsageError, match=r"cuda:2: no such .* torch sees cuda:0, cuda:1"):
+        session.choose_device("cuda:2")
+    with pytest.raises(UsageError, match="--device mps: torch sees no such device here"):
+        session.choose_device("mps")
+    with pytest.raises(UsageError, match="'gpu' is no device; write cpu, cuda, cuda:N or mps"):
+        session.choose_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert session.choose_device("auto") == "cpu"
+    peaks = {("cuda:1", "bf16"): 3.0}
+    assert session.peak_of(Processes("cuda:1"), "bf16", lambda *of: peaks[of]) == 3.0
+    assert session.peak_of(Processes("mps"), "fp32", lambda device, precision: 5.0) is None
+
+
 @pytest.mark.parametrize(("count", "peak"), [(1, 5), (2, None)])
 def test_processes_that_share_a_cpu_have_no_peak(count: int, peak: float | None) -> None:
     processes = Processes("cpu")

@@ -17,6 +17,7 @@ from torch import Tensor
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_author_file
 from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError, first_line
+from lutdeploy.reference import full_float32
 from lutdeploy.training.evaluation.distances import Features, Pixels
 from lutdeploy.training.evaluation.feature_network import (
     SHA256,
@@ -42,6 +43,7 @@ class Extractor:
     kernel_name: str
 
     @torch.inference_mode()
+    @full_float32()
     def __call__(self, pixels: Pixels) -> Features:
         """uint8 [n, C, S, S], C being 1 or 3, to float32 [n, D]."""
         found = []

@@ -89,7 +89,7 @@ class Double:
             raise self.reason
         number = self.windows.get(batch, 0)
         self.windows[batch] = number + 1
-        return Window([self.seconds(batch, number)] * 3, 1000 * batch)
+        return Window([self.seconds(batch, number)] * 3, 1000 * batch, f"engine of {batch}")
 
     def close(self) -> None:
         self.closed = True
@@ -319,8 +319,13 @@ def test_contenders_come_from_the_exports(tmp_path: Path) -> None:
     assert {c.export for c in alone if c.backend == "openvino"} == {steps.name}
     on_gpu = contenders.list_contenders(model, (half,), None, gpu=True)
     assert {c.name for c in on_gpu if c.device != "cpu"} == {
-        *("torch-cuda-fp16", "torch-cuda-compiled-fp16", "onnxruntime-cuda-fp16"),
+        *(f"torch-cuda-{name}" for name in ("fp16", "bf16", "fp32", "compiled-fp16")),
+        "onnxruntime-cuda-fp16",
     }
+    (narrow,) = [c for c in on_gpu if c.name == "torch-cuda-bf16"]
+    options = ["--backend", "torch", "--device", "cuda", "--precision", "bf16"]
+    assert narrow.sample_options == options
+    assert narrow.request(None, 4).precision == "bf16"
     chosen = contenders.choose(on_gpu, ["onnxruntime-fp16"])
     assert [c.name for c in chosen] == ["original", "onnxruntime-fp16"]
     assert "torch-compiled" not in [c.name for c in contenders.choose(here, (), quick=True)]
@@ -417,8 +422,8 @@ def test_a_contender_computes_and_measures_in_its_process(
         expected = original.step(noise, schedule.rows[1], None)
         found = worker.step(noise, schedule.rows[1], None)
         np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
-        times, peak_bytes = worker.ask(Host.window, 2, schedule, 0.0, 0.0, 3)
-        assert len(times) == 3 and min(times) > 0
+        times, peak_bytes, engine = worker.ask(Host.window, 2, schedule, 0.0, 0.0, 3)
+        assert len(times) == 3 and min(times) > 0 and engine == about.engine_sha256
         assert 2**24 < peak_bytes < 2**33
         assert worker.ask(Host.trajectory, 2, schedule) > min(times)
         with pytest.raises(BackendError, match="holds steps, no whole trajectory"):
@@ -445,6 +450,7 @@ def test_limits_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"fp32", "int8", limits.MEMORY} <= set(tries) <= {"fp32", "bf16", "int8", limits.MEMORY}
     for name, seconds in limits.measure(tries).items():
         assert 1e6 < limits.rate(name, seconds, 64) < 1e15
+    assert (limits.side("cpu", 64), limits.side("cuda:1", 64)) == (64, limits.GPU_SIDE)
     assert 1e6 < limits.product_peak("cpu", "fp32", 64) < 1e15
 
 

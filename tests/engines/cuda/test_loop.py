@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from lutdeploy import images
-from lutdeploy.engines.cuda.device import CudaDevice
+from lutdeploy.engines.cuda.device import CaptureError, CudaDevice
 from lutdeploy.engines.cuda.loop import DeviceLoop, Loops, run_batches, split_batches, to_pixels
-from lutdeploy.errors import BackendError
+from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.sampling import Batch, Images, batch_noise
 from tests.doubles.cpu_device import CpuDevice
 
@@ -158,6 +159,29 @@ def test_a_failed_capture_ends_cleanly_and_says_so(caplog: pytest.LogCaptureFixt
     )
 
 
+@pytest.mark.parametrize(
+    ("version", "captures"), [("2.11.0", 0), ("2.12.1+cu130", 0), ("2.13.0", 1)]
+)
+def test_where_a_failed_capture_poisons_the_next_there_is_none(
+    version: str, captures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second device stands for another engine of the same process."""
+    failures: list[CaptureError] = []
+    broken = CpuDevice(capture_fails=True, failures=failures)
+    DeviceLoop(broken, Affine(3), 2, SHAPE)
+    caplog.clear()
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    device, program = CpuDevice(failures=failures), Affine(3)
+    loop = DeviceLoop(device, program, 2, SHAPE)
+    assert (loop.captured, device.captures) == (bool(captures), captures)
+    assert ("cannot capture after a capture has failed" in caplog.text) == (not captures)
+    noise = batch_noise(0, range(2), SHAPE)
+    np.testing.assert_array_equal(
+        loop.finish(loop.start(noise, False))[0], program.on_the_host(noise)
+    )
+    assert CudaDevice.failures == [], "the doubles keep theirs to themselves"
+
+
 def test_loops_are_reused_where_padding_is_cheap() -> None:
     device, made = CpuDevice(), list[int]()
 
@@ -181,9 +205,11 @@ def test_split_batches_keeps_the_order() -> None:
 def test_a_cuda_device_that_is_not_there_is_an_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    for name in ("cuda", "cuda:3", "cpu", "gpu?"):
-        with pytest.raises(BackendError):
+    for name in ("cuda", "cuda:3", "cpu"):
+        with pytest.raises(BackendError, match=f"no CUDA device '{name}' here"):
             CudaDevice(name)
+    with pytest.raises(UsageError, match="write cpu, cuda, cuda:N or mps"):
+        CudaDevice("gpu?")
 
 
 @pytest.mark.gpu
@@ -211,4 +237,8 @@ def test_a_real_device_survives_a_capture_that_fails() -> None:
     assert not loop.captured
     noise = batch_noise(0, range(2), SHAPE)
     ends, _ = loop.finish(loop.start(noise, False))
+    np.testing.assert_allclose(ends, program.on_the_host(noise), rtol=1e-6)
+    later = DeviceLoop(CudaDevice(), Affine(3), 2, SHAPE)
+    assert later.captured == (torch.__version__ >= "2.13")
+    ends, _ = later.finish(later.start(noise, False))
     np.testing.assert_allclose(ends, program.on_the_host(noise), rtol=1e-6)
