@@ -207,7 +207,8 @@ def test_nan_is_named_with_step_and_image(tmp_path: Path) -> None:
         sample_folder.open_folder(tmp_path / "s", made) as folder,
         pytest.raises(NonFiniteError, match="after step 3 in image 3"),
     ):
-        folder.write([0, 1], np.zeros((2, *SHAPE), np.float32))  # there already
+        made_before = np.zeros((2, 64, 64, 3), np.uint8)
+        folder.writer.store(folder.writer.prepare([0, 1], made_before))
         list(sample_folder.fill(folder, denoiser, schedule, 6, batch=2))
 
 
