@@ -191,7 +191,7 @@ class ManyPerFile(abc.ABC):
             for part in path.glob(f"{PART}*"):
                 part.unlink()
             self._log.replace(_json_line(settings))
-        # A file can have two lines, if a kill came before it was replaced: the size tells.
+        # A file may be lost, or have a second line if a kill came before its name: the size tells.
         self._lines = {
             line["file"]: line
             for line in lines
@@ -199,6 +199,8 @@ class ManyPerFile(abc.ABC):
             and line["file"] == self.name(line["first"] // self.per_file)
             and _size(path / line["file"]) == line["bytes"]
         }
+        if len(self._lines) < sum(map(bool, lines)):
+            self._write_manifest()
         self._parts = dict(self._leftovers())
 
     @abc.abstractmethod
@@ -300,17 +302,17 @@ class ManyPerFile(abc.ABC):
         os.replace(sealed, self._path / name)
         part.unlink(missing_ok=True)
         del self._parts[name]
-        replaced = name in self._lines
+        last = next(reversed(self._lines.values()), None)
         self._lines[name] = line
-        if replaced:
+        if last is not None and first <= last["first"]:
             self._write_manifest()
 
     def _write_manifest(self) -> None:
-        """The manifest without the lines of files that were replaced."""
-        lines = [_json_line(self._settings)]
-        for line in sorted(self._lines.values(), key=lambda line: line["first"]):
-            lines.append(_json_line({**line, **self._settings}))
-        self._log.replace(b"".join(lines))
+        """One line for each file, in order."""
+        lines = sorted(self._lines.values(), key=lambda line: line["first"])
+        self._lines = {line["file"]: line for line in lines}
+        told = [self._settings, *({**line, **self._settings} for line in lines)]
+        self._log.replace(b"".join(map(_json_line, told)))
 
     def first(self, n: int) -> Pixels:
         names = (self.name(number) for number in range(-(-n // self.per_file)))
@@ -449,22 +451,29 @@ class OneNpz(ManyPerFile):
 
     def seal(self, part: Path, first: int, count: int) -> Path:
         sealed = part.with_name(f".{NPZ}.new")
-        with sealed.open("wb") as file, part.open("rb") as source:
-            shape = (count, *_read_npy_header(source)[1:])
-            with zipfile.ZipFile(file, "w") as archive:
-                with _npz_array(archive, "images") as array:
-                    _npy_header(array, np.dtype(np.uint8), shape)
-                    _copy(source, array, int(np.prod(shape)))
-                with _npz_array(archive, "indices") as array:
-                    _npy_header(array, np.dtype("<i8"), (count,))
-                    for start in range(first, first + count, COPIED):
-                        stop = min(start + COPIED, first + count)
-                        array.write(np.arange(start, stop, dtype="<i8").tobytes())
-                with _npz_array(archive, "settings") as array:
-                    npy.write_array(array, np.array(json.dumps(self._settings)))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with sealed.open("wb") as file, part.open("rb") as source:
+                self._write(file, source, first, count)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            sealed.unlink(missing_ok=True)
+            raise
         return sealed
+
+    def _write(self, file: BinaryIO, part: BinaryIO, first: int, count: int) -> None:
+        shape = (count, *_read_npy_header(part)[1:])
+        with zipfile.ZipFile(file, "w") as archive:
+            with _npz_array(archive, "images") as array:
+                _npy_header(array, np.dtype(np.uint8), shape)
+                _copy(part, array, int(np.prod(shape)))
+            with _npz_array(archive, "indices") as array:
+                _npy_header(array, np.dtype("<i8"), (count,))
+                for start in range(first, first + count, COPIED):
+                    stop = min(start + COPIED, first + count)
+                    array.write(np.arange(start, stop, dtype="<i8").tobytes())
+            with _npz_array(archive, "settings") as array:
+                npy.write_array(array, np.array(json.dumps(self._settings)))
 
 
 @contextlib.contextmanager
