@@ -108,6 +108,7 @@ def _json_line(values: dict[str, Any]) -> bytes:
 class PngFiles:
     """A PNG for each picture, and a line in the manifest."""
 
+    SUFFIX = ".png"
     LINE: ClassVar = {"image": str, "index": int}
 
     def __init__(self, path: Path, settings: Settings, lines: Sequence[dict[str, Any]]) -> None:
@@ -335,6 +336,7 @@ class TarShards(ManyPerFile):
     A sample is NNNNNN.png and NNNNNN.json, the picture's index and settings.
     """
 
+    SUFFIX = ".tar"
     per_file = SHARD_IMAGES
 
     def name(self, number: int) -> str:
@@ -423,6 +425,7 @@ class OneNpz(ManyPerFile):
     whose header does not know n yet.
     """
 
+    SUFFIX = ".npz"
     per_file = 2**63
 
     def name(self, number: int) -> str:

@@ -86,7 +86,7 @@ class SampleFolder:
         self.path, self.settings = path, wanted
         kind = WRITERS[wanted["format"]]
         if not (path / MANIFEST).is_file():
-            foreign = [entry.name for entry in path.iterdir() if _ours(entry.name)]
+            foreign = [p.name for p in path.glob(f"[!.]*{kind.SUFFIX}") if _ours(p.name)]
             if foreign:
                 raise UsageError(
                     f"{path} holds pictures such as {min(foreign)} but no {MANIFEST}: not made by "
