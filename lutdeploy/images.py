@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels = NDArray[np.uint8]
+
+PNG_COLOURS = {1: 0, 3: 2, 4: 6}  # channels → colour type: grey, RGB, RGBA
+PNG_AVERAGE = 3  # the filter that subtracts ⌊(left + above) / 2⌋
+MEMORY_LEVEL = 9  # of zlib: the most that it may use, which is fastest
 
 
 def to_uint8(images: NDArray[np.floating[Any]]) -> Pixels:
@@ -30,6 +36,40 @@ def encode_png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     _picture(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def encode_pictures(pixels: Pixels) -> list[bytes]:
+    """Encode uint8 [n, H, W, C], C 1, 3 or 4, as n PNGs, fast; equal pixels give equal bytes.
+
+    Where all that matters is that many small photographs are written soon. Every row has the
+    filter "average", found for all pictures at once, and zlib codes the differences without
+    looking for repeats, which such pictures do not have. It computes outside Python's lock, so
+    that threads encode beside one another. PNG's third edition: https://www.w3.org/TR/png-3/.
+    """
+    n, height, width, channels = pixels.shape
+    around = np.zeros(pixels.shape, np.uint16)
+    around[:, :, 1:] = pixels[:, :, :-1]
+    around[:, 1:] += pixels[:, :-1]
+    rows = np.empty((n, height, 1 + width * channels), np.uint8)
+    rows[:, :, 0] = PNG_AVERAGE
+    rows[:, :, 1:] = (pixels - (around >> 1).astype(np.uint8)).reshape(n, height, -1)
+    start = b"\x89PNG\r\n\x1a\n" + _chunk(
+        b"IHDR", struct.pack(">IIBBBBB", width, height, 8, PNG_COLOURS[channels], 0, 0, 0)
+    )
+    end = _chunk(b"IEND", b"")
+    return [start + _chunk(b"IDAT", _huffman(picture.tobytes())) + end for picture in rows]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file: length, kind, data, CRC."""
+    check = zlib.crc32(data, zlib.crc32(kind))
+    return b"".join((struct.pack(">I", len(data)), kind, data, struct.pack(">I", check)))
+
+
+def _huffman(rows: bytes) -> bytes:
+    """A zlib stream whose bytes are coded one by one, without looking for repeats."""
+    stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, MEMORY_LEVEL, zlib.Z_HUFFMAN_ONLY)
+    return stream.compress(rows) + stream.flush()
 
 
 def decode_png(data: bytes) -> Pixels:

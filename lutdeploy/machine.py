@@ -67,7 +67,7 @@ def this_machine() -> Machine:
 
     return Machine(
         cpu=_cpu(),
-        processors=_processors(),
+        processors=processors(),
         memory_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.machine()}",
         gpus=_gpus(),
@@ -114,7 +114,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _processors() -> int:
+def processors() -> int:
     """Logical processors that the system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ConfigError, NonFiniteError, UsageError
 from lutdeploy.schedule import Schedule, ScheduleRequest, Step
+
+T = TypeVar("T")
 
 Images = NDArray[np.float32]  # [B, C, S, S]
 Batch = tuple[Sequence[int], Images]  # the images' indices, and their noise
@@ -99,6 +103,23 @@ def noise_batches(
 ) -> Iterator[Batch]:
     """The noise of many images, a batch at a time, each made when it is asked for."""
     return ((group, batch_noise(seed, group, shape)) for group in in_batches(indices, batch))
+
+
+def ahead(items: Iterator[T], most: int) -> Generator[T, None, None]:
+    """``items``, of which a thread takes up to ``most`` before they are asked for.
+
+    An error in the thread is raised here, in its place. Close this generator where it may end
+    early: that ends the thread.
+    """
+    end = object()
+    thread = ThreadPoolExecutor(1, "ahead")
+    try:
+        waiting = deque(thread.submit(next, items, end) for _ in range(most))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def held_row(schedule: Schedule, row: Step) -> int:

@@ -109,9 +109,9 @@ class Still:
         raise NotImplementedError
 
 
-def peak_bytes(folder: Path, n: int) -> int:
+def peak_bytes(folder: Path, n: int, file_format: str) -> int:
     schedule = solver_schedule("euler", 1)
-    settings = {"seed": 0, "format": "png"}
+    settings = {"seed": 0, "format": file_format}
     tracemalloc.start()
     try:
         with sample_folder.open_folder(folder, settings) as opened:
@@ -121,11 +121,14 @@ def peak_bytes(folder: Path, n: int) -> int:
         tracemalloc.stop()
 
 
-def test_the_memory_of_sampling_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", sample_folder.FORMATS)
+def test_the_memory_of_sampling_does_not_grow_with_the_pictures(
+    file_format: str, tmp_path: Path
+) -> None:
     """What grows with them is their numbers, not their pixels."""
-    peak_bytes(tmp_path / "warm", 32)  # imports, pools
-    few, many = peak_bytes(tmp_path / "few", 64), peak_bytes(tmp_path / "many", 1024)
-    per_picture = (many - few) / (1024 - 64)
+    peak_bytes(tmp_path / "warm", 32, file_format)  # imports, pools
+    few, many = (peak_bytes(tmp_path / str(n), n, file_format) for n in (256, 3072))
+    per_picture = (many - few) / (3072 - 256)
     assert per_picture < 300, "its pixels alone would be 768 bytes, its noise 3 KiB"
 
 

@@ -207,7 +207,8 @@ def test_nan_is_named_with_step_and_image(tmp_path: Path) -> None:
         sample_folder.open_folder(tmp_path / "s", made) as folder,
         pytest.raises(NonFiniteError, match="after step 3 in image 3"),
     ):
-        folder.write([0, 1], np.zeros((2, *SHAPE), np.float32))  # there already
+        made_before = np.zeros((2, 64, 64, 3), np.uint8)
+        folder.writer.store(folder.writer.prepare([0, 1], made_before))
         list(sample_folder.fill(folder, denoiser, schedule, 6, batch=2))
 
 
@@ -247,6 +248,29 @@ def test_png_round_trip() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     assert np.array_equal(images.decode_png(images.encode_png(pixels)), pixels)
     assert images.encode_png(pixels) == images.encode_png(pixels)
+
+
+@settings(max_examples=30)
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3, st.sampled_from([1, 3, 4])),
+    seed=st.integers(0, 99),
+)
+def test_many_pictures_round_trip(shape: tuple[int, ...], seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    encoded = images.encode_pictures(pixels)
+    assert encoded == [images.encode_pictures(picture[None])[0] for picture in pixels]
+    for picture, data in zip(pixels, encoded, strict=True):
+        assert np.array_equal(images.decode_png(data), picture)
+
+
+def test_small_photographs_are_not_much_larger_for_being_written_fast() -> None:
+    """A smooth picture with the grain of a photograph, beside Pillow's own encoding."""
+    y, x = np.mgrid[:64, :64] / 64
+    smooth = np.stack([x, y, np.sin(3 * x + y)], axis=-1)
+    grain = np.random.default_rng(0).normal(0, 0.03, (8, 64, 64, 3))
+    pixels = np.rint(255 * np.clip(smooth + grain, 0, 1)).astype(np.uint8)
+    fast = sum(map(len, images.encode_pictures(pixels)))
+    assert fast < 1.15 * sum(len(images.encode_png(picture)) for picture in pixels)
 
 
 def test_trajectory_picture_has_noise_on_top_and_every_fourth_step() -> None:

@@ -1,17 +1,14 @@
 """The folder that `lutdeploy sample` fills: pictures and manifest.jsonl.
 
-A picture's line in manifest.jsonl is written before the picture takes its name, and a picture that
-has a line is never written again. So the same command completes a run that was stopped at any
-moment, and what is there stays as it is, byte for byte.
+The same command completes a run that was stopped at any moment, and what is there stays as it is,
+byte for byte; :mod:`lutdeploy.artefacts.picture_files` says how.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,9 +21,20 @@ from numpy.typing import NDArray
 
 from lutdeploy import images
 from lutdeploy.artefacts import files
-from lutdeploy.errors import ArtefactError, UsageError
+from lutdeploy.artefacts.picture_files import (
+    DIGITS,
+    MANIFEST,
+    NPZ,
+    PART,
+    WRITERS,
+    PictureWriter,
+    Prepared,
+)
+from lutdeploy.errors import UsageError
+from lutdeploy.machine import processors
 from lutdeploy.sampling import (
     Denoiser,
+    ahead,
     batch_noise,
     check_schedule,
     finished_batches,
@@ -35,12 +43,14 @@ from lutdeploy.sampling import (
 )
 from lutdeploy.schedule import Schedule
 
-MANIFEST = "manifest.jsonl"
-FORMATS = ("png", "npz")
+FORMATS = tuple(WRITERS)
 EXTRAS = ("grid.png", "trajectory.png", "trajectory.gif")
-WAITING_BATCHES = 2  # that may wait for the encoder; the bound keeps memory flat in n
+# That may wait for the device, and for the encoders; the bounds keep memory flat in n.
+NOISE_AHEAD = 2
+WAITING_BATCHES = 2
+MOST_ENCODERS = 8  # above, one thread that stores is the limit
+ENCODED_TOGETHER = 16  # pictures
 GRID_IMAGES = 256
-DIGITS = 6  # at least, in a picture's name
 
 
 def settings(
@@ -61,21 +71,12 @@ def settings(
     return made
 
 
-def _encode(image: NDArray[Any], file_format: str) -> bytes:
-    """Encode an image [C, S, S] as an 8-bit PNG, or as array ``image`` of an npz.
-
-    For a PNG it may also be uint8 pixels [S, S, C].
-    """
-    if file_format == "png":
-        return images.encode_png(image if image.dtype == np.uint8 else images.to_uint8(image))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, image=image)
-    return buffer.getvalue()
-
-
-def _numbered(stem: str) -> bool:
-    """Whether a file name without its suffix is that of one of this command's pictures."""
-    return len(stem) >= DIGITS and stem.isdigit()
+def _ours(name: str) -> bool:
+    """Whether a file is one of this command's pictures, or holds them."""
+    if name == NPZ:
+        return True
+    stem, _, suffix = name.partition(".")  # 000000.npz is of an earlier version
+    return len(stem) >= DIGITS and stem.isdigit() and suffix in ("png", "npz", "tar")
 
 
 class SampleFolder:
@@ -83,26 +84,33 @@ class SampleFolder:
 
     def __init__(self, path: Path, wanted: dict[str, Any]) -> None:
         self.path, self.settings = path, wanted
-        self.lines: set[int] = set()
-        manifest = path / MANIFEST
-        if manifest.is_file():
-            self._read(manifest)
-        elif foreign := [p.name for p in path.glob(f"*.{wanted['format']}") if _numbered(p.stem)]:
-            raise UsageError(
-                f"{path} holds pictures such as {min(foreign)} but no {MANIFEST}: not made by "
-                "this command; choose another --out or --overwrite"
-            )
+        kind = WRITERS[wanted["format"]]
+        if not (path / MANIFEST).is_file():
+            foreign = [p.name for p in path.glob(f"[!.]*{kind.SUFFIX}") if _ours(p.name)]
+            if foreign:
+                raise UsageError(
+                    f"{path} holds pictures such as {min(foreign)} but no {MANIFEST}: not made by "
+                    "this command; choose another --out or --overwrite"
+                )
+        self.writer: PictureWriter = kind(path, wanted, self._lines(kind.LINE))
 
-    def _read(self, manifest: Path) -> None:
+    def _lines(self, fields: dict[str, type]) -> list[dict[str, Any]]:
+        """What each line of the manifest says besides the settings: ``fields``, or nothing.
+
+        A line that was cut off is removed; its picture is made again.
+        """
+        manifest = self.path / MANIFEST
+        if not manifest.is_file():
+            return []
         text = manifest.read_text(encoding="utf-8", errors="replace")
+        lines: list[dict[str, Any]] = []
         whole: list[str] = []
         for line in text.splitlines():
             try:
-                values = json.loads(line)
-                index = int(values.pop("index"))
-                values.pop("image")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # a line that was cut off; its picture is made again
+                values = dict(json.loads(line))
+                own = {key: values.pop(key) for key in fields if key in values}
+            except (ValueError, TypeError):
+                continue
             different = [
                 f"{key} {values.get(key)!r} → {self.settings.get(key)!r}"
                 for key in {**values, **self.settings}
@@ -113,53 +121,18 @@ class SampleFolder:
                     f"{self.path} holds pictures made with other settings "
                     f"({', '.join(different)}); choose another --out, or --overwrite to replace"
                 )
-            self.lines.add(index)
+            if own and any(type(own.get(key)) is not kind for key, kind in fields.items()):
+                continue
+            lines.append(own)
             whole.append(line + "\n")
         if "".join(whole) != text:
             files.write_atomic(manifest, "".join(whole).encode())
-
-    def name(self, index: int) -> str:
-        return f"{index:0{DIGITS}d}.{self.settings['format']}"
-
-    def missing(self, n: int) -> list[int]:
-        """Those of images 0 … n−1 that are not there yet."""
-        return [
-            index
-            for index in range(n)
-            if index not in self.lines or not (self.path / self.name(index)).is_file()
-        ]
+        return lines
 
     def progress(self, n: int) -> str:
         """One line for a person whose run ended early."""
-        there = n - len(self.missing(n))
+        there = n - len(self.writer.missing(n))
         return f"{there} of {n} images are in {self.path}; the same command makes the others"
-
-    def write(self, indices: Sequence[int], batch: NDArray[Any]) -> None:
-        """Encode and store images [len(indices), C, S, S], or pixels [len(indices), S, S, C]."""
-        for index, image in zip(indices, batch, strict=True):
-            name = self.name(index)
-            temporary = self.path / f".{name}"
-            temporary.write_bytes(_encode(image, self.settings["format"]))
-            if index not in self.lines:
-                line = {"image": name, "index": index, **self.settings}
-                with (self.path / MANIFEST).open("a", encoding="utf-8") as manifest:
-                    manifest.write(json.dumps(line) + "\n")
-                self.lines.add(index)
-            os.replace(temporary, self.path / name)
-
-    def read(self, index: int) -> images.Pixels:
-        """A stored picture as uint8 [S, S, C]."""
-        path = self.path / self.name(index)
-        try:
-            data = path.read_bytes()
-            if self.settings["format"] == "npz":
-                with np.load(io.BytesIO(data)) as arrays:
-                    return images.to_uint8(arrays["image"])
-            return images.decode_png(data)
-        except Exception as error:  # decoders raise almost anything on bad bytes
-            raise ArtefactError(
-                f"{path} is damaged; delete it, and the same command makes it again"
-            ) from error
 
     def write_extra(self, name: str, data: bytes) -> Path:
         """Write one of ``EXTRAS``, unless it is there with the same bytes."""
@@ -179,24 +152,29 @@ def open_folder(
     """
     files.output_folder(path)
     with files.lock(path, "`lutdeploy sample`"):
-        for name in (MANIFEST, *EXTRAS):
+        for name in (MANIFEST, NPZ, *EXTRAS):
             files.clear_leftovers(path, name)
-        for suffix in FORMATS:
-            for left in path.glob(f".[0-9]*.{suffix}"):  # pictures whose writer was killed
+        for left in path.glob(".[0-9]*.*"):  # pictures whose writer was killed
+            if _ours(left.name[1:]):
                 left.unlink()
         if overwrite:
             _clear(path)
-        yield SampleFolder(path, wanted)
+        folder = SampleFolder(path, wanted)
+        try:
+            yield folder
+        finally:
+            folder.writer.close()
 
 
 def _clear(path: Path) -> None:
     """Remove what `lutdeploy sample` makes, and nothing else."""
     for entry in path.iterdir():
-        stem, _, suffix = entry.name.lstrip(".").partition(".")
-        ours = entry.name in (MANIFEST, *EXTRAS) or (_numbered(stem) and suffix in FORMATS)
-        if ours and entry.is_dir():
+        name = entry.name.removeprefix(PART)
+        if name not in (MANIFEST, *EXTRAS) and not _ours(name):
+            continue
+        if entry.is_dir():
             shutil.rmtree(entry)
-        elif ours:
+        else:
             entry.unlink()
 
 
@@ -205,27 +183,74 @@ def fill(
 ) -> Iterator[int]:
     """Make the missing ones of images 0 … n−1; yields how many each batch finished.
 
-    A thread encodes them while the next batch computes. What is written stays when an error
-    ends this.
+    While a batch computes, a thread makes the noise of the next ones, several encode the pictures
+    before it, and one stores those. What is stored stays when an error ends this.
     """
     check_schedule(denoiser, schedule)
-    missing, seed = folder.missing(n), folder.settings["seed"]
-    batches = noise_batches(seed, missing, batch, denoiser.config.image_shape)
-    pixels = folder.settings["format"] == "png"
-    waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1) as encoder:
-        for indices, ends in finished_batches(denoiser, batches, schedule, pixels):
-            waiting.append(encoder.submit(folder.write, indices, ends))
-            while len(waiting) > WAITING_BATCHES:
-                waiting.popleft().result()
+    seed, shape = folder.settings["seed"], denoiser.config.image_shape
+    noise = ahead(noise_batches(seed, folder.writer.missing(n), batch, shape), NOISE_AHEAD)
+    with contextlib.closing(noise), Storing(folder.writer) as storing:
+        for indices, ends in finished_batches(denoiser, noise, schedule, pixels=True):
+            storing.put(indices, ends)
             yield len(indices)
-        while waiting:
-            waiting.popleft().result()
+        storing.finish()
+
+
+class Storing:
+    """Encodes pictures in several threads, and stores them in order in another."""
+
+    def __init__(self, writer: PictureWriter) -> None:
+        self._writer = writer
+        self._encoders = ThreadPoolExecutor(min(processors(), MOST_ENCODERS), "encode")
+        self._keeper = ThreadPoolExecutor(1, "store")
+        self._waiting: deque[Future[None]] = deque()
+        self._failed = False
+
+    def __enter__(self) -> Storing:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._keeper.shutdown()
+        self._encoders.shutdown()
+
+    def put(self, indices: Sequence[int], ends: NDArray[Any]) -> None:
+        """Take the images float32 [n, C, S, S] or pixels uint8 [n, S, S, C] of ``indices``.
+
+        Waits where more than two batches wait already. An error of an earlier one is raised.
+        """
+        parts = [
+            self._encoders.submit(self._prepare, indices[part], ends[part])
+            for start in range(0, len(indices), ENCODED_TOGETHER)
+            for part in [slice(start, start + ENCODED_TOGETHER)]
+        ]
+        self._waiting.append(self._keeper.submit(self._store, parts))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > WAITING_BATCHES):
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all to be stored, and finish the files."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        self._writer.finish()
+
+    def _prepare(self, indices: Sequence[int], ends: NDArray[Any]) -> Prepared:
+        pixels = ends if ends.dtype == np.uint8 else images.to_uint8(ends)
+        return self._writer.prepare(indices, pixels)
+
+    def _store(self, parts: Sequence[Future[Prepared]]) -> None:
+        if self._failed:  # the pictures after a gap are not for files that keep an order
+            return
+        try:
+            for part in parts:
+                self._writer.store(part.result())
+        except BaseException:
+            self._failed = True
+            raise
 
 
 def write_grid(folder: SampleFolder, n: int) -> Path:
     """grid.png: the first pictures of the folder, at most 256."""
-    shown = np.stack([folder.read(index) for index in range(min(n, GRID_IMAGES))])
+    shown = folder.writer.first(min(n, GRID_IMAGES))
     return folder.write_extra("grid.png", images.encode_png(images.grid(shown)))
 
 

@@ -24,7 +24,12 @@ from lutdeploy.schedule import ScheduleRequest
 @schedule_request
 @SEED
 @click.option(
-    "--format", "file_format", type=click.Choice(("png", "npz")), default="png", show_default=True
+    "--format",
+    "file_format",
+    type=click.Choice(sample_folder.FORMATS),
+    default="png",
+    show_default=True,
+    help="A PNG a picture, pictures.npz (uint8), or tar shards of 10,000 PNGs.",
 )
 @click.option("--grid/--no-grid", default=True, show_default=True, help="grid.png of the pictures.")
 @click.option("--gif", is_flag=True, help="trajectory.gif of 8 images.")
@@ -56,7 +61,7 @@ def command(
             require_passed(engine.path, denoiser.identity, note)
         settings = sample_folder.settings(denoiser.identity, followed, seed, file_format)
         with sample_folder.open_folder(out, settings, overwrite) as folder:
-            missing = len(folder.missing(count))
+            missing = len(folder.writer.missing(count))
             if missing < count:
                 note(f"{count - missing} of {count} images are there already")
             batch = engine.batch or 64

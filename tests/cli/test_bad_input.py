@@ -758,16 +758,31 @@ def test_sampling_beside_foreign_pictures(model_run: Path, tmp_path: Path) -> No
     assert {**contents(out), ".lock": b""} == {**before, ".lock": b""}
 
 
-@pytest.mark.parametrize("file_format", ["png", "npz"])
-def test_damaged_picture_is_named(file_format: str, model_run: Path, tmp_path: Path) -> None:
-    arguments = sample(model_run, tmp_path / "out", "--format", file_format)
+def test_damaged_picture_is_named(model_run: Path, tmp_path: Path) -> None:
+    arguments = sample(model_run, tmp_path / "out")
     succeed(*arguments)
-    picture = tmp_path / "out" / f"000001.{file_format}"
+    picture = tmp_path / "out" / "000001.png"
     halve(picture)
     line = fail(1, *arguments)
     assert f"{picture} is damaged; delete it" in line
     picture.unlink()
     succeed(*arguments)
+
+
+@pytest.mark.parametrize("file_format", ["npz", "webdataset"])
+def test_a_damaged_file_of_pictures_is_made_again(
+    file_format: str, model_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = sample(model_run, out, "--format", file_format)
+    succeed(*arguments)
+    before = contents(out)
+    (name,) = set(before) - {".lock", "grid.png", "manifest.jsonl"}
+    halve(out / name)
+    succeed(*arguments)
+    assert contents(out) == before
+    succeed(*sample(model_run, out, "--overwrite"))
+    assert name not in contents(out)
 
 
 # Training runs

@@ -18,6 +18,7 @@ import lutdeploy
 from lutdeploy import images
 from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.checkpoint import load_model, save_model
+from lutdeploy.artefacts.picture_files import pictures_in
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.cli import COMMANDS, cli
@@ -158,26 +159,16 @@ def test_pictures_are_those_of_the_library(trained: Path, tmp_path: Path) -> Non
         assert np.abs(difference).max() <= 1
 
 
-def test_npz_holds_float32(trained: Path, tmp_path: Path) -> None:
-    run(
-        "sample",
-        trained,
-        "-n",
-        2,
-        "--out",
-        tmp_path,
-        "--steps",
-        2,
-        "--format",
-        "npz",
-        "--backend",
-        "torch",
-    )
-    expected = lutdeploy.sample(lutdeploy.load(trained), 2, steps=2)
-    with np.load(tmp_path / "000001.npz") as arrays:
-        assert arrays["image"].dtype == np.float32
-        np.testing.assert_allclose(arrays["image"], expected[1], atol=1e-5)
-    assert (tmp_path / "grid.png").is_file()
+@pytest.mark.parametrize("file_format", ["npz", "webdataset"])
+def test_many_pictures_in_one_file(file_format: str, trained: Path, tmp_path: Path) -> None:
+    options = ("-n", 2, "--out", tmp_path, "--steps", 2, "--backend", "torch")
+    run("sample", trained, *options, "--format", file_format)
+    name = {"npz": "pictures.npz", "webdataset": "000000.tar"}[file_format]
+    found = np.stack(list(pictures_in(tmp_path / name)))
+    expected = images.to_uint8(lutdeploy.sample(lutdeploy.load(trained), 2, steps=2))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert np.array_equal(np.asarray(grid), images.grid(found))
 
 
 def test_more_images_extend_a_folder(trained: Path, tmp_path: Path) -> None:

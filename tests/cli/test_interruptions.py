@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lutdeploy.artefacts import files
+from lutdeploy.artefacts import files, picture_files
 from lutdeploy.artefacts.checkpoint import save_author_file
 from lutdeploy.artefacts.run import Run
 from tests.command import error_line, fail, succeed
@@ -167,6 +168,27 @@ def test_interrupted_sampling_is_completed(kind: str, model: Path, tmp_path: Pat
     complete(model, out)
 
 
+@pytest.mark.parametrize("file_format", ["npz", "webdataset"])
+@pytest.mark.parametrize("kind", ["ctrl-c", "kill"])
+def test_interrupted_sampling_into_one_file_is_completed(
+    kind: str, file_format: str, model: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = ("-n", 40, "--format", file_format)
+    with started(*sample(model, out, *command)) as process:
+        wait_until(lambda: any(p.stat().st_size > 60_000 for p in out.glob(".part-*")), process)
+        if kind == "kill":
+            kill(process)
+        else:
+            line = error_line(interrupt(process))
+            assert "of 40 images are in" in line and "interrupted: 0 of" not in line
+    said = succeed(*sample(model, out, *command)).stderr
+    assert "of 40 images are there already" in said
+    assert hidden(out) == []
+    succeed(*sample(model, whole, *command))
+    assert contents(out) == contents(whole)
+
+
 def test_interrupted_pictures_are_those_of_an_unbroken_run(model: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     succeed(*sample(model, whole, "-n", 6))
@@ -231,16 +253,16 @@ def test_no_room_for_the_manifest(model: Path, tmp_path: Path) -> None:
 def test_full_disk_while_sampling(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Path.write_bytes
+    write = picture_files._write_all
 
-    def fill_up(path: Path, data: bytes) -> int:
-        if "000007" in path.name:
-            write(path, data[:100])
+    def fill_up(file: io.FileIO, data: bytes) -> None:
+        if "000007" in str(file.name):
+            write(file, data[:100])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, data)
+        write(file, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", fill_up)
+        patched.setattr(picture_files, "_write_all", fill_up)
         line = fail(1, *sample(model, tmp_path))
     assert f"{tmp_path}: No space left on device; " in line
     assert f"{len(pictures(tmp_path))} of {IMAGES} images are in" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from PIL import Image
 
 from lutdeploy import images
 from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.picture_files import FACTS, MANIFEST, NPZ, pictures_in
 from lutdeploy.artefacts.run import MODEL, Run, locate
-from lutdeploy.artefacts.sample_folder import EXTRAS, MANIFEST
+from lutdeploy.artefacts.sample_folder import EXTRAS
 from lutdeploy.errors import ArtefactError, UsageError
-from lutdeploy.sampling import Denoiser, finished_batches, noise_batches
+from lutdeploy.sampling import Denoiser, ahead, finished_batches, noise_batches
 from lutdeploy.schedule import Schedule
 from lutdeploy.training.data import (
     ImageSet,
@@ -162,16 +164,16 @@ def draw_samples(
     """The pictures that `lutdeploy sample` writes, in memory: uint8 [n, C, S, S]."""
     shape = denoiser.config.image_shape
     pixels = np.empty((n, *shape), np.uint8)
-    batches = noise_batches(seed, range(n), batch, shape)
-    for indices, ends in finished_batches(denoiser, batches, schedule, pixels=True):
-        made = ends if ends.dtype == np.uint8 else images.to_uint8(ends)  # [B, S, S, C]
-        pixels[indices[0] : indices[-1] + 1] = np.moveaxis(made, -1, 1)
-        on_progress(indices[-1] + 1, n)
+    with contextlib.closing(ahead(noise_batches(seed, range(n), batch, shape), 2)) as batches:
+        for indices, ends in finished_batches(denoiser, batches, schedule, pixels=True):
+            made = ends if ends.dtype == np.uint8 else images.to_uint8(ends)  # [B, S, S, C]
+            pixels[indices[0] : indices[-1] + 1] = np.moveaxis(made, -1, 1)
+            on_progress(indices[-1] + 1, n)
     return pixels
 
 
 def _read_picture(path: Path) -> Pixels:
-    """A PNG, JPEG, WebP or npz of `lutdeploy sample`, as uint8 [C, H, W], never resized."""
+    """A PNG, JPEG, WebP or an npz of lutdeploy 0.1, as uint8 [C, H, W], never resized."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             made: Pixels = images.to_uint8(arrays["image"])
@@ -186,7 +188,7 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     try:
         with (folder / MANIFEST).open(encoding="utf-8") as lines:
             first = json.loads(next(lines))
-        return {k: v for k, v in first.items() if k not in ("image", "index", "format")}
+        return {k: v for k, v in first.items() if k not in (*FACTS, "format")}
     except FileNotFoundError:
         return {}
     except (ValueError, StopIteration, AttributeError):
@@ -195,6 +197,16 @@ def _read_origin(folder: Path) -> dict[str, Any]:
 
 def read_samples(folder: Path, n: int, on_progress: OnProgress = no_progress) -> Samples:
     """The first n pictures of a folder, by name: of `lutdeploy sample`, or any others."""
+    together = (
+        sorted(path for path in folder.iterdir() if path.name == NPZ or path.suffix == ".tar")
+        if folder.is_dir()
+        else []
+    )
+    if together:
+        found = chain.from_iterable(map(pictures_in, together))
+        pixels = np.moveaxis(np.stack(list(islice(found, n))), -1, 1)
+        on_progress(len(pixels), len(pixels))
+        return Samples(pixels, {"folder": str(folder), **_read_origin(folder)})
     paths = sorted(path for path in folder.glob("*.npz") if path.stem.isdigit())
     if not paths:
         with contextlib.suppress(UsageError):

@@ -411,12 +411,22 @@ def test_samples_in_memory_are_those_of_the_folder(tmp_path: Path, golden_runs: 
     denoiser = TorchDenoiser(golden_model("static-tanh-64"))
     drawn = draw_samples(denoiser, 5, solver_schedule("euler", 2), seed=3, batch=2)
     common = ("-n", 5, "--steps", 2, "--seed", 3, "--batch", 2)
-    for form in ("png", "npz"):
+    for form in ("png", "npz", "webdataset"):
         out = tmp_path / form
         succeed("sample", run.path, *common, "--backend", "torch", "--format", form, "--out", out)
         found = read_samples(out, 10)
         np.testing.assert_array_equal(found.pixels, drawn)
         assert found.origin["seed"] == 3
+        assert not {"index", "image", "file", "format"} & found.origin.keys()
+        assert len(read_samples(out, 3).pixels) == 3
+
+
+def test_float32_pictures_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    made = sampling.batch_noise(2, range(2), (3, 8, 8))
+    for index, image in enumerate(made):
+        np.savez_compressed(tmp_path / f"{index:06d}.npz", image=image)
+    found = read_samples(tmp_path, 10)
+    np.testing.assert_array_equal(np.moveaxis(found.pixels, 1, -1), images.to_uint8(made))
 
 
 def test_too_few_held_out_images_are_said(data: Path) -> None:
