@@ -663,13 +663,13 @@ def test_unknown_command_and_option() -> None:
 @no_cuda
 def test_no_cuda_for_training(pictures: Path, tmp_path: Path) -> None:
     line = fail(2, *train(pictures, tmp_path / "out", "--device", "cuda"))
-    assert "torch sees no CUDA device here; see `lutdeploy doctor`" in line
+    assert "no such CUDA device here, torch sees none; see `lutdeploy doctor`" in line
 
 
 @no_cuda
 def test_no_cuda_for_sampling(export_run: Path, tmp_path: Path) -> None:
     arguments = sample(export_run, tmp_path / "out", "--device", "cuda")
-    assert "torch has no device 'cuda' here; there are cpu" in fail(
+    assert "no CUDA device 'cuda' here; torch sees none" in fail(
         1, *arguments, "--backend", "torch"
     )
     line = fail(1, *arguments, "--backend", "onnxruntime")
@@ -681,11 +681,11 @@ def test_no_cuda_for_sampling(export_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["quantum", "meta"])
 def test_no_such_device(device: str, export_run: Path, tmp_path: Path) -> None:
     arguments = sample(export_run, tmp_path / "out", "--device", device)
-    for backend, words in (
-        ("torch", f"torch has no device '{device}' here; there are cpu"),
-        ("onnxruntime", f"ONNX Runtime has no {device} here; there are "),
-    ):
-        assert words in fail(1, *arguments, "--backend", backend)
+    no_device = f"'{device}' is no device; write cpu, cuda, cuda:N or mps"
+    assert no_device in fail(2, *arguments, "--backend", "torch")
+    assert no_device in fail(2, *arguments)  # auto
+    line = fail(1, *arguments, "--backend", "onnxruntime")
+    assert f"ONNX Runtime has no {device} here; there are " in line
 
 
 # Folders to write into
