@@ -51,17 +51,17 @@ def save_cases(
             f"Polygraphy does not load here ({first_line(error)}); pip install polygraphy"
         ) from error
     files.output_folder(folder)
-    G_LOGGER.severity = G_LOGGER.ERROR  # it announces every file
     commands = []
     for k, graph in enumerate(manifest.graphs):
         signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, k)
         feeds, outputs, limits = _cases(model, manifest, noise, k, signature)
         stem = folder / Path(graph).stem
         inputs_file, outputs_file = f"{stem}.inputs.json", f"{stem}.outputs.json"
-        save_json(feeds, inputs_file, "inputs")
         results = RunResults()
         results.add(outputs, runner_name=REFERENCE)
-        results.save(outputs_file)
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it announces every file
+            save_json(feeds, inputs_file, "inputs")
+            results.save(outputs_file)
         commands.append(
             _command(manifest.folder / graph, inputs_file, outputs_file, limits, backend)
         )

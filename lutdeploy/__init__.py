@@ -26,7 +26,7 @@ def load(
 
     Args:
         path: a run folder (its newest export), a model.safetensors, or one export folder.
-        backend: "torch", "onnxruntime", "openvino", "tensorrt", or "auto".
+        backend: "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto".
         device: "cpu", "cuda" or "cuda:N", for torch also "mps", for onnxruntime also an execution
             provider's name; by default the CPU, for tensorrt "cuda".
         precision: of the arithmetic: for torch on a GPU "fp16" (the default), "bf16" or "fp32",

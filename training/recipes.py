@@ -182,7 +182,7 @@ def modern(model: ModelConfig) -> dict[str, Any]:
         "velocity_floor": 0.05,
         "t_mean": -0.6,
         "t_std": 1.2,
-        "t_low": 0.1,
+        "t_low": 0.0,
         "clip_norm": 1.0,
         "warmup": 200,
         "cosine": True,
