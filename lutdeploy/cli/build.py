@@ -23,9 +23,8 @@ from lutdeploy.signature import GRAPHS
 @click.option(
     "--backend",
     type=click.Choice(tuple(MODULES)),
-    default=TENSORRT,
-    show_default=True,
-    help="tensorrt: for the GPU here. tensorrt-rtx: for GeForce and RTX cards, on any machine.",
+    help="tensorrt: for the GPU here. tensorrt-rtx: for GeForce and RTX cards, on any machine. "
+    "Default: tensorrt; with --dry-run tensorrt-rtx where tensorrt cannot work.",
 )
 @click.option(
     "--architecture",
@@ -66,7 +65,7 @@ from lutdeploy.signature import GRAPHS
 def command(
     run: Path | None,
     export: str | None,
-    backend: str,
+    backend: str | None,
     architecture: str | None,
     graph: str | None,
     batches: tuple[str, ...],
@@ -86,6 +85,7 @@ def command(
     is there and fits exactly is used again. Engines that no GPU here can run are judged by
     `sample` where one can. Exit code 1 when an engine fails its checks.
     """
+    from lutdeploy.engines import tensorrt_machines
     from lutdeploy.engines.tensorrt.job import (
         build_checked,
         build_target,
@@ -111,6 +111,8 @@ def command(
     if manifest.precision == "fp32":
         note("this export is float32, and so will be the engine; --fp16 belongs to `export`")
     architectures = [] if architecture is None else architecture.replace(" ", "").split(",")
+    if backend is None:
+        backend = RTX if dry_run and TENSORRT not in tensorrt_machines() else TENSORRT
     place = build_target(backend, device, architectures, note)
     if dry_run:
         for name, types in show_types(manifest, options[0], place):

@@ -135,9 +135,13 @@ def test_several_profiles_are_in_one_engine(exported_run: Runs) -> None:
     ]
 
 
-def test_a_dry_run_shows_types_and_builds_nothing(exported_run: Runs) -> None:
+@pytest.mark.parametrize("command", [BUILD, ("build",)])
+def test_a_dry_run_shows_types_and_builds_nothing(
+    exported_run: Runs, command: tuple[str, ...]
+) -> None:
+    """Without --backend, by the TensorRT that works here."""
     run = exported_run()
-    result = succeed(*BUILD, run.path, *ADA, "--dry-run")
+    result = succeed(*command, run.path, *ADA, "--dry-run")
     types, plans = result.stdout.splitlines()
     assert types.startswith("step.onnx: ")
     assert "12 MATRIX_MULTIPLY float16" in types
