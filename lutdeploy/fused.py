@@ -15,6 +15,9 @@ from lutdeploy.config import ModelConfig
 from lutdeploy.lut import DynamicLut, StaticLut, activate_weights, outer_entries, tiles_to_image
 from lutdeploy.model import Block, LutTransformer, Stem
 
+# What a precision computes in, islands aside; exports have "fp32" and "fp16".
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def _constant(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(value.detach().to(dtype).contiguous(), requires_grad=False)
@@ -132,13 +135,14 @@ class FusedBlock(nn.Module):
 class FusedHead(nn.Module):
     """Tokens and LUT to pixels, float32; the activation of the weights is float32.
 
-    The LUT product is of ``dtype``: GPUs before Ampere have no float32 matmul in TensorRT.
+    The LUT product is float16 in float16, because GPUs before Ampere have no float32 matmul in
+    TensorRT. In bfloat16 it is float32: its 8 bits would show in the picture.
     """
 
     def __init__(self, model: LutTransformer, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = model.config
-        self.dtype = dtype
+        self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         self.logits = Matmul(model.head.weight, model.head.bias, dtype)
 
     def forward(self, tokens: Tensor, lut: Tensor) -> Tensor:
@@ -164,14 +168,14 @@ class FusedNetwork(nn.Module):
 
     def __init__(self, model: LutTransformer, precision: str) -> None:
         super().__init__()
-        dtype = torch.float16 if precision == "fp16" else torch.float32
+        dtype = DTYPES[precision]
         self.config = model.config
         self.stem = FusedStem(model, dtype)
         blocks = (block for block in model.blocks if isinstance(block, Block))
         self.blocks = nn.ModuleList(FusedBlock(b, model.config, dtype) for b in blocks)
         self.head = FusedHead(model, dtype)
         if isinstance(model.lut, StaticLut):
-            self.lut: nn.Module | nn.Parameter = _constant(model.lut(), dtype)
+            self.lut: nn.Module | nn.Parameter = _constant(model.lut(), self.head.dtype)
         else:
             self.lut = FusedLut(model.lut, dtype)
 

@@ -5,7 +5,6 @@ It runs the network that is exported, with its rewrites and float32 islands.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any
 
@@ -17,29 +16,9 @@ from torch import Tensor
 from lutdeploy.engines.cuda.denoiser import COEFFICIENTS, DeviceDenoiser
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.errors import UsageError
-from lutdeploy.fused import StepGraph
+from lutdeploy.fused import DTYPES, StepGraph
 from lutdeploy.model import LutTransformer
 from lutdeploy.reference import full_float32
-
-PRECISIONS = ("fp32", "fp16", "bf16")
-
-
-def step_module(model: LutTransformer, precision: str) -> StepGraph:
-    """The ``step`` graph's module in a precision of ``PRECISIONS``.
-
-    "bf16" has the islands of "fp16": what is float16 there is bfloat16 here.
-    """
-    if precision not in PRECISIONS:
-        raise UsageError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
-    module = StepGraph(model, "fp32" if precision == "fp32" else "fp16").eval()
-    if precision == "bf16":
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            if tensor.dtype == torch.float16:
-                tensor.data = tensor.data.bfloat16()
-        for part in module.modules():
-            if getattr(part, "dtype", None) == torch.float16:
-                setattr(part, "dtype", torch.bfloat16)  # noqa: B010 - what it casts its inputs to
-    return module
 
 
 def _compiled(module: StepGraph) -> Any:
@@ -92,7 +71,7 @@ class TorchDeviceDenoiser(DeviceDenoiser):
     Args:
         model: float32, on the CPU.
         device: where it runs.
-        precision: one of ``PRECISIONS``.
+        precision: one of ``lutdeploy.fused.DTYPES``.
         model_sha256: of the model's file, for the identity.
         compile: use torch.compile.
         graph: capture the trajectory in a CUDA graph.
@@ -109,7 +88,9 @@ class TorchDeviceDenoiser(DeviceDenoiser):
     ) -> None:
         super().__init__(model.config, "step", None, device)
         self.precision, self.model_sha256, self._graph = precision, model_sha256, graph
-        module = step_module(model, precision).to(device.torch_device)
+        if precision not in DTYPES:
+            raise UsageError(f"no precision {precision!r}; there are {', '.join(DTYPES)}")
+        module = StepGraph(model, precision).eval().to(device.torch_device)
         self._module = _compiled(module) if compile else module
 
     @property
