@@ -15,8 +15,13 @@ from lutdeploy.config import ModelConfig
 from lutdeploy.lut import DynamicLut, StaticLut, activate_weights, outer_entries, tiles_to_image
 from lutdeploy.model import Block, LutTransformer, Stem
 
-# What a precision computes in, islands aside; exports have "fp32" and "fp16".
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What a graph of a precision computes in, islands aside. An int8 export is quantised afterwards.
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+}
 
 
 def _constant(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -213,7 +218,7 @@ class StepGraph(nn.Module):
 
     def __init__(self, model: LutTransformer, precision: str) -> None:
         super().__init__()
-        self.time = TimeBias(model.stem, matmul=precision == "fp32")
+        self.time = TimeBias(model.stem, matmul=precision != "fp16")
         self.network = FusedNetwork(model, precision)
         self.sampler = Sampler()
 

@@ -66,7 +66,7 @@ def weight_bytes(config: ModelConfig, body: int, matmuls: int) -> int:
     """
     d, n, k = config.width, config.image_tokens, config.entries
     tensors = [(d * config.entry_values, body), (n * d, body), (n * d, body)]  # kernel, cos, sin
-    tensors += [(d * 2 * config.time_frequencies, 4), (k * config.entry_values, 4)]
+    tensors += [(d * 2 * config.time_frequencies, 4), (k * config.entry_values, body)]
     tensors += [(d * k, body)]
     for width in (3, 1, 2):
         tensors += config.depth * [(d * d * width, matmuls)]

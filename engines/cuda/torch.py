@@ -16,9 +16,11 @@ from torch import Tensor
 from lutdeploy.engines.cuda.denoiser import COEFFICIENTS, DeviceDenoiser
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.errors import UsageError
-from lutdeploy.fused import DTYPES, StepGraph
+from lutdeploy.fused import StepGraph
 from lutdeploy.model import LutTransformer
 from lutdeploy.reference import full_float32
+
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def _compiled(module: StepGraph) -> Any:
@@ -71,7 +73,7 @@ class TorchDeviceDenoiser(DeviceDenoiser):
     Args:
         model: float32, on the CPU.
         device: where it runs.
-        precision: one of ``lutdeploy.fused.DTYPES``.
+        precision: one of ``PRECISIONS``.
         model_sha256: of the model's file, for the identity.
         compile: use torch.compile.
         graph: capture the trajectory in a CUDA graph.
@@ -88,8 +90,8 @@ class TorchDeviceDenoiser(DeviceDenoiser):
     ) -> None:
         super().__init__(model.config, "step", None, device)
         self.precision, self.model_sha256, self._graph = precision, model_sha256, graph
-        if precision not in DTYPES:
-            raise UsageError(f"no precision {precision!r}; there are {', '.join(DTYPES)}")
+        if precision not in PRECISIONS:
+            raise UsageError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
         module = StepGraph(model, precision).eval().to(device.torch_device)
         self._module = _compiled(module) if compile else module
 
