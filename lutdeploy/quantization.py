@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from lutdeploy.fused import fold_norm
 from lutdeploy.model import Block, LutTransformer
 
-LEVELS = 127  # on each side of 0; −128 is unused, so that both sides have the same scale
+# On each side of 0; −128 is unused, so that both sides have the same scale.
+LEVELS = 127
+# Processors without int8 dot products (x86 before VNNI) add pairs of products in 16 bits, with
+# saturation, where an activation of 8 bits leaves 7 for a weight: 255·64·2 < 2¹⁵.
+WEIGHT_LEVELS = 64
 MATMULS = ("qkv", "out", "gated")
 NORMS = {"qkv": "norm1", "gated": "norm2"}  # the LayerNorms that are folded into them
 
 
-def quantized(values: Tensor, peak: Tensor) -> Tensor:
-    """Round ``values`` to the int8 grid that ends at ``peak``; the result is float again."""
-    scale = peak.clamp_min(torch.finfo(torch.float32).tiny) / LEVELS
-    return (values / scale).round().clamp(-LEVELS, LEVELS) * scale
+def quantized(values: Tensor, peak: Tensor, levels: int = LEVELS) -> Tensor:
+    """Round ``values`` to the integer grid that ends at ``peak``; the result is float again."""
+    scale = peak.clamp_min(torch.finfo(torch.float32).tiny) / levels
+    return (values / scale).round().clamp(-levels, levels) * scale
 
 
 class Int8Linear(nn.Module):
@@ -39,7 +43,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", quantized(weight, weight.abs().amax(1, keepdim=True)))
+        peaks = weight.abs().amax(1, keepdim=True)
+        self.register_buffer("weight", quantized(weight, peaks, WEIGHT_LEVELS))
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

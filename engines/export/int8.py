@@ -174,6 +174,7 @@ def quantize_graph(
                 op_types_to_quantize=["MatMul"],
                 nodes_to_quantize=[f"{name}/MatMul_1" for name in names],
                 per_channel=True,
+                reduce_range=True,  # see lutdeploy.quantization.WEIGHT_LEVELS
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
