@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutdeploy.artefacts.manifest import Manifest
-from lutdeploy.errors import UsageError
+from lutdeploy.errors import BackendError, UsageError
+from lutdeploy.machine import int8_weight_bits
 from lutdeploy.sampling import Images, held_row, predict_by_row
 from lutdeploy.schedule import Step
 from lutdeploy.signature import Signature, graph_signature
@@ -20,12 +21,22 @@ class ExportDenoiser(abc.ABC):
 
     Args:
         manifest: of the export folder, whose files are verified by size and hash.
+
+    Raises:
+        BackendError: an int8 export whose sums would saturate on this processor.
     """
 
     backend: str
 
     def __init__(self, manifest: Manifest) -> None:
         manifest.verify()
+        quantization = manifest.quantization
+        if quantization is not None and quantization.weight_bits > int8_weight_bits():
+            raise BackendError(
+                f"{manifest.folder} has weights of {quantization.weight_bits} bits, whose products "
+                "saturate on this processor, which has no VNNI; `lutdeploy export --int8` here "
+                "makes one that does not"
+            )
         self.manifest, self.config, self.schedule = manifest, manifest.config, manifest.schedule
         self.whole_trajectory = manifest.graph == "loop"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -24,6 +25,12 @@ GPU_DRIVERS = (
 TENSORRTS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")  # where it is from
 RUNTIMES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", *TENSORRTS)
 PACKAGES = ("lutdeploy", *RUNTIMES, "numpy")
+# Extensions of x86 that decide kernels, and with them speed and rounding, as Linux names them.
+INSTRUCTIONS = (
+    *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16"),
+    *("amx_bf16", "amx_int8"),
+)
+INT8_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Machine:
     memory_bytes: int
     system: str
     gpus: tuple[str, ...]  # as torch sees them
+    instructions: tuple[str, ...]  # of ``INSTRUCTIONS``
     versions: dict[str, str]  # of python and of the packages that are installed
 
     def fingerprint(self) -> dict[str, Any]:
@@ -47,6 +55,7 @@ class Machine:
             "cpu": self.cpu,
             "processors": self.processors,
             "gpus": list(self.gpus),
+            "instructions": list(self.instructions),
             "versions": {name: self.versions[name] for name in RUNTIMES if name in self.versions},
         }
 
@@ -71,8 +80,31 @@ def this_machine() -> Machine:
         memory_bytes=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.machine()}",
         gpus=_gpus(),
+        instructions=instructions(),
         versions=versions(),
     )
+
+
+@functools.cache
+def instructions() -> tuple[str, ...]:
+    """Those of ``INSTRUCTIONS`` that the processor has; none where the system does not say."""
+    with contextlib.suppress(OSError):  # only Linux has this file
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("flags"):
+                flags = set(line.split())
+                return tuple(name for name in INSTRUCTIONS if name in flags)
+    return ()
+
+
+def int8_weight_bits() -> int:
+    """The bits that a weight may have on this processor: 8, or 7 without int8 dot products.
+
+    x86 before VNNI adds pairs of products in 16 bits, with saturation, in ONNX Runtime and in
+    OpenVINO alike. Activations have 8 bits there, which leaves 7 for a weight: 255·64·2 < 2¹⁵.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return 8
+    return 8 if INT8_DOT_PRODUCTS & set(instructions()) else 7
 
 
 def versions() -> dict[str, str]:

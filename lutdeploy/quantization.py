@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutdeploy.fused import fold_norm
+from lutdeploy.machine import int8_weight_bits
 from lutdeploy.model import Block, LutTransformer
 
 # On each side of 0; −128 is unused, so that both sides have the same scale.
 LEVELS = 127
-# Processors without int8 dot products (x86 before VNNI) add pairs of products in 16 bits, with
-# saturation, where an activation of 8 bits leaves 7 for a weight: 255·64·2 < 2¹⁵.
-WEIGHT_LEVELS = 64
+WEIGHT_LEVELS = {8: LEVELS, 7: 64}  # by bits
 MATMULS = ("qkv", "out", "gated")
 NORMS = {"qkv": "norm1", "gated": "norm2"}  # the LayerNorms that are folded into them
 
@@ -44,7 +43,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         peaks = weight.abs().amax(1, keepdim=True)
-        self.register_buffer("weight", quantized(weight, peaks, WEIGHT_LEVELS))
+        self.register_buffer("weight", quantized(weight, peaks, WEIGHT_LEVELS[int8_weight_bits()]))
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

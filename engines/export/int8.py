@@ -32,6 +32,7 @@ import lutdeploy
 from lutdeploy.artefacts.quantization_record import Calibration, Quantization, Sensitivity
 from lutdeploy.engines.export.graphs import WEIGHTS, WeightsFile
 from lutdeploy.errors import ParityError
+from lutdeploy.machine import int8_weight_bits
 from lutdeploy.model import LutTransformer
 from lutdeploy.quantization import matmul_names, with_int8_matmuls
 from lutdeploy.reference import TorchDenoiser
@@ -174,7 +175,7 @@ def quantize_graph(
                 op_types_to_quantize=["MatMul"],
                 nodes_to_quantize=[f"{name}/MatMul_1" for name in names],
                 per_channel=True,
-                reduce_range=True,  # see lutdeploy.quantization.WEIGHT_LEVELS
+                reduce_range=int8_weight_bits() == 7,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
@@ -199,6 +200,7 @@ def quantize_graph(
         ),
         sensitivity=_rounded(sensitivity) if sensitivity else None,
         onnxruntime=onnxruntime.__version__,
+        weight_bits=int8_weight_bits(),
     )
 
 

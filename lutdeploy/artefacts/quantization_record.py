@@ -35,3 +35,4 @@ class Quantization(
     calibration: Calibration
     sensitivity: Sensitivity | None = None  # None where nothing chose
     onnxruntime: str  # version
+    weight_bits: int = 8  # 7: for processors without int8 dot products, and right on all others

@@ -11,7 +11,7 @@ from lutdeploy.engines.benchmark.result import Loop, Model, Participant, Peak, R
 from lutdeploy.machine import Machine
 from lutdeploy.schedule import solver_schedule
 
-MACHINE = Machine("a processor", 2, 2**30, "Linux", (), {"python": "3.12.0", "torch": "2.13.0"})
+MACHINE = Machine("a processor", 2, 2**30, "Linux", (), (), {"python": "3.12.0", "torch": "2.13.0"})
 
 
 def row(path: str, batch: int = 16, seconds: float = 1.0, **others: Any) -> Row:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import openvino as ov
@@ -23,7 +24,9 @@ from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.export.graphs import ExportPlan
 from lutdeploy.engines.export.int8 import float_ladder, measure_sensitivity, most_sensitive_first
+from lutdeploy.engines.onnxruntime import OnnxRuntimeDenoiser
 from lutdeploy.errors import BackendError, ConfigError
+from lutdeploy.machine import int8_weight_bits
 from lutdeploy.model import Block, LutTransformer
 from lutdeploy.parity import difference
 from lutdeploy.quantization import matmul_names, with_int8_matmuls
@@ -200,3 +203,22 @@ def test_int8_that_is_really_float32_is_refused(
     monkeypatch.setitem(lutdeploy.engines.openvino.RUNTIME_TYPES, "int8", ("i4",))
     with pytest.raises(BackendError, match="runs 0 of the 6 int8 matmuls"):
         lutdeploy.load(folder, "openvino")
+
+
+@pytest.mark.parametrize(("flags", "bits"), [("avx2 avx512_vnni", 8), ("avx2 fma", 7)])
+def test_weights_have_the_bits_that_the_processor_bears(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, flags: str, bits: int
+) -> None:
+    """Eight only where int8 dot products sum in 32 bits; an export with more is refused."""
+    monkeypatch.setattr("lutdeploy.machine.instructions", lambda: tuple(flags.split()))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert int8_weight_bits() == bits
+    manifest = read_manifest(exported(precision="int8"))
+    assert manifest.quantization is not None
+    record = msgspec.structs.replace(manifest.quantization, weight_bits=8)
+    wide = msgspec.structs.replace(manifest, quantization=record)
+    if bits == 8:
+        OnnxRuntimeDenoiser(wide).close()
+    else:
+        with pytest.raises(BackendError, match="weights of 8 bits, whose products saturate"):
+            OnnxRuntimeDenoiser(wide)
