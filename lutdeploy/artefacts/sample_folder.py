@@ -33,7 +33,7 @@ from lutdeploy.sampling import (
     noise_batches,
     trajectory,
 )
-from lutdeploy.schedule import Schedule
+from lutdeploy.schedule import FITTED, Schedule
 
 MANIFEST = "manifest.jsonl"
 FORMATS = ("png", "npz")
@@ -56,7 +56,8 @@ def settings(
         "format": file_format,
     }
     if schedule.grid != "uniform":  # without the key, as in the folders of earlier versions
-        times = ",".join(map(repr, schedule.times)).encode()
+        told = schedule.rows if schedule.solver == FITTED else schedule.times
+        times = ",".join(map(repr, told)).encode()
         made |= {"grid": schedule.grid, "times_sha256": hashlib.sha256(times).hexdigest()}
     return made
 
