@@ -56,7 +56,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"{schedule.describe()} is no fitted schedule")
         if (self.fitted.frechet is None) != (self.formula.frechet is None):
             raise ConfigError(f"{schedule.describe()} and its formula were measured differently")
-        if not math.isfinite(self.fitted.error) or self.fitted.error >= self.formula.error:
+        if not self.fitted.error < self.formula.error < math.inf:
             raise ConfigError(
                 f"{schedule.describe()} is not better than {self.formula.schedule.describe()}"
             )

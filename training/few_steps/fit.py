@@ -28,9 +28,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lutdeploy.errors import ConfigError, NonFiniteError
+from lutdeploy.errors import ConfigError
 from lutdeploy.sampling import Denoiser, Images, State, history, in_batches, trajectory
-from lutdeploy.schedule import Schedule, Step, fitted_schedule, solver_schedule
+from lutdeploy.schedule import Schedule, Step, fitted_schedule, solver_schedule, time_grid
 
 REFERENCE = solver_schedule("euler", 256)
 PREDICTION_ERROR = 0.01  # RMS of one x0, about what bfloat16 makes of the embedded model
@@ -172,15 +172,14 @@ def least_squares(problem: Problem, times: Sequence[float]) -> tuple[list[Step],
 def start(problem: Problem, steps: int) -> list[Step]:
     """Rows by least squares, over the best of some times whose logits are evenly spaced."""
     few = problem.first(START_IMAGES)
-    best: tuple[float, list[float]] | None = None
+    best, lowest = time_grid(steps), np.inf
     for first, last in itertools.product(FIRST_LOGITS, LAST_LOGITS):
         times = [0.0, *(1 / (1 + np.exp(-np.linspace(first, last, steps - 1)))).tolist(), 1.0]
         _, end = least_squares(few, times)
         error = float(np.square(end - few.end).mean())
-        if best is None or error < best[0]:
-            best = error, times
-    assert best is not None
-    return least_squares(problem, best[1])[0]
+        if error < lowest:
+            best, lowest = times, error
+    return least_squares(problem, best)[0]
 
 
 class _Residual:
@@ -313,7 +312,7 @@ def polish(
             try:
                 fitted_schedule(trial)
                 walked = [problem.begin(), *problem.walk(trial, problem.begin())]
-            except (ConfigError, NonFiniteError):  # no time left between steps
+            except ConfigError:  # no time left between steps
                 damping *= 8
                 continue
             there = residual(walked[-1].x, trial)

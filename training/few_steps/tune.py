@@ -89,20 +89,17 @@ def tune_schedules(
     )
 
     def measure(schedule: Schedule) -> Measured:
-        try:
-            rms, found = unseen.error(schedule), ()
-            if distances is not None:
-                how = settings.pictures, schedule, settings.seed + 1, settings.batch
-                drawn = [0]
+        rms, drawn = unseen.error(schedule), 0
+        if distances is None:
+            return Measured(schedule, rms)
 
-                def on_drawn(images: int, _: int) -> None:
-                    on_work((images - drawn[0]) * schedule.steps)
-                    drawn[0] = images
+        def on_drawn(images: int, _: int) -> None:
+            nonlocal drawn
+            on_work((images - drawn) * schedule.steps)
+            drawn = images
 
-                found = distances(draw_samples(engine, *how, on_drawn))
-        except NonFiniteError:
-            return Measured(schedule, math.inf, None if distances is None else math.inf)
-        return Measured(schedule, rms, *found)
+        how = settings.pictures, schedule, settings.seed + 1, settings.batch
+        return Measured(schedule, rms, *distances(draw_samples(engine, *how, on_drawn)))
 
     entries, rows, refusals = [], [], []
     for steps in settings.steps:
@@ -135,7 +132,7 @@ def best_formula(problem: Problem, steps: int) -> Schedule:
         try:
             schedule = solver_schedule(solver, steps, shift)
             error = problem.error(schedule)
-        except (ConfigError, NonFiniteError):  # no time left between steps
+        except ConfigError:  # no time left between steps
             continue
         if error < best[1]:
             best = schedule, error
