@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -156,7 +157,7 @@ def least_squares(problem: Problem, times: Sequence[float]) -> tuple[list[Step],
     state = problem.begin()
     for k, (t, t_next) in enumerate(itertools.pairwise(times)):
         x0 = problem.predict(state.x, t)
-        known = {"a": state.x, "b": x0, "c": state.x0, "d": state.x0_prev}
+        known: dict[str, Any] = {"a": state.x, "b": x0, "c": state.x0, "d": state.x0_prev}
         names = free(k, len(times) - 1)
         terms = np.stack([np.ravel(known[name]) for name in names])
         gram = (terms @ terms.T).astype(np.float64) / terms.shape[1]
@@ -306,7 +307,8 @@ def polish(
         before = cost
         while cost == before and damping < 1e3:
             scale = np.diag(np.diag(gram) + 1e-9 * np.trace(gram) / len(gram))
-            change = -np.linalg.lstsq(gram + damping * scale, slope, rcond=None)[0]
+            solved = np.linalg.lstsq(gram + damping * scale, slope, rcond=None)[0]
+            change = -np.asarray(solved, np.float64)
             change *= min(1.0, LARGEST_MOVE / max(np.abs(change[:steps]).max(), 1e-12))
             trial = _moved(rows, change)
             try:

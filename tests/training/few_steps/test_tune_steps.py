@@ -188,10 +188,10 @@ def test_sample_follows_the_best_unless_told(run: Run, tmp_path: Path) -> None:
 def test_what_is_not_better_is_told_and_not_stored(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (good,) = [s for s in read_tuned_steps(run.tuned_steps).schedules if s.steps == 3]
+    rows = tuple(msgspec.structs.replace(row, b=3.0) for row in good.rows)
+    worse = msgspec.structs.replace(good, rows=rows)
     monkeypatch.setattr(tune, "fit", lambda problem, steps: worse)
-    (worse,) = [s for s in read_tuned_steps(run.tuned_steps).schedules if s.steps == 3]
-    rows = tuple(msgspec.structs.replace(row, b=3.0) for row in worse.rows)
-    worse = msgspec.structs.replace(worse, rows=rows)
     result = succeed("tune-steps", run.path, "--steps", "3", *QUICK)
     assert "3 steps, not stored: fitted-3 is not better than " in result.stderr
     assert read_tuned_steps(run.tuned_steps).entries == ()
