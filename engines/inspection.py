@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -14,11 +14,12 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import Run, locate
-from lutdeploy.artefacts.tuned_steps import read_tuned_steps
+from lutdeploy.artefacts.tuned_steps import fitted_schedules
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import ArtefactError
+from lutdeploy.schedule import Schedule
 
 
 def _about_model(config: ModelConfig) -> dict[str, Any]:
@@ -109,14 +110,17 @@ def inspect_engines(run: Run, machines: Mapping[str, plan.Machine]) -> list[dict
 
 
 def _inspect_tuned_steps(run: Run, model_sha256: str) -> dict[str, Any] | None:
+    """The fitted schedules of a run, the best first, or why they are of no use."""
+    schedules: Sequence[Schedule] = ()
+    problem = None
     if not run.tuned_steps.is_file():
         return None
-    known = read_tuned_steps(run.tuned_steps)
-    return {
-        "path": str(run.tuned_steps),
-        "tables": [schedule.describe() for schedule in known.schedules],
-        "stale": known.model_sha256 != model_sha256,
-    }
+    try:
+        schedules = fitted_schedules(run.path, model_sha256)
+    except ArtefactError as error:
+        problem = str(error)
+    names = [schedule.describe() for schedule in schedules]
+    return {"path": str(run.tuned_steps), "schedules": names, "problem": problem}
 
 
 def inspect_path(

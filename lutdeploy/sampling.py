@@ -284,7 +284,7 @@ def sample(
             one, else 64 steps of "euler" at shift 1.
         batch: images per pass, at least 1.
         noise: float32 [n, C, S, S] to start from instead of the seed's.
-        schedule: all of the steps at once, such as a tuned schedule, instead of the three.
+        schedule: all of the steps at once, such as a fitted schedule, instead of the three.
 
     Returns:
         float32 [n, C, S, S], about [−1, 1], not clipped.

@@ -1,9 +1,10 @@
-"""Time grids and schedules. A solver makes a schedule, a table of (t, a, b, c, d).
+"""Time grids and schedules. A schedule is a table of (t, a, b, c, d).
 
 Every solver of dx/dt = (x0 − x)/(1 − t) that predicts x0 is linear in the states and predictions
 so far (spec "Sampling"), so one step of any of them is
-x' = a·x + b·x0 + c·x0_prev + d·x0_prev2. All arithmetic here is float64. docs/solvers.md derives
-the formulas.
+x' = a·x + b·x0 + c·x0_prev + d·x0_prev2. A formula gives the numbers, or they are fitted to a
+model (`lutdeploy tune-steps`). All arithmetic here is float64. docs/solvers.md derives the
+formulas.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import msgspec
 
 from lutdeploy.errors import ConfigError, UsageError
 
-GRIDS = ("uniform", "tuned")  # equal steps, warped by a shift; times that a search found
+GRIDS = ("uniform", "tuned")  # equal steps, warped by a shift; times found for one model
+FITTED = "fitted"  # the "solver" whose rows were fitted to a model
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -62,9 +64,12 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         return (*(row.t for row in self.rows), 1.0)
 
     def describe(self) -> str:
-        """For people and folder names: ``euler-64``, ``dpmpp-2m-16-shift2``, …``-tuned``."""
+        """For people and folder names: ``euler-64``, ``dpmpp-2m-16-shift2``, ``fitted-4``.
+
+        Exports of earlier versions may hold a solver over tuned times: ``dpmpp-2m-16-tuned``.
+        """
         suffix = "" if self.shift == 1 else f"-shift{self.shift:g}"
-        if self.grid != "uniform":
+        if self.grid != "uniform" and self.solver != FITTED:
             suffix = f"-{self.grid}"
         return f"{self.solver}-{self.steps}{suffix}"
 
@@ -172,67 +177,62 @@ def solver_schedule(solver: str = "euler", steps: int = 64, shift: float = 1.0) 
     return Schedule(solver, float(shift), tuple(SOLVERS[solver](time_grid(steps, shift))))
 
 
-def tuned_schedule(solver: str, times: Sequence[float]) -> Schedule:
-    """The schedule of a solver over the given times.
+def fitted_schedule(rows: Sequence[Step]) -> Schedule:
+    """The schedule of rows that were fitted to a model.
 
-    Args:
-        solver: its name.
-        times: t_0 = 0 < … < t_steps = 1.
+    Raises:
+        ConfigError: times that do not rise from 0 below 1, or a row that is not finite.
     """
-    _require_solver(solver)
-    grid = [float(t) for t in times]
-    rising = all(t < t_next for t, t_next in itertools.pairwise(grid))
-    if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or not rising:
-        raise ConfigError(f"times must rise from 0 to 1, not {', '.join(f'{t:g}' for t in grid)}")
-    return Schedule(solver, 1.0, tuple(SOLVERS[solver](grid)), "tuned")
+    times = [*(row.t for row in rows), 1.0]
+    rising = all(t < t_next for t, t_next in itertools.pairwise(times))
+    if len(times) < 2 or times[0] != 0 or not rising:
+        raise ConfigError(f"times must rise from 0 to 1, not {', '.join(f'{t:g}' for t in times)}")
+    if not all(math.isfinite(value) for row in rows for value in (row.a, row.b, row.c, row.d)):
+        raise ConfigError("a fitted step is not finite")
+    return Schedule(FITTED, 1.0, tuple(rows), "tuned")
 
 
 @dataclass(frozen=True)
 class ScheduleRequest:
     """The schedule that somebody asks for; None where nothing was said."""
 
-    solver: str | None = None
+    solver: str | None = None  # one of SOLVERS, or FITTED
     steps: int | None = None
     shift: float | None = None
-    grid: str | None = None  # one of GRIDS
 
     def resolve(
-        self, held: Schedule | None = None, tuned: Callable[[], Sequence[Schedule]] = tuple
+        self, held: Schedule | None = None, fitted: Callable[[], Sequence[Schedule]] = tuple
     ) -> Schedule:
         """Find the schedule; what was not said is as in ``held``, else 64 steps of "euler".
 
         Args:
             held: the only schedule that a denoiser can follow, if that is so.
-            tuned: gives the model's tuned schedules, for one number of steps the best first;
-                called only when a tuned grid is asked for.
+            fitted: gives the model's fitted schedules, the best first; called only when one
+                is asked for.
 
         Raises:
-            UsageError: no such tuned schedule, with those there are; a shift of a tuned grid.
+            UsageError: no such fitted schedule, with those there are; a shift of a fitted one.
             ConfigError: as :func:`solver_schedule`.
         """
-        grid = self.grid
-        if held is not None and held.grid == "tuned" and grid is None and self.shift is None:
-            grid = "tuned"
-        steps = self.steps if self.steps is not None else (held.steps if held else 64)
-        if grid != "tuned":
-            return solver_schedule(
-                self.solver or (held.solver if held else "euler"),
-                steps,
-                self.shift if self.shift is not None else (held.shift if held else 1.0),
-            )
-        if self.shift is not None:
-            raise UsageError("--shift warps a uniform grid; a tuned one has its times")
-        if held is not None and held.grid == "tuned" and steps == held.steps:
-            if self.solver in (None, held.solver):
+        if held is not None and held.grid == "tuned" and self.shift is None:
+            if self.solver in (None, held.solver) and self.steps in (None, held.steps):
                 return held
-        fitting = [found for found in tuned() if self.solver in (None, found.solver)]
-        for found in fitting:
-            if found.steps == steps:
+        solver = self.solver or (held.solver if held else "euler")
+        if solver == FITTED:
+            return self._choose(fitted())
+        steps = self.steps if self.steps is not None else (held.steps if held else 64)
+        shift = self.shift if self.shift is not None else (held.shift if held else 1.0)
+        return solver_schedule(solver, steps, shift)
+
+    def _choose(self, fitted: Sequence[Schedule]) -> Schedule:
+        """The first of ``fitted`` that has the steps asked for."""
+        if self.shift is not None:
+            raise UsageError("--shift warps a uniform grid; a fitted schedule has its own times")
+        for found in fitted:
+            if self.steps in (None, found.steps):
                 return found
-        counts = ", ".join(dict.fromkeys(str(found.steps) for found in fitting))
-        owner = f" for {self.solver}" if self.solver else ""
+        counts = ", ".join(str(steps) for steps in sorted({found.steps for found in fitted}))
         there = f"there are some of {counts} steps" if counts else "this model has none"
-        raise UsageError(
-            f"no tuned grid of {steps} steps{owner}; {there}; "
-            f"`lutdeploy tune-steps --steps {steps}` searches one"
-        )
+        asked = f" of {self.steps} steps" if self.steps is not None else ""
+        command = f"lutdeploy tune-steps --steps {self.steps}" if asked else "lutdeploy tune-steps"
+        raise UsageError(f"no fitted schedule{asked}; {there}; `{command}` fits one")

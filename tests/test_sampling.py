@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -24,7 +23,14 @@ from lutdeploy.sampling import (
     sample,
     trajectory,
 )
-from lutdeploy.schedule import Schedule, ScheduleRequest, Step, solver_schedule, tuned_schedule
+from lutdeploy.schedule import (
+    FITTED,
+    Schedule,
+    ScheduleRequest,
+    Step,
+    fitted_schedule,
+    solver_schedule,
+)
 from tests.conftest import golden_model
 
 SHAPE = (3, 64, 64)
@@ -117,66 +123,69 @@ def test_a_trajectory_can_be_resumed_anywhere(denoiser: TorchDenoiser) -> None:
         assert np.array_equal(rest[-1].x if rest else state.x, states[-1].x)
 
 
-TUNED = [tuned_schedule("dpmpp-3m", [0, 0.3, 1]), tuned_schedule("euler", [0, 0.4, 1])]
-HELD = tuned_schedule("euler", [0, 0.1, 1])
+FIT_4 = fitted_schedule([Step(t, 0.7, 0.3, 0.0) for t in (0.0, 0.2, 0.5, 0.8)])
+FIT_2 = fitted_schedule([Step(0.0, 0.6, 0.5, 0.0), Step(0.4, 0.1, 1.2, -0.3)])
+OTHER_FIT_2 = fitted_schedule([Step(0.0, 0.6, 0.5, 0.0), Step(0.4, 0.1, 1.1, -0.3)])
+FITS = [FIT_4, FIT_2]  # the best first
+OLD = Schedule("dpmpp-2m", 1.0, FIT_2.rows, "tuned")  # as exports of earlier versions hold it
 
 
 @pytest.mark.parametrize(
     ("request_", "held", "expected"),
     [
-        (ScheduleRequest(steps=2, grid="tuned"), None, TUNED[0]),  # the best that there is
-        (ScheduleRequest("euler", 2, grid="tuned"), None, TUNED[1]),
-        (ScheduleRequest(grid="tuned"), solver_schedule("euler", 2), TUNED[0]),
-        (ScheduleRequest(grid="tuned"), HELD, HELD),
-        (ScheduleRequest("euler", 2, grid="tuned"), HELD, HELD),
-        (ScheduleRequest(), HELD, HELD),
-        (ScheduleRequest(grid="uniform"), HELD, solver_schedule("euler", 2)),
-        (ScheduleRequest("euler", 3, 2.0), HELD, solver_schedule("euler", 3, 2.0)),
+        (ScheduleRequest(FITTED), None, FIT_4),
+        (ScheduleRequest(FITTED, 2), None, FIT_2),
+        (ScheduleRequest(FITTED), OTHER_FIT_2, OTHER_FIT_2),
+        (ScheduleRequest(steps=2), OTHER_FIT_2, OTHER_FIT_2),
+        (ScheduleRequest(FITTED, 4), OTHER_FIT_2, FIT_4),
+        (ScheduleRequest(), OLD, OLD),
+        (ScheduleRequest("dpmpp-2m", 2), OLD, OLD),
+        (ScheduleRequest("euler"), OLD, solver_schedule("euler", 2)),
+        (ScheduleRequest("euler", 3, 2.0), OLD, solver_schedule("euler", 3, 2.0)),
+        (ScheduleRequest(), None, solver_schedule("euler", 64)),
     ],
 )
 def test_a_requested_schedule_is_found(
     request_: ScheduleRequest, held: Schedule | None, expected: Schedule
 ) -> None:
-    assert request_.resolve(held, lambda: TUNED) == expected
+    assert request_.resolve(held, lambda: FITS) == expected
 
 
 @pytest.mark.parametrize(
-    ("request_", "tuned", "message"),
+    ("request_", "fitted", "message"),
     [
-        (ScheduleRequest(), TUNED, r"no tuned grid of 64 steps; there are some of 2 steps; "),
         (
-            ScheduleRequest("dpmpp-2m", 2),
-            TUNED,
-            r"of 2 steps for dpmpp-2m; this model has none; `lutdeploy tune",
+            ScheduleRequest(FITTED, 64),
+            FITS,
+            r"no fitted schedule of 64 steps; there are some of 2, 4 steps; `lutdeploy tune-steps "
+            r"--steps 64` fits one",
         ),
-        (
-            ScheduleRequest(None, 5),
-            [],
-            r"this model has none; `lutdeploy tune-steps --steps 5` searches one",
-        ),
-        (ScheduleRequest(None, 2, 1.5), TUNED, "--shift warps a uniform grid"),
+        (ScheduleRequest(FITTED), [], r"this model has none; `lutdeploy tune-steps` fits one"),
+        (ScheduleRequest(FITTED, 2, 1.5), FITS, "--shift warps a uniform grid"),
     ],
 )
-def test_tuned_schedules_that_are_not_there(
-    request_: ScheduleRequest, tuned: list[Schedule], message: str
+def test_fitted_schedules_that_are_not_there(
+    request_: ScheduleRequest, fitted: list[Schedule], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        dataclasses.replace(request_, grid="tuned").resolve(None, lambda: tuned)
+        request_.resolve(None, lambda: fitted)
 
 
 def test_a_schedule_can_be_given(denoiser: TorchDenoiser) -> None:
-    schedule = tuned_schedule("dpmpp-2m", [0, 0.2, 0.5, 1])
+    schedule = FIT_4
     end = list(trajectory(denoiser, batch_noise(4, range(2), SHAPE), schedule))[-1].x
     assert np.array_equal(sample(denoiser, 2, seed=4, schedule=schedule), end)
     with pytest.raises(UsageError, match="give either"):
         sample(denoiser, 2, steps=3, schedule=schedule)
 
 
-def test_only_tuned_folders_say_their_grid() -> None:
-    """Folders of earlier versions go on; other times are other pictures."""
+def test_only_folders_of_fits_say_their_rows() -> None:
+    """Folders of earlier versions go on; other rows are other pictures."""
     uniform = sample_folder.settings({}, solver_schedule("euler", 2), 0, "png")
     assert uniform == {"solver": "euler", "steps": 2, "shift": 1, "seed": 0, "format": "png"}
-    one, other = (sample_folder.settings({}, schedule, 0, "png") for schedule in (TUNED[1], HELD))
+    one, other = (
+        sample_folder.settings({}, schedule, 0, "png") for schedule in (FIT_2, OTHER_FIT_2)
+    )
     assert one["grid"] == other["grid"] == "tuned"
     assert one != other
 

@@ -5,7 +5,7 @@
 Run it in the root of the checkout. Weights and facts go to lutdeploy/models, which the wheel
 holds; the card and the pictures go to docs/models, which it does not. The weights are stored as
 float16 and measured as `lutdeploy evaluate` does, with the reference schedule and with the best
-of the model's tuned schedules. Run it again after `lutdeploy tune-steps --model NAME` has found
+of the model's fitted schedules. Run it again after `lutdeploy tune-steps --model NAME` has found
 those for the new weights.
 """
 
@@ -23,9 +23,9 @@ import torch
 from lutdeploy import images
 from lutdeploy.artefacts import checkpoint, files, shipped
 from lutdeploy.artefacts.run import Run, tuned_steps_file
-from lutdeploy.artefacts.tuned_steps import read_tuned_steps, tuned_schedules
+from lutdeploy.artefacts.tuned_steps import stored_tuned_steps
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import LutDeployError
+from lutdeploy.errors import ArtefactError, LutDeployError
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.schedule import Schedule, solver_schedule
 from lutdeploy.training import pictures
@@ -52,13 +52,14 @@ def write_weights(run: Run, name: str) -> Path:
 
 
 def best_schedule(path: Path) -> Schedule:
-    """The tuned schedule with the most steps that the weights have, else the reference."""
-    tuned = tuned_steps_file(path)
-    if tuned.is_file() and read_tuned_steps(tuned).model_sha256 != files.sha256(path):
-        click.echo(f"{tuned.name} was tuned for other weights, and is removed", err=True)
-        tuned.unlink()
-    schedules = tuned_schedules(path, files.sha256(path))
-    return max(schedules, key=lambda schedule: schedule.steps, default=REFERENCE)
+    """The best fitted schedule of the weights, else the reference."""
+    try:
+        known = stored_tuned_steps(path, files.sha256(path))
+    except ArtefactError as error:
+        click.echo(f"{error}; removed", err=True)
+        tuned_steps_file(path).unlink()
+        known = None
+    return (known.best if known else None) or REFERENCE
 
 
 def facts(

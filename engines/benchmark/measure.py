@@ -457,7 +457,9 @@ def sample_command(
     # -P: a folder that is called lutdeploy, where the user stands, is not the package.
     command = [sys.executable, "-P", "-m", "lutdeploy.cli", "sample", contender.path, "-n", images]
     command += ["--batch", batch, *(contender.sample_options or ()), "--out", out, "--no-grid"]
-    command += ["--solver", schedule.solver, "--steps", schedule.steps, "--shift", schedule.shift]
+    command += ["--solver", schedule.solver, "--steps", schedule.steps]
+    if schedule.grid == "uniform":
+        command += ["--shift", schedule.shift]
     if settings.threads is not None:
         command += ["--threads", settings.threads]
     return [str(word) for word in command]

@@ -8,7 +8,7 @@
       onnx/EXPORT/             graphs, one weights file, manifest.json
       verdicts/                what the checks of exports and engines found, a file each
       bench.json bench.png     the last speed measurement
-      steps.json steps.png     tuned time grids, and what they were compared with
+      steps.json               schedules fitted to the model, by `lutdeploy tune-steps`
       evaluation.json evaluation.html   how good the pictures are, by `lutdeploy evaluate`
       engines/KEY.plan         a TensorRT engine, and beside it KEY.json: what it was built from
       engines/timing.cache     what its builder measured
@@ -83,12 +83,8 @@ class Run:
 
     @property
     def tuned_steps(self) -> Path:
-        """Time grids searched for the run's model (:mod:`lutdeploy.artefacts.tuned_steps`)."""
+        """Schedules fitted to the run's model (:mod:`lutdeploy.artefacts.tuned_steps`)."""
         return tuned_steps_file(self.model)
-
-    @property
-    def steps_plot(self) -> Path:
-        return self.path / "steps.png"
 
     @property
     def exports_folder(self) -> Path:
@@ -170,7 +166,7 @@ def locate(path: Path) -> Located:
 
 
 def tuned_steps_file(model: Path) -> Path:
-    """Where the tuned time grids of a model file are: beside it."""
+    """Where the fitted schedules of a model file are: beside it."""
     name = "steps.json" if model.name == MODEL else f"{model.stem}.steps.json"
     return model.parent / name
 

@@ -1,4 +1,4 @@
-"""The trained models that come with the package: weights, facts, tuned schedules.
+"""The trained models that come with the package: weights, facts, fitted schedules.
 
 Each is NAME.safetensors (float16), with NAME.json (how it was trained and what `lutdeploy
 evaluate` measured) and NAME.steps.json beside it. Cards and pictures are in docs/models.

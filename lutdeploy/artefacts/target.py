@@ -54,7 +54,7 @@ def _run_of_shipped(path: Path, note: Callable[[str], None]) -> Run:
     weights, tuned = path.read_bytes(), tuned_steps_file(path)
     same = run.model.is_file() and run.model.read_bytes() == weights
     if tuned.is_file() and not (same and run.tuned_steps.is_file()):
-        files.write_atomic(run.tuned_steps, tuned.read_bytes())  # grids are of these weights
+        files.write_atomic(run.tuned_steps, tuned.read_bytes())  # fitted to these weights
     files.write_atomic(run.model, weights)
     note(f"run: {run.path} (made for the model of the package)")
     return run

@@ -1,14 +1,14 @@
-"""The schedules that `lutdeploy tune-steps` found for one model, and the file that keeps them.
+"""The schedules that `lutdeploy tune-steps` fitted to one model, and the file that keeps them.
 
 The file stands beside its model and names it by hash, so that schedules are never used with
-weights they were not searched for. Each entry says on which noise it was searched and on
-which other noise its error was measured.
+weights they were not fitted to. Each stands beside the best formula of as many steps, and both
+were measured on noise that no fit has seen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,52 +19,47 @@ from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import MODEL, locate, tuned_steps_file
 from lutdeploy.errors import ArtefactError, ConfigError
 from lutdeploy.sampling import Denoiser, check_schedule
-from lutdeploy.schedule import Schedule, ScheduleRequest, tuned_schedule
+from lutdeploy.schedule import FITTED, Schedule, ScheduleRequest, fitted_schedule
 
-FORMAT = 1
-
-
-class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Images 0 … images−1 of a seed (:func:`lutdeploy.sampling.image_noise`)."""
-
-    seed: int
-    images: int
+FORMAT = 2  # 1 held solvers over searched times
+REMEDY = "run `lutdeploy tune-steps` again"
+AS_GOOD = 1.15  # times the least error: fewer steps are preferred up to there
 
 
-class Entry(
-    msgspec.Struct,
-    frozen=True,
-    forbid_unknown_fields=True,
-    rename={"schedule": "table"},  # the name it has in the JSON
-):
-    """One tuned schedule, and the errors that speak for it.
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A schedule and its errors on unseen noise.
 
-    Errors are the RMS between endpoints and the reference's, over the held-out noise: of this
-    schedule, of the uniform grid, and of the best shifted one, whose shift was chosen on the
-    noise that the schedule was tuned on. ``reference`` is a schedule's description.
+    ``rms`` is to the ends of the reference. The others are distances of `lutdeploy evaluate` to
+    real images, sliced Wasserstein that of the finest level; None where there were no images.
     """
 
     schedule: Schedule
-    tuned_on: Noise
-    held_out: Noise
-    reference: str
     rms: float
-    rms_uniform: float
-    rms_shifted: float
-    shift: float
+    frechet: float | None = None
+    sliced_wasserstein: float | None = None
+
+    @property
+    def error(self) -> float:
+        """What schedules are compared by."""
+        return self.rms if self.frechet is None else self.frechet
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A fitted schedule, and the best formula of as many steps, which it beats."""
+
+    fitted: Measured
+    formula: Measured
 
     def __post_init__(self) -> None:
-        again = tuned_schedule(self.schedule.solver, self.schedule.times)
-        for row, expected in zip(self.schedule.rows, again.rows, strict=True):
-            pairs = zip(
-                msgspec.structs.astuple(row), msgspec.structs.astuple(expected), strict=True
+        schedule = self.fitted.schedule
+        if schedule != fitted_schedule(schedule.rows):
+            raise ConfigError(f"{schedule.describe()} is no fitted schedule")
+        if (self.fitted.frechet is None) != (self.formula.frechet is None):
+            raise ConfigError(f"{schedule.describe()} and its formula were measured differently")
+        if not self.fitted.error < self.formula.error < math.inf:
+            raise ConfigError(
+                f"{schedule.describe()} is not better than {self.formula.schedule.describe()}"
             )
-            if not all(math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12) for x, y in pairs):
-                raise ConfigError(f"the row at t = {row.t:g} is no step of {self.schedule.solver}")
-        if self.schedule.grid != "tuned":
-            raise ConfigError(f"{self.schedule.describe()} is no tuned table")
-        if not math.isfinite(self.rms) or self.rms >= min(self.rms_uniform, self.rms_shifted):
-            raise ConfigError(f"{self.schedule.describe()} is not better than an untuned grid")
 
 
 class KnownDenoiser(Denoiser, Protocol):
@@ -75,71 +70,69 @@ class KnownDenoiser(Denoiser, Protocol):
 
 
 class TunedSteps(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All entries of a model, at most one for a solver and a number of steps.
+    """What one `tune-steps` found: at most one entry for a number of steps.
 
-    ``comparison`` is what training.few_steps.comparison measured last, as plain JSON values.
+    Schedules were fitted on images 0 … fitted_on−1 of ``seed``, and measured on images of the
+    next seed: as many for the RMS to ``reference``, ``pictures`` for the distances (0: none).
     """
 
     model_sha256: str
+    seed: int
+    fitted_on: int
+    pictures: int
+    reference: str
     entries: tuple[Entry, ...]
-    comparison: dict[str, Any] | None
     format: int = FORMAT
 
-    @property
-    def schedules(self) -> tuple[Schedule, ...]:
-        """By steps, and among those of one number the one with the least error first."""
-        ordered = sorted(self.entries, key=lambda entry: (entry.schedule.steps, entry.rms))
-        return tuple(entry.schedule for entry in ordered)
+    def __post_init__(self) -> None:
+        steps = [entry.fitted.schedule.steps for entry in self.entries]
+        if len(set(steps)) < len(steps):
+            raise ConfigError("a number of steps stands there twice")
 
     @property
     def best(self) -> Schedule | None:
-        """The one with the least error of all."""
-        entry = min(self.entries, key=lambda entry: entry.rms, default=None)
-        return entry.schedule if entry else None
+        """The fewest steps whose error is within AS_GOOD of the least."""
+        least = min((entry.fitted.error for entry in self.entries), default=0.0)
+        good = [e.fitted.schedule for e in self.entries if e.fitted.error <= AS_GOOD * least]
+        return min(good, key=lambda schedule: schedule.steps, default=None)
 
-    def without(self, solver: str, steps: int) -> TunedSteps:
-        """The same without an entry, if there is one."""
-        kept = [e for e in self.entries if (e.schedule.solver, e.schedule.steps) != (solver, steps)]
-        return msgspec.structs.replace(self, entries=tuple(kept))
-
-    def updated(self, entries: Iterable[Entry]) -> TunedSteps:
-        """With ``entries`` in the place of those of the same solver and steps."""
-        result = self
-        for entry in entries:
-            kept = result.without(entry.schedule.solver, entry.schedule.steps)
-            result = msgspec.structs.replace(kept, entries=(*kept.entries, entry))
-        return result
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The best first, the others by their steps."""
+        found = sorted((entry.fitted.schedule for entry in self.entries), key=lambda s: s.steps)
+        return tuple(sorted(found, key=lambda schedule: schedule != self.best))
 
     def write(self, path: Path) -> None:
         files.write_json(path, self)
 
 
+class _AnyFormat(msgspec.Struct):
+    """What every version's file says."""
+
+    format: int
+
+
 def read_tuned_steps(path: Path) -> TunedSteps:
-    """Read and check a file of :meth:`TunedSteps.write`."""
-    remedy = "delete it and run `lutdeploy tune-steps`"
-    found = files.read_record(path, TunedSteps, remedy)
-    if found.format != FORMAT:
-        raise ArtefactError(
-            f"{path} has format {found.format!r}, this version reads {FORMAT}; {remedy}"
-        )
-    names = [schedule.describe() for schedule in found.schedules]
-    if len(set(names)) < len(names):
-        raise ArtefactError(f"{path} is damaged (an entry stands there twice); {remedy}")
-    return found
+    """Read and check a file of :meth:`TunedSteps.write`.
+
+    Raises:
+        ArtefactError: damaged, or of an earlier version, whose schedules were searched otherwise.
+    """
+    version = files.read_record(path, _AnyFormat, REMEDY).format
+    if version != FORMAT:
+        raise ArtefactError(f"{path} has format {version}, this version reads {FORMAT}; {REMEDY}")
+    return files.read_record(path, TunedSteps, REMEDY)
 
 
 def stored_tuned_steps(path: Path, model_sha256: str) -> TunedSteps | None:
     """What is stored for a run, a model file or an export folder; None: nothing is.
-
-    An export that belongs to no model file brings the schedules of its manifest, which have
-    no errors; see :func:`tuned_schedules`.
 
     Args:
         path: as :func:`lutdeploy.artefacts.run.locate` takes it.
         model_sha256: of the model in use.
 
     Raises:
-        ArtefactError: damaged, or tuned for other weights.
+        ArtefactError: damaged, of an earlier version, or fitted to other weights.
         UsageError: nothing there.
     """
     located = locate(path)
@@ -149,19 +142,23 @@ def stored_tuned_steps(path: Path, model_sha256: str) -> TunedSteps | None:
     known = read_tuned_steps(stored)
     if known.model_sha256 != model_sha256:
         raise ArtefactError(
-            f"{stored} was tuned for another {MODEL} than the one in use (trained on since?); "
-            "run `lutdeploy tune-steps` again"
+            f"{stored} was fitted to another {MODEL} than the one in use (trained on since?); "
+            f"{REMEDY}"
         )
     return known
 
 
-def tuned_schedules(path: Path, model_sha256: str) -> Sequence[Schedule]:
-    """The tuned schedules of a run, a model file or an export folder, the best first."""
+def fitted_schedules(path: Path, model_sha256: str) -> Sequence[Schedule]:
+    """The fitted schedules of a run, a model file or an export folder, the best first.
+
+    An export that belongs to no model file brings those of its manifest.
+    """
     known = stored_tuned_steps(path, model_sha256)
     if known is not None:
         return known.schedules
     export = locate(path).export
-    return read_manifest(export).tuned if export else ()
+    brought = read_manifest(export).tuned if export else ()
+    return [schedule for schedule in brought if schedule.solver == FITTED]
 
 
 def resolve_schedule(
@@ -174,10 +171,10 @@ def resolve_schedule(
 
     Args:
         request: what was asked for.
-        path: whose tuned schedules count.
+        path: whose fitted schedules count.
         denoiser: must be able to follow it.
         note: told of the choice where nothing was asked for, which then is the model's best
-            tuned schedule, if it has one. None keeps to 64 Euler steps.
+            fitted schedule, if it has one. None keeps to 64 Euler steps.
     """
     model = denoiser.identity["model_sha256"]
     held = denoiser.schedule
@@ -185,22 +182,22 @@ def resolve_schedule(
         best = _best(path, model, note)
         if best is not None:
             return best
-    schedule = request.resolve(held, lambda: tuned_schedules(path, model))
+    schedule = request.resolve(held, lambda: fitted_schedules(path, model))
     check_schedule(denoiser, schedule)
     return schedule
 
 
 def _best(path: Path, model_sha256: str, note: Callable[[str], None]) -> Schedule | None:
-    """The tuned schedule of the least error, if there is one for these weights."""
+    """The best fitted schedule, if there is one for these weights."""
     try:
-        known = stored_tuned_steps(path, model_sha256)
+        schedules = fitted_schedules(path, model_sha256)
     except ArtefactError as error:
         note(f"warning: {error}; until then it takes 64 Euler steps")
         return None
-    if known is None or known.best is None:
+    if not schedules:
         return None
     note(
-        f"schedule: {known.best.describe()}, the best that tune-steps found for this model; "
+        f"schedule: {schedules[0].describe()}, the best that tune-steps fitted to this model; "
         "--solver euler --steps 64 is the reference"
     )
-    return known.best
+    return schedules[0]

@@ -26,7 +26,7 @@ COMMANDS = {
     "export": "Export a run to ONNX and check it against PyTorch.",
     "build": "Build TensorRT engines from an export and check them.",
     "parity": "Compare a backend with float32 PyTorch.",
-    "tune-steps": "Find schedules that need fewer steps.",
+    "tune-steps": "Fit schedules of few steps to a model.",
     "sample": "Sample images into a folder.",
     "evaluate": "Measure quality, diversity and memorisation.",
     "bench": "Measure images a second with every backend.",

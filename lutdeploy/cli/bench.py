@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from lutdeploy.artefacts import files
+from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.run import locate
 from lutdeploy.artefacts.target import find
+from lutdeploy.artefacts.tuned_steps import fitted_schedules
 from lutdeploy.cli.console import INTERRUPTED, note, progress_bar, stop_with
 from lutdeploy.cli.requests import POSITIVE, RUN, THREADS, schedule_request
 from lutdeploy.config import PRESETS, SIZES
 from lutdeploy.errors import UsageError
-from lutdeploy.schedule import ScheduleRequest
+from lutdeploy.schedule import Schedule, ScheduleRequest
 
 if TYPE_CHECKING:
+    from lutdeploy.engines.benchmark.contenders import RandomModel
     from lutdeploy.engines.benchmark.result import Result
 
 STDOUT = Path("-")
@@ -73,8 +79,10 @@ def command(
     from lutdeploy.engines.benchmark.contenders import RandomModel
     from lutdeploy.engines.benchmark.measure import choose_settings, open_benchmark
 
+    random = RandomModel(preset or "static-tanh-64", size or "seed") if preset or size else None
+    subject = random or find(run, note)
     settings = choose_settings(
-        schedule.resolve(),
+        schedule.resolve(fitted=lambda: _fitted(subject)),
         quick,
         threads=threads,
         batches=batches,
@@ -84,8 +92,7 @@ def command(
     )
     markdown_file = None if markdown == STDOUT else markdown
     report.require_writable(json_file, plot, markdown_file)
-    random = RandomModel(preset or "static-tanh-64", size or "seed") if preset or size else None
-    with open_benchmark(random or find(run, note), settings, only, quick, note) as benchmark:
+    with open_benchmark(subject, settings, only, quick, note) as benchmark:
         if benchmark.subject.run is not None:
             json_file = json_file or benchmark.subject.run.bench
         with progress_bar() as bar:
@@ -109,6 +116,17 @@ def command(
     if result.interrupted:
         where = f"; what was measured is in {written[0]}" if written else ""
         stop_with(f"interrupted{where}", INTERRUPTED)
+
+
+def _fitted(subject: Path | RandomModel) -> Sequence[Schedule]:
+    """The fitted schedules of what is measured; random weights have none."""
+    if not isinstance(subject, Path):
+        return ()
+    located = locate(subject)
+    if located.model is not None:
+        return fitted_schedules(subject, files.sha256(located.model))
+    assert located.export is not None
+    return fitted_schedules(subject, read_manifest(located.export).source_sha256)
 
 
 def _show(result: Result) -> None:

@@ -73,8 +73,7 @@ def command(
         asked = {**asdict(engine), **asdict(schedule)}  # where nothing was said: plain, or None
         for name, value in asked.items():
             if value != plain.get(name):
-                option = "time-grid" if name == "grid" else name
-                raise UsageError(f"--{option} is for a RUN; {path} holds pictures that are made")
+                raise UsageError(f"--{name} is for a RUN; {path} holds pictures that are made")
         if data is None:
             raise UsageError("--data is needed: a folder of real images, or 'synthetic'")
         request = subjects.Request(count, data, held_out, seed, batch, out or path, json_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import note
 from lutdeploy.cli.requests import RUN, schedule_request
-from lutdeploy.errors import UsageError
+from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.schedule import Schedule, ScheduleRequest
 from lutdeploy.signature import GRAPHS
 
@@ -45,11 +46,11 @@ def command(
         raise UsageError("--fp16 or --int8, not both")
     if graph == "step" and schedule != ScheduleRequest():
         raise UsageError(
-            "--solver, --steps, --shift and --time-grid belong to --graph per-step and loop; "
-            "a step graph follows any"
+            "--solver, --steps and --shift belong to --graph per-step and loop; a step graph "
+            "follows any"
         )
     from lutdeploy.artefacts.checkpoint import load_model, save_author_file
-    from lutdeploy.artefacts.tuned_steps import tuned_schedules
+    from lutdeploy.artefacts.tuned_steps import fitted_schedules
     from lutdeploy.engines.export.check import export_checked
     from lutdeploy.engines.export.graphs import ExportPlan
 
@@ -62,7 +63,7 @@ def command(
     sha256 = files.sha256(target.model)
     held = None
     if graph != "step":
-        held = schedule.resolve(None, lambda: tuned_schedules(target.path, sha256))
+        held = schedule.resolve(None, lambda: fitted_schedules(target.path, sha256))
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", held)
     with files.lock(target.exports_folder, "`lutdeploy export`"):
         tuned = _fresh(target, sha256)
@@ -72,14 +73,12 @@ def command(
     click.echo(folder)
 
 
-def _fresh(target: Run, model: str) -> tuple[Schedule, ...]:
-    """The run's tuned schedules for the manifest; none, and a note, where they are stale."""
-    from lutdeploy.artefacts.tuned_steps import read_tuned_steps
+def _fresh(target: Run, model: str) -> Sequence[Schedule]:
+    """The run's fitted schedules for the manifest; none, and a note, where they are of no use."""
+    from lutdeploy.artefacts.tuned_steps import fitted_schedules
 
-    if not target.tuned_steps.is_file():
+    try:
+        return fitted_schedules(target.path, model)
+    except ArtefactError as error:
+        note(f"{error}; left out of the export")
         return ()
-    known = read_tuned_steps(target.tuned_steps)
-    if known.model_sha256 == model:
-        return known.schedules
-    note(f"{target.tuned_steps} was tuned for other weights: left out of the export")
-    return ()

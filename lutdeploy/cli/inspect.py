@@ -45,8 +45,8 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
             engine = f"{verdict['export'] or 'model'} {verdict['backend']} {verdict['device']}"
             yield f"{indent}  {verdict['check']} {engine}: {word} ({verdict['solver']})"
         if tuned := found["tuned_steps"]:
-            stale = "; STALE: the model has changed since" if tuned["stale"] else ""
-            yield f"{indent}  tuned steps: {', '.join(tuned['tables']) or 'none'}{stale}"
+            names = ", ".join(tuned["schedules"]) or "none"
+            yield f"{indent}  fitted schedules: {tuned['problem'] or names}"
         return
     config = found["config"]
     if found["kind"] == "model":

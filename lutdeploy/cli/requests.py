@@ -17,7 +17,7 @@ from lutdeploy.artefacts import shipped
 from lutdeploy.artefacts.target import find
 from lutdeploy.cli.console import note
 from lutdeploy.errors import UsageError
-from lutdeploy.schedule import GRIDS, SOLVERS, ScheduleRequest
+from lutdeploy.schedule import FITTED, SOLVERS, ScheduleRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,19 +164,13 @@ def schedule_request(function: F) -> Callable[..., Any]:
         solver: str | None,
         steps: int | None,
         shift: float | None,
-        time_grid: str | None,
         **options: Any,
     ) -> Any:
-        request = ScheduleRequest(solver, steps, shift, time_grid)
+        request = ScheduleRequest(solver, steps, shift)
         return function(*arguments, schedule=request, **options)
 
     decorated: Any = command
     for option in (
-        click.option(
-            "--time-grid",
-            type=click.Choice(GRIDS),
-            help="Times of the steps; tuned: what `lutdeploy tune-steps` found. Default: uniform.",
-        ),
         click.option(
             "--shift",
             type=click.FloatRange(min=0, min_open=True),
@@ -185,8 +179,8 @@ def schedule_request(function: F) -> Callable[..., Any]:
         click.option("--steps", type=POSITIVE, help="Network evaluations. Default: 64."),
         click.option(
             "--solver",
-            type=click.Choice(tuple(SOLVERS)),
-            help="Default: euler; of a tuned grid the best there is.",
+            type=click.Choice((*SOLVERS, FITTED)),
+            help="fitted: a schedule of `lutdeploy tune-steps`. Default: euler.",
         ),
     ):
         decorated = option(decorated)

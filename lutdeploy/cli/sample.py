@@ -50,8 +50,8 @@ def command(
     """Sample images into a folder; the same command completes what is missing.
 
     Image i depends on the seed and i alone, whatever the batch, backend or count. Without
-    --solver, --steps, --shift and --time-grid it follows the model's best tuned schedule where
-    there is one; --solver euler --steps 64 is the reference.
+    --solver, --steps and --shift it follows the model's best fitted schedule where there is one;
+    --solver euler --steps 64 is the reference.
     """
     with open_engine(engine, note) as denoiser:
         followed = resolve_schedule(schedule, engine.path, denoiser, note)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -10,11 +12,10 @@ import click
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_run
+from lutdeploy.artefacts.tuned_steps import Measured
 from lutdeploy.cli.console import note, progress_bar
-from lutdeploy.cli.requests import POSITIVE, SEED, engine_request
+from lutdeploy.cli.requests import POSITIVE, engine_request
 from lutdeploy.engines import EngineRequest, open_engine
-from lutdeploy.errors import BackendError, UsageError
-from lutdeploy.schedule import SOLVERS
 
 
 class StepList(click.ParamType[tuple[int, ...]]):
@@ -38,114 +39,91 @@ class StepList(click.ParamType[tuple[int, ...]]):
 
 @click.command("tune-steps")
 @engine_request(
-    backend_help="auto: onnxruntime when the run has a float32 step export, else torch.",
+    backend_help="auto: openvino, else onnxruntime, where the run has a float32 step export; else "
+    "torch.",
     leave_out=("precision", "unverified"),
 )
-@click.option("--steps", type=StepList(), required=True, help="Numbers of steps to tune for.")
 @click.option(
-    "--solver",
-    "solvers",
-    type=click.Choice(tuple(SOLVERS)),
-    multiple=True,
-    help="To tune for; may be given again. Default: all.",
-)
-@click.option("--images", type=POSITIVE, default=8, show_default=True, help="To tune on.")
-@click.option(
-    "--held-out",
-    type=POSITIVE,
-    default=16,
-    show_default=True,
-    help="Images of the next seed, to measure errors on.",
-)
-@click.option(
-    "--evaluations",
-    type=POSITIVE,
-    default=1000,
-    show_default=True,
-    help="Network evaluations of all images that one search may take.",
-)
-@click.option(
-    "--table",
+    "--steps",
     type=StepList(),
-    default="4,6,8,10,16,32,64",
+    default="4,6,8,10,16",
     show_default=True,
-    help="Numbers of steps in the table and plot.",
+    help="Numbers of steps to fit.",
 )
 @click.option(
-    "--data",
-    metavar="DIR",
-    help="Real images: the table then has distances of `lutdeploy evaluate` to them, too.",
+    "--images", type=POSITIVE, default=16, show_default=True, help="To fit on, and to measure on."
+)
+@click.option(
+    "--data", metavar="DIR", help="Real images: the distances to them decide, instead of the RMS."
 )
 @click.option(
     "--pictures",
     type=click.IntRange(min=16),
     default=512,
     show_default=True,
-    help="With --data: images of each row, and as many real ones.",
+    help="With --data: pictures of each schedule, and as many real images.",
 )
-@SEED
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 2),
+    default=1,
+    show_default=True,
+    help="Of the noise to fit on; the next one is measured on.",
+)
 def command(
     engine: EngineRequest,
     steps: tuple[int, ...],
-    solvers: tuple[str, ...],
     images: int,
-    held_out: int,
-    evaluations: int,
-    table: tuple[int, ...],
     data: str | None,
     pictures: int,
     seed: int,
 ) -> None:
-    """Search time grids with which few steps end where 256 Euler steps end.
+    """Fit schedules of few steps to a model: their ends are those of 256 Euler steps.
 
-    Once per model. What is found goes to steps.json in the run, for `sample` and for
-    `--time-grid tuned` of the other commands; a table says how near each solver and grid comes,
-    on noise that the search did not see.
+    Once per model. What is better than every formula of as many steps, on noise that no fit has
+    seen, goes to steps.json in the run, in the place of what was there: for `sample`, which
+    follows the best unless told otherwise, and for `--solver fitted` of the other commands.
     """
-    from lutdeploy.training.few_steps.comparison import plot, show
     from lutdeploy.training.few_steps.tune import TuneSettings, tune_schedules
 
-    if seed == 2**64 - 1:
-        raise UsageError("--seed must leave a next one, for the noise to measure on")
     run = find_run(engine.path, note)
     engine = replace(engine, path=run.path)
     if engine.backend == "auto" and engine.export is None:
         engine = _float32(engine, run)
     if engine.backend == "torch":
         engine = replace(engine, precision="fp32")  # also on a GPU
-    settings = TuneSettings(
-        steps=steps,
-        solvers=solvers or tuple(SOLVERS),
-        images=images,
-        held_out=held_out,
-        evaluations=evaluations,
-        compared=table,
-        data=data,
-        pictures=pictures,
-        batch=engine.batch or 64,
-        seed=seed,
-    )
+    settings = TuneSettings(steps, images, data, pictures, engine.batch or 64, seed)
     with open_engine(engine, note) as denoiser, progress_bar("state") as bar:
-        task = bar.add_task("tune", total=None, state="")
-
-        def on_progress(done: int, total: int, state: str) -> None:
-            bar.update(task, completed=done, total=total, state=state)
-
-        found = tune_schedules(run, denoiser, settings, note, on_progress)
+        task = bar.add_task("tune", total=1.0, state="")
+        found = tune_schedules(
+            run,
+            denoiser,
+            settings,
+            lambda share, state: bar.update(task, completed=share, state=state),
+        )
+    _show(found.rows, f"{images} images" + (f", {pictures} pictures" if data else ""))
     for line in found.refusals:
         note(line)
-    show(found.rows, f"{held_out} images, against {found.reference}")
-    try:
-        files.write_atomic(run.steps_plot, plot(found.rows, found.reference))
-        note(f"plot: {run.steps_plot}")
-    except BackendError as error:
-        note(f"no plot: {error}")
     click.echo(run.tuned_steps)
 
 
+def _show(rows: Sequence[Measured], title: str) -> None:
+    """The rows as a table on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("steps", "schedule", "RMS", "Fréchet", "sliced", title=f"unseen noise: {title}")
+    for row in rows:
+        distances = (row.frechet, row.sliced_wasserstein)
+        values = ["–" if value is None else f"{value:.1f}" for value in distances]
+        table.add_row(str(row.schedule.steps), row.schedule.describe(), f"{row.rms:.4f}", *values)
+    Console(stderr=True).print(table)
+
+
 def _float32(engine: EngineRequest, run: Run) -> EngineRequest:
-    """For --backend auto: less precise engines would put noise in the search."""
+    """For --backend auto: less precise engines would put noise in the fit."""
     folder = run.float32_step(files.sha256(run.model))
     if folder is None:
         return replace(engine, backend="torch")
-    return replace(engine, backend="onnxruntime", export=folder.name)
+    backend = "openvino" if find_spec("openvino") else "onnxruntime"
+    return replace(engine, backend=backend, export=folder.name)

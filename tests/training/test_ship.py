@@ -42,12 +42,12 @@ def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(shipped, "FOLDER", folder)
     run = trained(tmp_path / "run")
     stale = folder / "drawn.steps.json"
-    TunedSteps("other weights", (), {"rows": []}).write(stale)
+    TunedSteps("other weights", 1, 24, 0, "euler-256", ()).write(stale)
     arguments = [str(run.path), "--name", "drawn", "-n", "16", "--remark", "Blocks, no cats."]
     arguments += ["--docs", str(docs)]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "is removed" in result.output
+    assert "was fitted to another model" in result.output
     assert sorted(p.name for p in folder.iterdir()) == ["drawn.json", "drawn.safetensors"]
     kinds = ("gram.png", "lut.png", "md", "samples.png", "trajectory.png")
     assert sorted(p.name for p in docs.iterdir()) == [f"drawn.{kind}" for kind in kinds]
@@ -56,7 +56,7 @@ def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.Mon
     facts = shipped.facts("drawn")
     assert facts["training"]["model"] == config.to_dict()
     assert facts["training"]["images_seen"] == about["images_seen"] == 8
-    assert facts["sampling"]["steps"] == "euler-64", "there are no tuned grids"
+    assert facts["sampling"]["steps"] == "euler-64", "there are no fitted schedules"
     assert facts["metrics"] == facts["reference_metrics"]
     assert facts["metrics"]["images"] == facts["floor"]["images"] == 16
     card = (docs / "drawn.md").read_text()

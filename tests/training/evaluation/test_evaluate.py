@@ -247,7 +247,7 @@ def test_results_that_belong_nowhere(
 
 @pytest.mark.parametrize(
     "option",
-    [("--steps", 4), ("--solver", "euler"), ("--backend", "torch"), ("--time-grid", "tuned")],
+    [("--steps", 4), ("--solver", "fitted"), ("--backend", "torch"), ("--shift", 2)],
 )
 def test_options_of_a_run_beside_a_folder(
     option: tuple[object, ...], drawn: Path, data: Path
