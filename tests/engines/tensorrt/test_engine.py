@@ -22,7 +22,7 @@ from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.cuda.onnxruntime import provider_options
-from lutdeploy.engines.tensorrt import plan
+from lutdeploy.engines.tensorrt import job, plan
 from lutdeploy.engines.tensorrt.engine import TensorRTDenoiser
 from lutdeploy.errors import (
     ArtefactError,
@@ -195,8 +195,11 @@ def test_a_stream_that_rtx_cannot_capture_is_not(tensorrt: TensorRT, built_run: 
         expected = lutdeploy.sample(engine, 4, steps=3, batch=4)
         assert device_of(engine).captures == 1, "kernels are compiled before the first run"
         tensorrt.controls.stream_capturable = False
-        found = lutdeploy.sample(engine, 4, steps=3, batch=2)
+        found = lutdeploy.sample(engine, 4, steps=3, batch=1)
         assert device_of(engine).captures == 1
+        tensorrt.controls.stream_capturable = True
+        lutdeploy.sample(engine, 3, steps=4, batch=3)
+        assert device_of(engine).captures == 2, "of other shapes it can"
     assert np.abs(found - expected).max() < 1e-2
 
 
@@ -258,6 +261,27 @@ def test_an_engine_that_fails_its_first_run_is_refused_unless_told(
 
 
 @one_version
+def test_an_engine_that_fails_gives_way_to_the_next_which_is_judged_too(
+    tensorrt: TensorRT, exported_run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = exported_run()
+    for batch in ("1:2:4", "2"):
+        write_plans(run, "tensorrt", batch)
+    tensorrt.controls.perturb = 0.05
+    judge = job.judge_plans
+
+    def judge_the_first_as_wrong(*arguments: Any) -> Any:
+        report = judge(*arguments)
+        tensorrt.controls.perturb = 0.0
+        return report
+
+    monkeypatch.setattr(job, "judge_plans", judge_the_first_as_wrong)
+    with engine_of(run, 2) as engine:
+        assert engine.records[0].fields["batch"] == "1:2:4"
+    assert sorted(outcomes(run)) == ["FAILED", "passed"]
+
+
+@one_version
 def test_unverified_judges_nothing(tensorrt: TensorRT, exported_run: Runs, tmp_path: Path) -> None:
     run = exported_run()
     write_plans(run, tensorrt.backend)
@@ -296,6 +320,26 @@ def test_a_build_for_other_gpus_is_compiled_and_not_run(
     tensorrt.again(compute_capability="12.0")
     said = succeed("sample", run.path, *options[:2], *FEW, "--out", tmp_path / "out").stderr
     assert FIRST_RUN in said and outcomes(run) == ["passed"]
+
+
+@pytest.mark.parametrize("tensorrt", ["11.4", "rtx-1.7"], indirect=True)
+def test_a_stale_engine_is_named_field_by_field_unopened(
+    tensorrt: TensorRT, exported_run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = exported_run()
+    (record,) = write_plans(run, tensorrt.backend)
+    tensorrt.again(gpu="another GPU", compute_capability="8.6")
+    reasons = ["architectures: built with 8.9, here 8.6"]
+    if tensorrt.backend == "tensorrt":
+        reasons = ["gpu: built with TensorRT double", "compute_capability: built with 8.9, here 8."]
+    refused = told("sample", run.path, "--backend", tensorrt.backend, "--out", run.path / "out")
+    shown = succeed("inspect", run.path).stdout
+    monkeypatch.setattr("lutdeploy.artefacts.run.RUNS", run.path.parent)
+    lines = [line for line in succeed("doctor").stdout.splitlines() if record.plan.stem in line]
+    for reason in reasons:
+        assert reason in refused and reason in " ".join(shown.split()) and reason in lines[0]
+    assert record.plan.name in refused and "STALE: " in shown
+    assert tensorrt.controls.deserialized == 0
 
 
 @one_version
@@ -439,8 +483,10 @@ def test_kernels_are_compiled_once_per_gpu(tensorrt: TensorRT, built_run: Runs) 
     with engine_of(run) as engine:
         lutdeploy.sample(engine, 3, steps=2)
     assert controls.compiled == 1 and len(cache.read_bytes()) > len(before)
-    for damaged in (b"of another GPU", b""):
-        cache.write_bytes(damaged)
+    for damaged in (b"of another GPU", b"", None):
+        cache.unlink()
+        if damaged is not None:
+            cache.write_bytes(damaged)
         controls.compiled = 0
         sample_two(run)
         assert controls.compiled == 1, "a cache of something else is left out and replaced"
@@ -450,19 +496,22 @@ def test_kernels_are_compiled_once_per_gpu(tensorrt: TensorRT, built_run: Runs) 
 
 
 @rtx_only
-def test_where_a_cache_cannot_be_kept_pictures_are_made_all_the_same(
+def test_where_a_cache_cannot_be_kept_or_read_pictures_are_made_all_the_same(
     tensorrt: TensorRT, built_run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = built_run()
     cache = plan.read_record(run.plan_records()[0]).runtime_cache("8.9")
-    cache.unlink()
+    kept, read = cache.read_bytes(), Path.read_bytes
 
-    def read_only(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, os.strerror(13))
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        if path == cache:
+            raise PermissionError(13, os.strerror(13))
+        return read(path)
 
-    monkeypatch.setattr(files, "write_atomic", read_only)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(files, "write_atomic", refuse)
     sample_two(run)
-    assert not cache.exists() and tensorrt.controls.compiled == 1
+    assert tensorrt.controls.compiled == 1 and read(cache) == kept
 
 
 # ONNX Runtime's providers.
