@@ -77,7 +77,14 @@ def set_faults(controls: Controls, **faults: Any) -> None:
 # Pictures, and the graph that makes them.
 
 
-@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+@pytest.mark.parametrize(
+    ("tensorrt", "graph"),
+    [
+        *(("10.13", "step"), ("11.4", "per-step"), ("11.4", "loop")),
+        *(("rtx-1.7", "step"), ("rtx-1.7", "per-step")),
+    ],
+    indirect=["tensorrt"],
+)
 def test_the_pictures_are_those_of_onnxruntime(
     tensorrt: TensorRT, built_run: Runs, tmp_path: Path, graph: str
 ) -> None:
@@ -173,6 +180,7 @@ def test_contexts_share_their_activation_memory(tensorrt: TensorRT, built_run: R
         assert len(addresses) == 1
 
 
+@one_version
 def test_a_failed_capture_is_said_once_and_changes_nothing(
     tensorrt: TensorRT, built_run: Runs, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -234,6 +242,8 @@ def test_an_engine_that_never_ran_is_judged_at_its_first_opening_once(
     write_plans(run, tensorrt.backend)
     assert outcomes(run) == ["compiled, not run"]
     command = ("sample", run.path, "--backend", tensorrt.backend, *FEW)
+    succeed(*command, "--unverified", "--out", tmp_path / "unjudged")
+    assert read_verdicts(run) == []
     assert FIRST_RUN in succeed(*command, "--out", tmp_path / "a").stderr
     (verdict,) = read_verdicts(run)
     assert verdict.passed and verdict.backend == tensorrt.backend and verdict.layers
@@ -362,6 +372,7 @@ def test_parity_judges_engines_too(tensorrt: TensorRT, built_run: Runs) -> None:
     [
         ({"deserialize_returns_none": True}, "refuses"),
         ({"context_is_none": True}, "TensorRT made no execution context"),
+        ({"profile_false": True}, "TensorRT refuses optimization profile 1"),
         ({"input_shape_false": True}, "TensorRT refuses shape"),
         ({"tensor_address_false": True}, "TensorRT refuses the address"),
         ({"missing_output_shapes": True}, "TensorRT makes x_next (-1, 3, 64, 64), expected (2"),
@@ -369,41 +380,24 @@ def test_parity_judges_engines_too(tensorrt: TensorRT, built_run: Runs) -> None:
     ],
 )
 def test_what_tensorrt_reports_without_an_exception_is_one_line(
-    tensorrt: TensorRT, built_run: Runs, tmp_path: Path, fault: dict[str, Any], said: str
-) -> None:
-    run = built_run()
-    set_faults(tensorrt.controls, **fault)
-    assert said in told(
-        *("sample", run.path, "--backend", tensorrt.backend, *FEW, "--out", tmp_path / "out")
-    )
-
-
-@one_version
-def test_a_profile_that_tensorrt_refuses_is_one_line(
-    tensorrt: TensorRT, exported_run: Runs, tmp_path: Path
+    tensorrt: TensorRT, exported_run: Runs, tmp_path: Path, fault: dict[str, Any], said: str
 ) -> None:
     run = exported_run()
-    write_plans(run, "tensorrt", "1,4")
-    tensorrt.controls.profile_false = True
-    options = ("--backend", "tensorrt", "--unverified", "--out", tmp_path / "out")
-    assert "TensorRT refuses optimization profile 1" in told("sample", run.path, *FEW, *options)
+    write_plans(run, tensorrt.backend, "1,4")
+    set_faults(tensorrt.controls, **fault)
+    options = ("--backend", tensorrt.backend, "--unverified", "--out", tmp_path / "out")
+    assert said in told("sample", run.path, *FEW, *options)
 
 
 @one_version
-def test_nan_names_step_and_image(tensorrt: TensorRT, built_run: Runs, tmp_path: Path) -> None:
-    run = built_run()
-    tensorrt.controls.perturb = float("nan")
-    options = ("-n", 6, "--steps", 4, "--batch", 2, "--out", tmp_path / "out")
-    said = told("sample", run.path, "--backend", "tensorrt", *options)
-    assert "NaN or Inf after step 1 in image 0" in said
-
-
-@one_version
-def test_inf_in_a_loop_export_names_the_image(tensorrt: TensorRT, built_run: Runs) -> None:
-    with engine_of(built_run("loop")) as engine:
-        tensorrt.controls.perturb = float("inf")
-        with pytest.raises(NonFiniteError, match="after step 5 in image 0"):
-            lutdeploy.sample(engine, 2)
+@pytest.mark.parametrize(("graph", "step"), [("step", 1), ("loop", 5)])
+def test_what_is_not_finite_names_step_and_image(
+    tensorrt: TensorRT, built_run: Runs, graph: str, step: int
+) -> None:
+    with engine_of(built_run(graph)) as engine:
+        tensorrt.controls.perturb = float("nan")
+        with pytest.raises(NonFiniteError, match=f"after step {step} in image 0"):
+            lutdeploy.sample(engine, 3, batch=2)
 
 
 @one_version
@@ -438,6 +432,18 @@ def test_a_plan_of_another_version_under_this_ones_record_is_refused(
     with pytest.raises(ArtefactError, match=r"refuses .*VERSION_MISMATCH.*; build again"):
         engine_of(run)
     assert tensorrt.controls.deserialized == 0
+
+
+@one_version
+def test_an_engine_of_an_earlier_lutdeploy_is_one_line(
+    tensorrt: TensorRT, exported_run: Runs, tmp_path: Path
+) -> None:
+    """Records before format 3 were of one TensorRT, with one profile."""
+    run = exported_run()
+    (record,) = write_plans(run, "tensorrt")
+    files.write_json(record.path, {**files.read_json(record.path), "format": 2})
+    said = told("sample", run.path, "--backend", "tensorrt", "--out", tmp_path / "out")
+    assert f"{record.path} was written by another version; build again" in said
 
 
 @rtx_only

@@ -136,16 +136,6 @@ def test_a_record_comes_back_as_it_was_written(run: Run, machine: plan.Machine) 
     assert record.read_plan()[4:] == PLAN[4:]
 
 
-def test_a_record_of_an_older_version_is_one_line(run: Run) -> None:
-    """Before format 3: of one TensorRT, with one profile."""
-    record = record_of(run)
-    values = files.read_json(record.path)
-    files.write_json(record.path, {**values, "format": 2})
-    (state,) = plan.survey(run, {TENSORRT: HERE})
-    assert state.record is None
-    assert state.reasons == (f"{record.path} was written by another version; build again",)
-
-
 @pytest.mark.parametrize("length", [0, 1, 20, 400])
 def test_a_truncated_record_is_named(run: Run, length: int) -> None:
     path = record_of(run).path
