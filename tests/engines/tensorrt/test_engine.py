@@ -291,15 +291,6 @@ def test_an_engine_that_fails_gives_way_to_the_next_which_is_judged_too(
     assert sorted(outcomes(run)) == ["FAILED", "passed"]
 
 
-@one_version
-def test_unverified_judges_nothing(tensorrt: TensorRT, exported_run: Runs, tmp_path: Path) -> None:
-    run = exported_run()
-    write_plans(run, tensorrt.backend)
-    options = ("--backend", tensorrt.backend, "--unverified", *FEW)
-    succeed("sample", run.path, *options, "--out", tmp_path / "out")
-    assert read_verdicts(run) == [] and outcomes(run) == ["compiled, not run"]
-
-
 @pytest.mark.parametrize("tensorrt", ["11.4", "rtx-1.7"], indirect=True)
 def test_a_build_here_is_judged_here(tensorrt: TensorRT, exported_run: Runs) -> None:
     """Wrong from the start, or only late in a trajectory, behind the single steps."""
