@@ -23,6 +23,7 @@ from lutdeploy.artefacts.manifest import MANIFEST
 from lutdeploy.artefacts.run import MODEL, Run
 from lutdeploy.config import PRESETS, ModelConfig, model_config
 from lutdeploy.engines.export.graphs import ExportPlan, export_model
+from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.model import LutTransformer
 from lutdeploy.schedule import solver_schedule
 from tests.command import succeed
@@ -153,20 +154,25 @@ class TensorRT:
     controls: Controls
     again: Callable[..., Any]  # put it in place once more, as another machine
 
+    @property
+    def backend(self) -> str:
+        return next(name for name, module in MODULES.items() if module == self.module.__name__)
 
-# For tests in which the version of TensorRT makes no difference.
-one_version = pytest.mark.parametrize("tensorrt", VERSIONS[-1:], indirect=True)
+
+# For tests in which the TensorRT makes no difference, and for those of one of the two.
+one_version = pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
+rtx_only = pytest.mark.parametrize("tensorrt", ["rtx-1.7"], indirect=True)
 
 
 @pytest.fixture(params=VERSIONS)
 def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TensorRT:
-    """TensorRT's double, in both versions, and a CPU in place of the GPU."""
+    """The double of each TensorRT, and a CPU in place of the GPU."""
     controls = Controls()
 
     def put(version: str = request.param, **device: Any) -> Any:
         module = install(monkeypatch, version, controls, **device)
         # Two images are enough to tell right from wrong.
-        monkeypatch.setattr("lutdeploy.engines.tensorrt.builder.IMAGES", 2)
+        monkeypatch.setattr("lutdeploy.engines.tensorrt.job.IMAGES", 2)
         return module
 
     return TensorRT(put(), controls, put)
@@ -213,9 +219,10 @@ def built_run(
                 shutil.rmtree(ready, ignore_errors=True)
                 _add_reference(exported("static-tanh-64"), Run(ready))
                 _copy_export(source, Run(ready))
-                succeed("build", ready, "--batch", "1:2:4")
+                succeed("build", ready, "--backend", tensorrt.backend, "--batch", "1:2:4")
         shutil.copytree(ready, tmp_path / "run")
-        tensorrt.controls.executions = tensorrt.controls.deserialized = tensorrt.controls.builds = 0
+        for name in ("builds", "deserialized", "executions", "evaluations", "compiled"):
+            setattr(tensorrt.controls, name, 0)
         return Run(tmp_path / "run")
 
     return make

@@ -147,10 +147,12 @@ class DeviceDenoiser(abc.ABC):
         program = self.make_program(batch, schedule.steps, alone=False)
         if self.schedule is None:
             program.set_coefficients(_coefficients(schedule.rows, batch))
-        program.capturable &= self._captures
+        tries = program.capturable and self._captures
+        program.capturable = tries
         ratios = () if self.whole_trajectory else [row.history_ratio for row in schedule.rows]
         loop = DeviceLoop(self.device, program, batch, self.config.image_shape, ratios)
-        self._captures = loop.captured  # where it failed once, do not try (and log) again
+        if tries and not loop.captured:
+            self._captures = False  # where it failed once, do not try (and log) again
         return loop
 
     def _evaluate(

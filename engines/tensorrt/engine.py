@@ -118,7 +118,10 @@ class RuntimeCache:
     def __init__(self, config: Any, path: Path) -> None:
         self.path = path
         self._cache = config.create_runtime_cache()
-        self._known = path.read_bytes() if path.is_file() else b""
+        try:
+            self._known = path.read_bytes()
+        except OSError:  # none yet, or one that cannot be read
+            self._known = b""
         if self._known and not self._cache.deserialize(self._known):
             self._known = b""
         if not config.set_runtime_cache(self._cache):

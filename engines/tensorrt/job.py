@@ -235,7 +235,8 @@ def open_plans(
     states = choose_plans(run, manifest, machine, request.batch)
     records = records_of(states)
     if not request.unverified:
-        if any(state.verdict is None for state in states):
+        # One that fails gives way to the next best, which may never have run either.
+        while any(state.verdict is None for state in states):
             note("this engine was compiled and has never run: parity first, once")
             judge_plans(run, manifest, records, gpu, note)
             states = choose_plans(run, manifest, machine, request.batch)

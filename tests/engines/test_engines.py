@@ -20,6 +20,7 @@ from lutdeploy import images
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import hash_files, read_manifest
 from lutdeploy.artefacts.run import Run
+from lutdeploy.engines import BACKENDS as EVERY_BACKEND
 from lutdeploy.engines import Engine, EngineRequest, open_engine
 from lutdeploy.engines.cuda.device import CudaDevice
 from lutdeploy.engines.cuda.onnxruntime import OnnxRuntimeDeviceDenoiser
@@ -30,12 +31,12 @@ from lutdeploy.engines.onnxruntime import (
     misplaced_matmuls,
     open_session,
 )
+from lutdeploy.engines.tensorrt.library import RTX, TENSORRT
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
 from lutdeploy.sampling import batch_noise
 from lutdeploy.schedule import Step, solver_schedule
-from tests.command import succeed
 from tests.conftest import read_golden
-from tests.doubles import install
+from tests.doubles import install, write_plans
 from tests.doubles.cpu_device import CpuDevice, on_cpu
 from tests.doubles.tensorrt_double import VERSIONS, Controls
 
@@ -46,7 +47,7 @@ BACKENDS = (
     "torch",
     "onnxruntime",
     "openvino",
-    *(f"tensorrt {version}" for version in VERSIONS),  # the double
+    *(f"double {version}" for version in VERSIONS),  # of both TensorRTs
     "onnxruntime device",  # the code of its GPU providers, on the CPU
     "torch device",  # its GPU code, on the CPU
     pytest.param("torch cuda", marks=pytest.mark.gpu),
@@ -65,11 +66,12 @@ def engine(
 ) -> Iterator[Engine]:
     """Every backend on every preset."""
     backend, _, detail = str(request.param).partition(" ")
-    if backend == "tensorrt":
+    if backend == "double":
         install(monkeypatch, detail, Controls())
+        backend = RTX if detail.startswith("rtx") else TENSORRT
         run = exported_run("step", preset=preset, precision="fp32")
-        succeed("build", run.path, "--batch", "2:3:4")
-        opened = lutdeploy.load(run.path, backend)
+        write_plans(run, backend, "2:3:4")
+        opened = lutdeploy.load(run.path, backend)  # judged first
     elif backend == "torch" and detail:
         if detail == "device":
             on_cpu(monkeypatch)
@@ -90,7 +92,7 @@ def test_conformance(engine: Engine, preset: str) -> None:
     golden = read_golden(preset)
     x, t, expected = (golden.arrays[name] for name in ("x", "t", "x0"))
     assert engine.config == golden.config
-    assert engine.identity["backend"] in ("torch", "onnxruntime", "openvino", "tensorrt")
+    assert engine.identity["backend"] in EVERY_BACKEND
 
     first = engine.predict_x0(x, t)  # timesteps differ within the batch
     assert first.dtype == np.float32
@@ -227,7 +229,7 @@ def test_a_graph_of_another_signature_is_refused(tmp_path: Path, exported: Expor
         open_engine(EngineRequest(mixed))
 
 
-TENSORRT = r"use --backend tensorrt \(`lutdeploy build`\)"
+FOR_TENSORRT = r"use --backend tensorrt \(`lutdeploy build`\)"
 
 
 @pytest.mark.parametrize(
@@ -236,8 +238,8 @@ TENSORRT = r"use --backend tensorrt \(`lutdeploy build`\)"
         ("tvm", "cpu", BackendError, "there are auto, torch, onnxruntime, openvino, tensorrt"),
         ("onnxruntime", "npu", BackendError, "there are .*CPUExecutionProvider"),
         pytest.param("onnxruntime", "cuda", BackendError, "CPUExecutionProvider", marks=no_gpu),
-        ("onnxruntime", "tensorrt", UsageError, TENSORRT),
-        ("onnxruntime", "TensorrtExecutionProvider", UsageError, TENSORRT),
+        ("onnxruntime", "tensorrt", UsageError, FOR_TENSORRT),
+        ("onnxruntime", "TensorrtExecutionProvider", UsageError, FOR_TENSORRT),
         pytest.param("torch", "cuda", BackendError, "no CUDA device 'cuda'.*none", marks=no_gpu),
         ("torch", "mps", BackendError, "torch sees no mps device here"),
         ("torch", "meta", UsageError, "'meta' is no device; write cpu, cuda, cuda:N or mps"),
