@@ -282,12 +282,9 @@ def test_the_embedded_model_brings_its_schedules(
 
 
 def test_shipped_schedules_belong_to_the_shipped_models() -> None:
-    """The default has some; those of any model are of its very weights."""
-    found = {name: tuned_steps_file(shipped.model_path(name)) for name in shipped.names()}
-    tuned = {name: path for name, path in found.items() if path.is_file()}
-    assert shipped.DEFAULT in tuned
-    for name, path in tuned.items():
-        known = read_tuned_steps(path)
+    """Every model has some, of its very weights, and four steps are among them."""
+    for name in shipped.names():
+        known = read_tuned_steps(tuned_steps_file(shipped.model_path(name)))
         assert known.model_sha256 == files.sha256(shipped.model_path(name))
         assert 4 in {schedule.steps for schedule in known.schedules}
 
