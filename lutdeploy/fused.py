@@ -61,7 +61,8 @@ class TimeBias(nn.Module):
         assert stem.patch.bias is not None and stem.expand.bias is not None
         summed = stem.patch.weight.double().sum(dim=(2, 3))  # [D, stem]
         inner = stem.time.bias.double() + stem.expand.bias.double()  # [stem]
-        self.weight = _constant(summed @ stem.time.weight.double(), torch.float32)
+        weight = summed @ stem.time.weight.double()  # [D, 2h]
+        self.weight = _constant(weight if matmul else weight.T, torch.float32)
         self.bias = _constant(summed @ inner + stem.patch.bias.double(), torch.float32)
         self.matmul = matmul
         self.register_buffer("frequencies", stem.frequencies.clone())
@@ -71,7 +72,8 @@ class TimeBias(nn.Module):
         embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [B, 2h]
         if self.matmul:
             return F.linear(embedding, self.weight, self.bias)
-        return (embedding[:, None] * self.weight).sum(-1) + self.bias
+        # The sum is over the middle axis: OpenVINO 2026.4 gets one over the last axis wrong.
+        return (embedding[..., None] * self.weight).sum(1) + self.bias  # [B, 2h, D] to [B, D]
 
 
 class FusedStem(nn.Module):

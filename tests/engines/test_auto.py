@@ -29,7 +29,7 @@ from lutdeploy.machine import this_machine
 from lutdeploy.schedule import solver_schedule
 from tests.command import fail, succeed
 from tests.doubles import install
-from tests.doubles.tensorrt_double import Controls
+from tests.doubles.tensorrt_double import VERSIONS, Controls
 from tests.engines.benchmark.bench_records import make_result, row
 
 Exported = Callable[..., Path]
@@ -206,7 +206,7 @@ def test_what_bench_measured_of_tensorrt_is_found(
     exported_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an engine for each of two batch sizes: bench, auto and sample open the same one."""
-    install(monkeypatch, "11.1.0.106", Controls())
+    install(monkeypatch, VERSIONS[1], Controls())
     run = exported_run("step", precision="fp32")
     succeed("build", run.path, "--batch", 1, "--batch", 4)
     export = run.export_folder("step-fp32")
