@@ -12,6 +12,8 @@ NOTES = (
     "backend: ",
     "`lutdeploy parity` has not ",
     "machine: ",
+    "model: ",
+    "run: ",
     "data: ",
     "learning rate: ",
     "  skipped ",
