@@ -26,13 +26,13 @@ from lutdeploy.engines.tensorrt.library import RTX, TITLES, load_tensorrt
 from lutdeploy.engines.tensorrt.network import (
     Messages,
     NetworkTypes,
-    list_names,
     network_types,
     parse,
     polygraphy,
     read_graph,
+    require_types,
 )
-from lutdeploy.errors import BackendError, ParityError, UsageError
+from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.signature import Signature, graph_signature
 
 Note = Callable[[str], None]
@@ -178,11 +178,7 @@ class GraphBuild:
             types = network_types(parsed[1], model, precision)
             if signature is None:
                 return types, None
-            if types.problems:
-                raise ParityError(
-                    f"{self.path} is not what its export says, {precision}: "
-                    f"{list_names(types.problems)}"
-                )
+            require_types(types, self.path, precision)
             given = () if static else profiles
             config = self._config(
                 loaders, [profile_of(loaders, p, signature) for p in given], timing_cache

@@ -37,7 +37,7 @@ from lutdeploy.engines.tensorrt.engine import (
 )
 from lutdeploy.engines.tensorrt.layers import merge_reports, read_layers
 from lutdeploy.engines.tensorrt.library import RTX_ARCHITECTURES, TENSORRT, load_tensorrt
-from lutdeploy.engines.tensorrt.network import list_names
+from lutdeploy.engines.tensorrt.network import require_types
 from lutdeploy.errors import BackendError, ParityError, UsageError
 from lutdeploy.model import LutTransformer
 from lutdeploy.parity import Report, compare
@@ -122,11 +122,7 @@ def show_types(
         ParityError: TensorRT's parser gives a layer another type than the export says.
     """
     for graph, types in export_types(manifest, options, target):
-        if types.problems:
-            raise ParityError(
-                f"{manifest.folder / graph} is not what its export says, {manifest.precision}: "
-                f"{list_names(types.problems)}"
-            )
+        require_types(types, manifest.folder / graph, manifest.precision)
         yield graph, types.counts()
 
 

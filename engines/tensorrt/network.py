@@ -19,7 +19,7 @@ from typing import Any
 import onnx
 
 from lutdeploy.engines.tensorrt.library import RTX, TITLES, last_error, load_tensorrt
-from lutdeploy.errors import ArtefactError, BackendError, first_line
+from lutdeploy.errors import ArtefactError, BackendError, ParityError, first_line
 
 # Layers whose type decides precision and speed: TensorRT's LayerType by ONNX operator.
 CHECKED = {
@@ -195,7 +195,13 @@ def expected_type(layer: TypedLayer, precision: str) -> str:
     return "float32" if precision == "fp32" or island else "float16"
 
 
-def list_names(names: list[str] | tuple[str, ...]) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return "; ".join(names[:NAMED]) + more
+def require_types(types: NetworkTypes, path: Path, precision: str) -> None:
+    """Refuse a graph whose layers compute in other types than its export's precision says.
+
+    Raises:
+        ParityError: names the first of them.
+    """
+    if types.problems:
+        more = len(types.problems) - NAMED
+        named = "; ".join(types.problems[:NAMED]) + (f" and {more} more" if more > 0 else "")
+        raise ParityError(f"{path} is not what its export says, {precision}: {named}")

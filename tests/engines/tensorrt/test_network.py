@@ -15,7 +15,8 @@ from lutdeploy.engines.tensorrt.engine import this_machine
 from lutdeploy.engines.tensorrt.library import RTX
 from lutdeploy.engines.tensorrt.network import network_types, parse, polygraphy, read_graph
 from lutdeploy.engines.tensorrt.plan import BatchProfile, BuildOptions
-from lutdeploy.errors import ArtefactError, BackendError
+from lutdeploy.errors import ArtefactError, BackendError, ParityError
+from lutdeploy.signature import step_signature
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
 
@@ -81,6 +82,17 @@ def test_a_float32_graph_is_no_fp16_export(exported: Exported, target: BuildTarg
     assert any("MATRIX_MULTIPLY) computes in float32, not float16" in text for text in problems)
     problems = types_of(exported(precision="fp16") / "step.onnx", target, "fp32")
     assert any("computes in float16, not float32" in text for text in problems)
+
+
+def test_a_graph_of_other_types_than_its_export_is_not_built(
+    exported: Exported, target: BuildTarget
+) -> None:
+    path = exported() / "step.onnx"
+    signature = step_signature(read_manifest(exported()).config)
+    with pytest.raises(ParityError) as error:
+        GraphBuild(path, OPTIONS, target, print, print).build("fp16", signature, None)
+    assert str(error.value).startswith(f"{path} is not what its export says, fp16: ")
+    assert str(error.value).endswith(" more")
 
 
 def test_an_island_in_half_precision_is_named(
