@@ -64,7 +64,7 @@ def read_metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         metadata = json.loads(text)
         return ModelConfig.from_dict(metadata["config"]), dict(metadata.get("about", {}))
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except (*files.BAD_JSON, KeyError, TypeError, ConfigError) as error:
         raise ArtefactError(f"{path}: unreadable {METADATA_KEY} metadata: {error}") from error
 
 
