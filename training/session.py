@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -20,8 +21,8 @@ from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, model_config
 from lutdeploy.device import parse_device
 from lutdeploy.errors import LutDeployError, UsageError
-from lutdeploy.training.data import ImageSet
-from lutdeploy.training.processes import Processes, is_first
+from lutdeploy.training.data import SYNTHETIC, ImageSet, read_list
+from lutdeploy.training.processes import Processes, launch
 from lutdeploy.training.recipes import RECIPE_FIELDS, TrainSettings, read_settings, train_settings
 from lutdeploy.training.state import read_position
 
@@ -63,7 +64,7 @@ def choose_device(name: str) -> str:
 @contextlib.contextmanager
 def hold_folder(run: Run, resume: bool) -> Iterator[None]:
     """Hold the folder of a new or a resumed run; of several processes the first does so."""
-    if not is_first():
+    if not launch().is_first:
         yield
         return
     if not resume and (run.settings.exists() or run.model.exists()):
@@ -112,7 +113,7 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
         if not compiles:
             note("no C++ compiler here: training without torch.compile, which is slower")
     of_model, of_recipe = parse_overrides(request.overrides)
-    fields = {**fields, "ema": fields["ema"] or None}
+    fields = {**fields, "data": absolute(fields["data"]), "ema": fields["ema"] or None}
     if fields["init"] is None:
         model = model_config(request.preset, request.size, **of_model)
     else:
@@ -128,6 +129,11 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
     return train_settings(model, compile=compiles, **fields).changed(**of_recipe)
 
 
+def absolute(data: str) -> str:
+    """What --data names, wherever a later command is started."""
+    return data if data == SYNTHETIC else os.path.abspath(data)
+
+
 def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     """A run's own settings, if what is asked for agrees; data's path and steps may differ."""
     settings = read_settings(run)
@@ -141,7 +147,8 @@ def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     if "compile" in request.given and request.compile != "auto":
         asked.append(("--compile", request.compile, "on" if settings.compile else "off"))
     given = {name: request.fields[name] for name in request.fields if name in request.given}
-    data, steps = given.pop("data", settings.data), given.pop("steps", settings.steps)
+    data = absolute(given.pop("data")) if "data" in given else settings.data
+    steps = given.pop("steps", settings.steps)
     for name, value in given.items():
         plain = list(value) if isinstance(value, tuple) else value
         asked.append((f"--{name.replace('_', '-')}", plain, values[name]))
@@ -151,6 +158,29 @@ def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     reached = read_position(run).step if run.training_state.is_file() else 0
     settings = msgspec.structs.replace(settings, data=data)
     return extended(settings, steps, reached, request.warm_restart, note)
+
+
+def require_same_images(run: Run, data: ImageSet, source: str, note: Note) -> None:
+    """Refuse other images, or another order, than those of the run that goes on.
+
+    What is held out follows from their order: some that was trained on would be held out.
+    """
+    if not run.images.is_file():
+        note(
+            f"warning: an earlier version began {run.path} and noted no images: only their number "
+            "is compared"
+        )
+        return
+    known = read_list(run.images)
+    if known == data.sha256:
+        return
+    new, gone = (len(set(a) - set(b)) for a, b in ((data.sha256, known), (known, data.sha256)))
+    how = f"{new} are new and {gone} are gone" if new or gone else "they are in another order"
+    raise UsageError(
+        f"{source} holds {len(data.sha256)} images, {run.path} was trained on {len(known)}: {how} "
+        f"({run.images.name} lists them). A resumed run needs the same files in the same order, "
+        f"which --data may find elsewhere; `--init {run.path} --out …` begins a new run with others"
+    )
 
 
 def extended(
@@ -203,6 +233,8 @@ def describe(
         + (f", {processes.count} processes" if processes.count > 1 else "")
         + ("; compiling, which takes a minute" if settings.compile else "")
     )
+    for line in data.remarks:
+        note(f"  {line}")
     for line in data.skipped[:NAMED_FILES]:
         note(f"  skipped {line}")
     if len(data.skipped) > NAMED_FILES:

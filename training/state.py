@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lutdeploy.artefacts import checkpoint, files
-from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.run import Run, decay_name
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
@@ -116,7 +116,8 @@ class TrainingState:
         """The model and its averages, by name."""
         named = dict(self.objective.state_dict())
         for decay, average in zip(self.settings.ema, self.averages, strict=True):
-            named |= {f"ema-{decay:g}/{name}": v for name, v in average.state_dict().items()}
+            states = average.state_dict().items()
+            named |= {f"{decay_name(decay)}/{name}": value for name, value in states}
         return named
 
     def save(self, run: Run, images: int) -> None:
