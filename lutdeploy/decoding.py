@@ -7,6 +7,7 @@ done instead; whoever reads a folder adds the file's name.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import re
@@ -261,6 +262,18 @@ class _Lines(logging.Handler):
             _heard.lines.append(_without_numbers(record.getMessage()))
 
 
+@cache
+def _quiet_libtiff() -> None:
+    """Keep libtiff from printing what is wrong with a file whose name it does not know.
+
+    It is an error of Pillow's as well. On Windows libtiff is part of Pillow, out of reach.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler
+        set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+        set_handler(None)
+
+
 @contextlib.contextmanager
 def warnings_as_remarks() -> Iterator[None]:
     """Make Pillow's warnings and log lines remarks of the picture that they are about.
@@ -276,6 +289,7 @@ def warnings_as_remarks() -> Iterator[None]:
             elif not issubclass(category, Image.DecompressionBombWarning):  # it is only large
                 _heard.lines.append(_without_numbers(str(message)))
 
+        _quiet_libtiff()
         warnings.simplefilter("always")
         warnings.showwarning = keep
         logger, handler = logging.getLogger("PIL"), _Lines(logging.WARNING)

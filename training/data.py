@@ -26,7 +26,7 @@ from lutdeploy import decoding
 from lutdeploy.artefacts import files
 from lutdeploy.errors import UsageError
 from lutdeploy.machine import processors
-from lutdeploy.training.picture_folder import find_pictures, in_words, some
+from lutdeploy.training.picture_folder import find_pictures, in_words, printable, some
 from lutdeploy.training.synthetic import draw_cat
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def decode_or_say(path: Path, work: Callable[[Path], T]) -> T | str:
         reason = (str(error).splitlines() or ["?"])[0]
         if isinstance(error, UnidentifiedImageError):
             reason = "its bytes are no picture of these kinds"
-        return f"{path}: {type(error).__name__}: {reason}"[:300]
+        return f"{printable(path)}: {type(error).__name__}: {reason}"[:300]
 
 
 def by_remark(remarks: Mapping[str, list[str]]) -> tuple[str, ...]:
@@ -209,8 +209,8 @@ def load_folder(
                     skipped.append(result)
                 else:
                     pixels[len(names)] = result.pixels
-                    name = str(path.relative_to(folder))
-                    names.append(name)
+                    names.append(str(path.relative_to(folder)))
+                    name = printable(path.relative_to(folder))
                     digests.append(result.sha256)
                     for remark in result.remarks:
                         remarks[remark].append(name)

@@ -116,7 +116,8 @@ def _begin(run: Run, state: TrainingState, data: ImageSet) -> None:
     files.clear_leftovers(run.averages, "*.safetensors")
     if state.step:
         state.save_models(run)  # a kill between the files leaves them one checkpoint behind
-    data.write_list(run.images)
+    if data.sha256:
+        data.write_list(run.images)
     files.write_json(run.settings, state.settings)
     if run.log.is_file():
         lines = []

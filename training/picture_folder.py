@@ -74,6 +74,11 @@ def some(names: Iterable[str], by_suffix: bool = False) -> str:
     return ", ".join(shown[:NAMED]) + (", …" if len(shown) > NAMED else "")
 
 
+def printable(path: Path) -> str:
+    """A path as text that any file and console takes: bytes that are no UTF-8 as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def find_pictures(folder: Path, option: str = "--data") -> Found:
     """Every picture file below a folder, at least one, sorted by path.
 
@@ -85,7 +90,7 @@ def find_pictures(folder: Path, option: str = "--data") -> Found:
     left_out: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
 
     def leave_out(kind: tuple[str, str], path: Path) -> None:
-        left_out[kind].append(str(path.relative_to(folder)))
+        left_out[kind].append(printable(path.relative_to(folder)))
 
     def closed(error: OSError) -> None:
         leave_out(CLOSED, Path(error.filename))

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from lutdeploy.artefacts import files
+from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_model
@@ -118,6 +118,7 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
         model = model_config(request.preset, request.size, **of_model)
     else:
         path = find_model(fields["init"])
+        fields["init"] = absolute_model(fields["init"])
         model, _ = read_metadata(path)
         fields["init_sha256"] = files.sha256(path)
         if of_model or request.given & {"preset", "size"}:
@@ -131,7 +132,17 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
 
 def absolute(data: str) -> str:
     """What --data names, wherever a later command is started."""
-    return data if data == SYNTHETIC else os.path.abspath(data)
+    if data == SYNTHETIC:
+        return data
+    path = os.path.abspath(data)
+    if path.encode("utf-8", "replace").decode() != path:  # bytes that are no UTF-8
+        raise UsageError(f"--data {path!r}: a run cannot note this name; give the folder another")
+    return path
+
+
+def absolute_model(name: str) -> str:
+    """What --init names, wherever a later command is started."""
+    return name if name in shipped.names() else os.path.abspath(name)
 
 
 def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
@@ -149,6 +160,8 @@ def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     given = {name: request.fields[name] for name in request.fields if name in request.given}
     data = absolute(given.pop("data")) if "data" in given else settings.data
     steps = given.pop("steps", settings.steps)
+    if given.get("init") and values["init"]:
+        given["init"], values["init"] = map(absolute_model, (given["init"], values["init"]))
     for name, value in given.items():
         plain = list(value) if isinstance(value, tuple) else value
         asked.append((f"--{name.replace('_', '-')}", plain, values[name]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import msgspec
 import torch
@@ -136,7 +137,8 @@ class TrainingState:
 
     def save_models(self, run: Run) -> None:
         """Write the chosen average as the run's model and, if there are several, each."""
-        about = {"origin": "lutdeploy train", "step": self.step, "data": self.settings.data}
+        data = Path(self.settings.data).name  # not its path, as models are given away
+        about = {"origin": "lutdeploy train", "step": self.step, "data": data}
         if len(self.averages) > 1:
             for decay, average in zip(self.settings.ema, self.averages, strict=True):
                 checkpoint.save_model(average, run.average(decay), about={**about, "ema": decay})

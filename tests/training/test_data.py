@@ -377,6 +377,35 @@ def test_pillows_warnings_name_the_file(tmp_path: Path, capfd: pytest.CaptureFix
     assert captured.out == captured.err == ""
 
 
+def test_libtiff_prints_nothing_of_its_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "good.tif")
+    tiff = bytearray(encoded(noise(0, 64), "TIFF", compression="tiff_lzw"))
+    tiff[500:900] = bytes(400)
+    (tmp_path / "cut.tif").write_bytes(tiff)
+    found = load_folder(tmp_path, 8)
+    assert len(found.skipped) == 1 and "cut.tif: OSError" in found.skipped[0]
+    assert capfd.readouterr().err == ""
+
+
+def test_names_of_any_bytes_are_read_listed_and_shown(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        put(tmp_path / "faces" / name, noise(0, 20))
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    found = load_folder(tmp_path / "faces", 64)
+    assert found.names == (name,)
+    assert found.remarks == (r"enlarged to 64×64: 1 image (caf\xe9.png 20×20)",)
+    found.write_list(tmp_path / "images.sha256")
+    assert (tmp_path / "images.sha256").read_bytes().endswith(b"  caf\xe9.png\n")
+    assert read_list(tmp_path / "images.sha256") == found.sha256
+    (tmp_path / "faces").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    line = fail(2, "train", "--data", tmp_path / os.fsdecode(b"caf\xe9"), "--out", tmp_path / "x")
+    assert "a run cannot note this name; give the folder another" in line
+
+
 def test_others_warnings_are_left_alone() -> None:
     with pytest.warns(UserWarning, match="from another thread"), decoding.warnings_as_remarks():
         other = threading.Thread(target=warnings.warn, args=("from another thread",))

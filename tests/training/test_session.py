@@ -95,6 +95,20 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def test_a_command_is_repeated_with_the_model_that_it_began_with(
+    run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.path.parent)
+    save_model(LutTransformer(new_settings(request(), print).model), Run(Path("other")).model)
+    settings = new_settings(request(init="other"), said.append)
+    assert settings.init == str(run.path.parent / "other")
+    for stored in (settings.init, "other"):  # the latter by an earlier version
+        files.write_json(run.settings, settings.changed(init=stored))
+        assert resumed_settings(run, request(init="other"), print).init == stored
+        with pytest.raises(UsageError, match="--init .*third: .* was started with"):
+            resumed_settings(run, request(init="third"), print)
+
+
 def test_averages_have_names_of_their_own() -> None:
     """Of decays that print alike, one average would overwrite the other."""
     with pytest.raises(ConfigError, match=r"needs a name of its own in six digits"):

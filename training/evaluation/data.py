@@ -36,7 +36,7 @@ from lutdeploy.training.data import (
     unreadable,
 )
 from lutdeploy.training.evaluation.distances import Pixels
-from lutdeploy.training.picture_folder import find_pictures, some
+from lutdeploy.training.picture_folder import find_pictures, printable, some
 from lutdeploy.training.state import read_position
 
 SPLIT = 0.05  # held out where nothing says what was
@@ -157,7 +157,7 @@ def load_real(
 def _require_unseen(folder: Path, held_out: ImageSet, trained: Trained | None) -> None:
     saw = trained.saw(held_out) if trained else None
     if saw is not None and saw.any():
-        names = [held_out.names[index] for index in np.flatnonzero(saw)]
+        names = [printable(Path(held_out.names[index])) for index in np.flatnonzero(saw)]
         raise UsageError(
             f"--held-out {folder}: the model was trained on {len(names)} of its {len(saw)} images "
             f"({some(names)})"
@@ -285,7 +285,7 @@ def read_samples(folder: Path, n: int, on_progress: OnProgress = no_progress) ->
                 raise UsageError(f"{path} is {_sides(size)}; square pictures are compared")
             kept.append(picture.image)
             for remark in picture.remarks:
-                remarks[remark].append(path.name)
+                remarks[remark].append(printable(path.relative_to(folder)))
     if not kept:
         raise UsageError(f"{folder}: no picture is readable; first: {skipped[0]}")
     grey = all(image.mode == "L" for image in kept)
