@@ -105,7 +105,7 @@ def test_a_command_is_repeated_with_the_model_that_it_began_with(
     for stored in (settings.init, "other"):  # the latter by an earlier version
         files.write_json(run.settings, settings.changed(init=stored))
         assert resumed_settings(run, request(init="other"), print).init == stored
-        with pytest.raises(UsageError, match="--init .*third: .* was started with"):
+        with pytest.raises(UsageError, match=r"--init .*third: .* was started with"):
             resumed_settings(run, request(init="third"), print)
 
 
