@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, _imaging, features
 
 # Kinds of files by Pillow's name, and how their names end. Others that Pillow opens are left
 # out: vector graphics, which start other programs, and files without a signature.
@@ -269,7 +269,7 @@ def _quiet_libtiff() -> None:
     It is an error of Pillow's as well. On Windows libtiff is part of Pillow, out of reach.
     """
     with contextlib.suppress(OSError, AttributeError):
-        set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler
+        set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
         set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
         set_handler(None)
 
