@@ -7,13 +7,14 @@ depend on their number. Accelerate joins them and averages their gradients.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lutdeploy.errors import BackendError, UsageError
+from lutdeploy.errors import BackendError, LutDeployError, UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +72,18 @@ class Processes:
     def tell(self, value: T) -> T:
         """The first process's value, in every process."""
         return value
+
+    def by_first(self, work: Callable[[], None]) -> None:
+        """Let the first process do it; an error on purpose is raised in every one."""
+        failed: LutDeployError | None = None
+        if self.writes:
+            try:
+                work()
+            except LutDeployError as error:
+                failed = error
+        failed = self.tell(failed)
+        if failed is not None:
+            raise failed
 
     def wait(self) -> None:
         """Wait until every process has reached this call."""

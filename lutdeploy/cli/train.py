@@ -6,6 +6,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +122,9 @@ def command(
         shape = model.image_size, model.channels
         with progress_bar() if processes.writes else contextlib.nullcontext() as bar:
             data = load_once(processes, settings.data, *shape, out, _reading(bar))
-        if resume and processes.writes:
-            session.require_same_images(run, data, settings.data, say)
+        if resume:
+            check = partial(session.require_same_images, run, data, settings.data, say)
+            processes.by_first(check)  # which alone knows the files
         session.describe(settings, data, processes, bf16_speedup, say)
         if settings.compile:  # deprecations inside the compiler, which a user cannot mend
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")

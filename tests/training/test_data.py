@@ -38,6 +38,7 @@ from lutdeploy.training.data import (
 from lutdeploy.training.evaluation.data import read_samples
 from lutdeploy.training.picture_folder import find_pictures
 from lutdeploy.training.processes import Processes
+from lutdeploy.training.session import require_same_images
 from tests.command import fail, succeed
 
 Pixels = NDArray[np.uint8]
@@ -582,6 +583,21 @@ def test_processes_of_a_machine_share_one_copy(
         assert isinstance(pixels, np.memmap) and isinstance(pixels.base, np.memmap | mmap.mmap)
     assert found[0].sha256 == expected.sha256 and found[1].sha256 == ()
     assert list(scratch.iterdir()) == [], "the file has no name to leave behind"
+
+
+def test_an_error_of_the_first_is_every_processs(begun: Run) -> None:
+    told = queue.Queue[Any]()
+    first, second = (Joined(rank, threading.Barrier(2), told) for rank in range(2))
+    others = draw_set(8, count=2)
+
+    def check() -> None:
+        require_same_images(begun, others, "faces", print)
+
+    for process in (first, second, Processes("cpu")):
+        with pytest.raises(UsageError, match="2 are new and 4 are gone"):
+            process.by_first(check)
+    first.by_first(lambda: None)
+    second.by_first(lambda: pytest.fail("the second does nothing itself"))
 
 
 def test_reading_is_shown(begun: Run) -> None:
