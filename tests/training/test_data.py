@@ -585,7 +585,7 @@ def test_processes_of_a_machine_share_one_copy(
     assert list(scratch.iterdir()) == [], "the file has no name to leave behind"
 
 
-def test_an_error_of_the_first_is_every_processs(begun: Run) -> None:
+def test_an_error_of_the_first_process_ends_all(begun: Run) -> None:
     told = queue.Queue[Any]()
     first, second = (Joined(rank, threading.Barrier(2), told) for rank in range(2))
     others = draw_set(8, count=2)
