@@ -108,14 +108,16 @@ def write_pictures(state: TrainingState, run: Run) -> None:
         files.write_atomic(path, images.encode_png(picture))
 
 
-def _begin(run: Run, state: TrainingState) -> None:
+def _begin(run: Run, state: TrainingState, data: ImageSet) -> None:
     """Clear what a kill left, and bring the run's files to the state's step."""
-    for path in (run.settings, run.model, run.training_state, run.log):
+    for path in (run.settings, run.images, run.model, run.training_state, run.log):
         files.clear_leftovers(run.path, path.name)
     files.clear_leftovers(run.pictures, "*.png")
     files.clear_leftovers(run.averages, "*.safetensors")
     if state.step:
         state.save_models(run)  # a kill between the files leaves them one checkpoint behind
+    if data.sha256:
+        data.write_list(run.images)
     files.write_json(run.settings, state.settings)
     if run.log.is_file():
         lines = []
@@ -162,7 +164,7 @@ def train(
             raise UsageError(f"--steps {settings.steps}: {run.path} has {state.step} steps already")
     processes.wait()  # until all have read what the first writes next
     if processes.writes:
-        _begin(run, state)
+        _begin(run, state, data)
     pixels, held_pixels = on_device(data.images, place), data.images[held[:HELD_OUT_IMAGES]]
     batches = batch_indices(len(chosen), settings.batch, settings.seed, state.step)
     compute = processes.join(state.objective)

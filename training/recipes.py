@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.run import Run, decay_name
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, ConfigError
 
@@ -65,8 +65,11 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     restart: Annotated[int, Meta(ge=0)] = 0  # step at which warm-up and decay last began
 
     def __post_init__(self) -> None:
-        if len(set(self.ema)) < len(self.ema):
-            raise ConfigError(f"ema cannot be {list(self.ema)}: each decay may stand there once")
+        if len(set(map(decay_name, self.ema))) < len(self.ema):
+            raise ConfigError(
+                f"ema cannot be {list(self.ema)}: each decay may stand there once, and needs a "
+                "name of its own in six digits"
+            )
         if self.start == "copy" and self.model.stem_channels < self.model.channels:
             raise ConfigError(
                 f"start copy needs stem_channels of {self.model.channels} at least, not "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -13,15 +14,15 @@ from typing import Any
 import msgspec
 import torch
 
-from lutdeploy.artefacts import files
+from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, model_config
 from lutdeploy.device import parse_device
 from lutdeploy.errors import LutDeployError, Terminated, UsageError
-from lutdeploy.training.data import ImageSet
-from lutdeploy.training.processes import Processes, is_first
+from lutdeploy.training.data import SYNTHETIC, ImageSet, read_list
+from lutdeploy.training.processes import Processes, launch
 from lutdeploy.training.recipes import RECIPE_FIELDS, TrainSettings, read_settings, train_settings
 from lutdeploy.training.state import read_position
 
@@ -63,7 +64,7 @@ def choose_device(name: str) -> str:
 @contextlib.contextmanager
 def hold_folder(run: Run, resume: bool) -> Iterator[None]:
     """Hold the folder of a new or a resumed run; of several processes the first does so."""
-    if not is_first():
+    if not launch().is_first:
         yield
         return
     if not resume and (run.settings.exists() or run.model.exists()):
@@ -112,11 +113,12 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
         if not compiles:
             note("no C++ compiler here: training without torch.compile, which is slower")
     of_model, of_recipe = parse_overrides(request.overrides)
-    fields = {**fields, "ema": fields["ema"] or None}
+    fields = {**fields, "data": absolute(fields["data"]), "ema": fields["ema"] or None}
     if fields["init"] is None:
         model = model_config(request.preset, request.size, **of_model)
     else:
         path = find_model(fields["init"])
+        fields["init"] = absolute_model(fields["init"])
         model, _ = read_metadata(path)
         fields["init_sha256"] = files.sha256(path)
         if of_model or request.given & {"preset", "size"}:
@@ -126,6 +128,21 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
             )
         note(f"first weights: {path}")
     return train_settings(model, compile=compiles, **fields).changed(**of_recipe)
+
+
+def absolute(data: str) -> str:
+    """What --data names, wherever a later command is started."""
+    if data == SYNTHETIC:
+        return data
+    path = os.path.abspath(data)
+    if path.encode("utf-8", "replace").decode() != path:  # bytes that are no UTF-8
+        raise UsageError(f"--data {path!r}: a run cannot note this name; give the folder another")
+    return path
+
+
+def absolute_model(name: str) -> str:
+    """What --init names, wherever a later command is started."""
+    return name if name in shipped.names() else os.path.abspath(name)
 
 
 def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
@@ -141,7 +158,10 @@ def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     if "compile" in request.given and request.compile != "auto":
         asked.append(("--compile", request.compile, "on" if settings.compile else "off"))
     given = {name: request.fields[name] for name in request.fields if name in request.given}
-    data, steps = given.pop("data", settings.data), given.pop("steps", settings.steps)
+    data = absolute(given.pop("data")) if "data" in given else settings.data
+    steps = given.pop("steps", settings.steps)
+    if given.get("init") and values["init"]:
+        given["init"], values["init"] = map(absolute_model, (given["init"], values["init"]))
     for name, value in given.items():
         plain = list(value) if isinstance(value, tuple) else value
         asked.append((f"--{name.replace('_', '-')}", plain, values[name]))
@@ -151,6 +171,29 @@ def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     reached = read_position(run).step if run.training_state.is_file() else 0
     settings = msgspec.structs.replace(settings, data=data)
     return extended(settings, steps, reached, request.warm_restart, note)
+
+
+def require_same_images(run: Run, data: ImageSet, source: str, note: Note) -> None:
+    """Refuse other images, or another order, than those of the run that goes on.
+
+    What is held out follows from their order: some that was trained on would be held out.
+    """
+    if not run.images.is_file():
+        note(
+            f"warning: an earlier version began {run.path} and noted no images: only their number "
+            "is compared"
+        )
+        return
+    known = read_list(run.images)
+    if known == data.sha256:
+        return
+    new, gone = (len(set(a) - set(b)) for a, b in ((data.sha256, known), (known, data.sha256)))
+    how = f"{new} are new and {gone} are gone" if new or gone else "they are in another order"
+    raise UsageError(
+        f"{source} holds {len(data.sha256)} images, {run.path} was trained on {len(known)}: {how} "
+        f"({run.images.name} lists them). A resumed run needs the same files in the same order, "
+        f"which --data may find elsewhere; `--init {run.path} --out …` begins a new run with others"
+    )
 
 
 def extended(
@@ -203,6 +246,8 @@ def describe(
         + (f", {processes.count} processes" if processes.count > 1 else "")
         + ("; compiling, which takes a minute" if settings.compile else "")
     )
+    for line in data.remarks:
+        note(f"  {line}")
     for line in data.skipped[:NAMED_FILES]:
         note(f"  skipped {line}")
     if len(data.skipped) > NAMED_FILES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import msgspec
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lutdeploy.artefacts import checkpoint, files
-from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.run import Run, decay_name
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
@@ -116,7 +117,8 @@ class TrainingState:
         """The model and its averages, by name."""
         named = dict(self.objective.state_dict())
         for decay, average in zip(self.settings.ema, self.averages, strict=True):
-            named |= {f"ema-{decay:g}/{name}": v for name, v in average.state_dict().items()}
+            states = average.state_dict().items()
+            named |= {f"{decay_name(decay)}/{name}": value for name, value in states}
         return named
 
     def save(self, run: Run, images: int) -> None:
@@ -135,7 +137,8 @@ class TrainingState:
 
     def save_models(self, run: Run) -> None:
         """Write the chosen average as the run's model and, if there are several, each."""
-        about = {"origin": "lutdeploy train", "step": self.step, "data": self.settings.data}
+        data = Path(self.settings.data).name  # not its path, as models are given away
+        about = {"origin": "lutdeploy train", "step": self.step, "data": data}
         if len(self.averages) > 1:
             for decay, average in zip(self.settings.ema, self.averages, strict=True):
                 checkpoint.save_model(average, run.average(decay), about={**about, "ema": decay})

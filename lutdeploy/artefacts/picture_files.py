@@ -27,6 +27,7 @@ from numpy.lib import format as npy
 
 from lutdeploy import images
 from lutdeploy.artefacts import files
+from lutdeploy.decoding import decode
 from lutdeploy.errors import ArtefactError
 from lutdeploy.images import Pixels
 
@@ -532,7 +533,7 @@ def pictures_in(path: Path) -> Iterator[Pixels]:
                 for name, start, size in _members(file):
                     if name.endswith(".png"):
                         file.seek(start)
-                        yield images.decode_png(file.read(size))
+                        yield decode(file.read(size)).pixels
                 file.seek(-len(TAR_END), os.SEEK_END)
                 if file.read() != TAR_END:
                     raise EOFError("the shard ends early")

@@ -3,6 +3,7 @@
     runs/NAME/
       model.safetensors        weights and config (training: the EMA)
       train.json train.jsonl   settings and log of the training
+      images.sha256            the images of the training, as sha256sum lists files
       training-state.safetensors   all that --resume needs
       samples/                 pictures made while training
       onnx/EXPORT/             graphs, one weights file, manifest.json
@@ -51,6 +52,11 @@ class Run:
         return self.path / "train.jsonl"
 
     @property
+    def images(self) -> Path:
+        """The images of the training (:mod:`lutdeploy.training.data`)."""
+        return self.path / "images.sha256"
+
+    @property
     def training_state(self) -> Path:
         return self.path / "training-state.safetensors"
 
@@ -60,7 +66,7 @@ class Run:
         return self.path / "averages"
 
     def average(self, decay: float) -> Path:
-        return self.averages / f"ema-{decay:g}.safetensors"
+        return self.averages / f"{decay_name(decay)}.safetensors"
 
     @property
     def pictures(self) -> Path:
@@ -78,8 +84,13 @@ class Run:
 
     @property
     def bench(self) -> Path:
-        """What `lutdeploy bench` measured; its plot has the same name and ends in .png."""
+        """What `lutdeploy bench` measured."""
         return self.path / "bench.json"
+
+    @property
+    def bench_plot(self) -> Path:
+        """The same as a plot; it has the name of the JSON, wherever that is written."""
+        return self.bench.with_suffix(".png")
 
     @property
     def tuned_steps(self) -> Path:
@@ -163,6 +174,11 @@ def locate(path: Path) -> Located:
         why = "its training has saved no checkpoint yet" if started else "it is no run"
         raise UsageError(f"{path} holds no {MODEL}: {why}")
     return Located(run.model, None, run)
+
+
+def decay_name(decay: float) -> str:
+    """The name of an average of the weights, in files and in the training state."""
+    return f"ema-{decay:g}"
 
 
 def tuned_steps_file(model: Path) -> Path:

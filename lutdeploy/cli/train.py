@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,13 @@ from lutdeploy.cli.requests import POSITIVE, SEED
 from lutdeploy.config import PRESETS, SIZES
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from lutdeploy.training.loop import Progress
 
 
 @click.command("train", context_settings={"show_default": True})
-@click.option("--data", help="Folder of images (nested PNG, JPEG, WebP), or 'synthetic'.")
+@click.option("--data", help="Folder of images of any common kind, nested, or 'synthetic'.")
 @click.option("--preset", type=click.Choice(tuple(PRESETS)), default="static-tanh-64")
 @click.option("--size", type=click.Choice(tuple(SIZES)), default="small")
 @click.option(
@@ -98,7 +102,7 @@ def command(
     from lutdeploy.engines.benchmark.limits import product_peak
     from lutdeploy.engines.doctor import bf16_speedup
     from lutdeploy.training import session
-    from lutdeploy.training.data import load_images
+    from lutdeploy.training.data import load_once
     from lutdeploy.training.loop import Cadence, train
     from lutdeploy.training.processes import open_processes
 
@@ -116,7 +120,12 @@ def command(
         else:
             settings = session.new_settings(request, say)
         model = settings.model
-        data = load_images(settings.data, model.image_size, model.channels, scratch=out)
+        shape = model.image_size, model.channels
+        with progress_bar() if processes.writes else contextlib.nullcontext() as bar:
+            data = load_once(processes, settings.data, *shape, out, _reading(bar))
+        if resume:
+            check = partial(session.require_same_images, run, data, settings.data, say)
+            processes.by_first(check)  # which alone knows the files
         session.describe(settings, data, processes, bf16_speedup, say)
         if settings.compile:  # deprecations inside the compiler, which a user cannot mend
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
@@ -141,6 +150,19 @@ def command(
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(128 + (requests or [signal.SIGINT])[0])  # none: another process was asked
     click.echo(run.model)
+
+
+def _reading(bar: Bar | None) -> Callable[[int, int], None]:
+    """What shows in a progress bar how many images are read; nothing where there is no bar."""
+    tasks: list[Any] = []
+
+    def update(done: int, total: int) -> None:
+        if bar is not None:
+            if not tasks:
+                tasks.append(bar.add_task("data", total=total))
+            bar.update(tasks[0], completed=done)
+
+    return update
 
 
 def _follow(steps: Iterable[Progress], total: int) -> int:

@@ -102,7 +102,7 @@ def command(
             lambda share, state: bar.update(task, completed=share, state=state),
         )
     _show(found.rows, f"{images} images" + (f", {pictures} pictures" if data else ""))
-    for line in found.refusals:
+    for line in found.remarks:
         note(line)
     click.echo(run.tuned_steps)
 

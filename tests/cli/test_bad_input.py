@@ -129,7 +129,7 @@ def test_data_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_data_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    assert "holds no image (.png, .jpg" in fail(2, *train(tmp_path, tmp_path / "out"))
+    assert "holds no image (PNG, JPEG, " in fail(2, *train(tmp_path, tmp_path / "out"))
 
 
 def test_no_data(tmp_path: Path) -> None:
@@ -164,8 +164,7 @@ def spoil(folder: Path) -> list[str]:
     }
     for name, data in bad.items():
         (folder / name).write_bytes(data)
-    (folder / "folder.png").mkdir()
-    return [*bad, "folder.png"]
+    return list(bad)
 
 
 def test_unreadable_images_are_skipped_counted_and_named(pictures: Path, tmp_path: Path) -> None:
@@ -829,7 +828,7 @@ def test_resuming_with_other_images(trained: tuple[Path, Path], pictures: Path) 
     run, _ = trained
     before = contents(run)
     line = fail(2, "train", "--out", run, "--resume", "--steps", 2, "--data", pictures)
-    assert "a resumed run needs the same images" in line
+    assert "A resumed run needs the same files in the same order" in line
     assert contents(run) == before
 
 

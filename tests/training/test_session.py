@@ -14,7 +14,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import save_model
 from lutdeploy.artefacts.run import Run
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, LutDeployError, Terminated, UsageError
+from lutdeploy.errors import ArtefactError, ConfigError, LutDeployError, Terminated, UsageError
 from lutdeploy.model import LutTransformer
 from lutdeploy.training import session
 from lutdeploy.training.data import ImageSet, draw_set
@@ -95,6 +95,27 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def test_a_command_is_repeated_with_the_model_that_it_began_with(
+    run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.path.parent)
+    save_model(LutTransformer(new_settings(request(), print).model), Run(Path("other")).model)
+    settings = new_settings(request(init="other"), said.append)
+    assert settings.init == str(run.path.parent / "other")
+    for stored in (settings.init, "other"):  # the latter by an earlier version
+        files.write_json(run.settings, settings.changed(init=stored))
+        assert resumed_settings(run, request(init="other"), print).init == stored
+        with pytest.raises(UsageError, match=r"--init .*third: .* was started with"):
+            resumed_settings(run, request(init="third"), print)
+
+
+def test_averages_have_names_of_their_own() -> None:
+    """Of decays that print alike, one average would overwrite the other."""
+    with pytest.raises(ConfigError, match=r"needs a name of its own in six digits"):
+        new_settings(request(ema=(0.99999991, 0.99999992)), print)
+    assert new_settings(request(ema=(0.99999, 0.999999)), print).ema == (0.99999, 0.999999)
+
+
 def test_a_resumed_run_keeps_its_settings(run: Run, said: list[str]) -> None:
     stored = new_settings(request("width=32"), print)
     assert resumed_settings(run, request(), said.append) == stored
@@ -102,7 +123,7 @@ def test_a_resumed_run_keeps_its_settings(run: Run, said: list[str]) -> None:
     with pytest.raises(UsageError, match=r"depth 8: .*run was started with 2"):
         resumed_settings(run, same, said.append)
     moved = resumed_settings(run, request("width=32", "ema=[0.99,0.998,0.9998]", data="b"), print)
-    assert moved == stored.changed(data="b")
+    assert moved == stored.changed(data=str(Path("b").absolute()))
     with pytest.raises(UsageError, match=r"--batch 4: .*run was started with 8"):
         resumed_settings(run, request(batch=4), said.append)
     with pytest.raises(UsageError, match=r"--compile on: .*run was started with off"):

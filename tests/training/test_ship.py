@@ -13,7 +13,7 @@ from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.tuned_steps import TunedSteps
 from lutdeploy.config import model_config
-from lutdeploy.training.data import draw_set
+from lutdeploy.training.data import draw_set, no_progress
 from lutdeploy.training.loop import Cadence, train
 from lutdeploy.training.recipes import train_settings
 from lutdeploy.training.ship import main
@@ -21,7 +21,9 @@ from lutdeploy.training.ship import main
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", (3, 60, 0))
+    monkeypatch.setattr(
+        "lutdeploy.training.data.draw_set.__defaults__", (3, 60, 0, no_progress, None)
+    )
 
 
 def trained(path: Path) -> Run:

@@ -74,9 +74,8 @@ def read_pictures(folder: Path, request: Request, on_progress: OnProgress, note:
     samples = read_samples(folder, request.count, partial(on_progress, "read"))
     require_size(str(folder), len(samples.pixels))
     shape = samples.pixels.shape[1:]
-    for source in {request.data, str(request.held_out or request.data)}:
-        require_resolution(source, shape[-1])
     real = _real_images(request, shape, None, on_progress, note)
+    require_resolution(real, shape[-1])
     return Subject(str(folder), samples.pixels, real, samples.origin, samples.warnings)
 
 
