@@ -323,7 +323,8 @@ def import_file(
     given = {"heads": heads, "weights": weights, "image_size": image_size}
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        config, assumed = _told_config(path, state), ()
+        assumed: tuple[str, ...] = ()
+        config = _told_config(path, state)
         if config is None:
             assumed = tuple(name for name in UNTOLD if name not in given)
             config = infer_config(state.tensors, layout, **given)

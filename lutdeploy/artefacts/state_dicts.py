@@ -117,7 +117,7 @@ def _read_safetensors(path: Path) -> Mapping[Any, Any]:
 
 def _read_torch(path: Path) -> Mapping[Any, Any]:
     """What torch.save wrote, tensors on the CPU, without executing code that it may contain."""
-    ignored = [(_Ignored, name) for name in HARMLESS]
+    ignored: list[Any] = [(_Ignored, name) for name in HARMLESS]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ignored):
             warnings.simplefilter("ignore")  # about pickle protocols; the error says enough

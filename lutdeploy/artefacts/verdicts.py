@@ -118,6 +118,14 @@ def store_verdict(run: Run, verdict: Verdict) -> None:
     files.write_json(run.verdicts / f"{verdict.key}.json", verdict)
 
 
+def keep_verdict(run: Run, verdict: Verdict, note: Callable[[str], None]) -> None:
+    """Store a verdict where the run can be written; where it cannot, say so and go on."""
+    try:
+        store_verdict(run, verdict)
+    except OSError as error:
+        note(f"warning: this verdict is not kept: {run.verdicts}: {error.strerror or error}")
+
+
 def read_verdicts(run: Run) -> list[Verdict]:
     """All verdicts of a run, also those that an earlier version kept in parity.json."""
     found = {}

@@ -55,24 +55,31 @@ def same(model: LutTransformer, scale: float = 1.0) -> None:
         assert torch.equal(value, expected[key] * scale), key
 
 
+def compiled(module: nn.Module) -> nn.Module:
+    """Not compiled before its first call, which never comes."""
+    wrapped: Any = torch.compile(module)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
 def prefixed(prefix: str, state: State) -> State:
     return {prefix + key: value for key, value in state.items()}
 
 
 WRAPPED: dict[str, tuple[Callable[[State], Any], str]] = {
     "data parallel": (lambda s: nn.DataParallel(Original(s)).state_dict(), "module."),
-    "compiled": (lambda s: torch.compile(Original(s)).state_dict(), "_orig_mod."),
+    "compiled": (lambda s: compiled(Original(s)).state_dict(), "_orig_mod."),
     "both": (
-        lambda s: torch.compile(nn.DataParallel(Original(s))).state_dict(),
+        lambda s: compiled(nn.DataParallel(Original(s))).state_dict(),
         "_orig_mod.module.",
     ),
     "the other way": (
-        lambda s: nn.DataParallel(torch.compile(Original(s))).state_dict(),
+        lambda s: nn.DataParallel(compiled(Original(s))).state_dict(),
         "module._orig_mod.",
     ),
     "averaged": (lambda s: AveragedModel(Original(s)).state_dict(), "module."),
     "averaged, compiled": (
-        lambda s: torch.compile(AveragedModel(Original(s))).state_dict(),
+        lambda s: compiled(AveragedModel(Original(s))).state_dict(),
         "_orig_mod.module.",
     ),
     "a part compiled": (

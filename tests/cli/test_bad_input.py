@@ -417,11 +417,20 @@ def test_manifest_that_names_a_file_outside_its_folder(name: str, export_run: Pa
     refused(export_run, f"names {name!r}, a file outside its folder: refused")
 
 
-def test_link_in_an_export(export_run: Path) -> None:
+def test_link_to_another_file_in_an_export(export_run: Path) -> None:
     weights = Run(export_run).export_folder("step-fp32") / "weights.bin"
     weights.rename(export_run / "elsewhere.bin")
     weights.symlink_to(export_run / "elsewhere.bin")
-    refused(export_run, "weights.bin is a link: refused")
+    succeed("inspect", export_run)
+    flip_a_byte(export_run / "elsewhere.bin")
+    refused(export_run, "weights.bin has hash mismatch")
+    (export_run / "elsewhere.bin").unlink()
+    refused(export_run, "weights.bin is a link to nothing")
+
+
+def test_a_pointer_of_git_lfs_in_an_export(export_run: Path) -> None:
+    (Run(export_run).export_folder("step-fp32") / "weights.bin").write_text(LFS_POINTER)
+    refused(export_run, "its manifest says", "it is a Git LFS pointer", "`git lfs pull`")
 
 
 def test_truncated_manifest(export_run: Path) -> None:
