@@ -99,7 +99,7 @@ def load_model(path: Path) -> LutTransformer:
     try:
         return from_state(state, config)
     except ArtefactError as error:
-        raise ArtefactError(f"{path}: the weights do not fit the config: {error}") from error
+        raise ArtefactError(f"{path}: {error}") from error
 
 
 def from_state(state: Mapping[str, Tensor], config: ModelConfig) -> LutTransformer:

@@ -148,7 +148,8 @@ def locate(path: Path) -> Located:
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():
-        hint = "; `lutdeploy import` reads it" if path.suffix in (".pth", ".pt") else ""
+        weights = path.suffix in (".pth", ".pt", ".ckpt", ".bin")
+        hint = "; `lutdeploy import` reads it" if weights else ""
         raise UsageError(f"{path} is neither a run, an export nor a model.safetensors{hint}")
     if path.is_symlink() and not path.exists():
         raise UsageError(f"{path} is a link to {os.readlink(path)}, which is not there")
