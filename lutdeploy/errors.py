@@ -36,6 +36,10 @@ class ParityError(LutDeployError):
     """Two denoisers that must agree do not."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, with which schedulers ask a process to end; it unwinds as Ctrl-C does."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says, or its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,12 @@ from tests.doubles import install
 from tests.doubles.tensorrt_double import VERSIONS, Controls
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+# The suite tries the same inputs each time; HYPOTHESIS_PROFILE=fuzz tries many, always others.
+hypothesis.settings.register_profile("suite", max_examples=20, derandomize=True, database=None)
+hypothesis.settings.register_profile("fuzz", max_examples=3000, database=None, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 def pytest_configure() -> None:

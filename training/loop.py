@@ -120,7 +120,7 @@ def _begin(run: Run, state: TrainingState) -> None:
     if run.log.is_file():
         lines = []
         for line in run.log.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # a line that a kill left half written
+            with contextlib.suppress(*files.BAD_JSON):  # a line that a kill left half written
                 if msgspec.json.decode(line, type=Progress).step <= state.step:
                     lines.append(line + b"\n")
         files.write_atomic(run.log, b"".join(lines))

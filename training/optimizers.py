@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,50 @@ from torch import Tensor, nn
 from lutdeploy.training.recipes import TrainSettings
 
 Optimizers = list[torch.optim.Optimizer]
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon whose matrix products are in float32.
+
+    PyTorch's rounds to bfloat16 whatever the training's precision. On a CPU without bfloat16
+    instructions that takes several times as long as all else in a step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update; there is no ``closure``."""
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                update = orthogonalize(gradient.lerp(buffer, momentum), group["ns_coefficients"])
+                scale = 0.2 * math.sqrt(max(parameter.shape))  # to AdamW's root mean square
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalize(
+    matrix: Tensor, coefficients: tuple[float, float, float], iterations: int = 5
+) -> Tensor:
+    """A matrix [n, m] with singular values moved near 1, in the matrix's own precision.
+
+    The quintic Newton–Schulz iteration of Muon (Jordan et al. 2024): X ← aX + (bG + cG²)X with
+    G = XXᵀ, for the shorter side of X.
+    """
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 def open_optimizers(module: nn.Module, settings: TrainSettings) -> Optimizers:
@@ -29,7 +74,8 @@ def open_optimizers(module: nn.Module, settings: TrainSettings) -> Optimizers:
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     optimizers: Optimizers = [torch.optim.AdamW(others, betas=settings.betas, fused=True, **common)]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **common))
+        muon = Float32Muon if settings.precision == "fp32" else torch.optim.Muon
+        optimizers.append(muon(hidden, adjust_lr_fn="match_rms_adamw", **common))
     return optimizers
 
 

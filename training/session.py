@@ -19,7 +19,7 @@ from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, model_config
 from lutdeploy.device import parse_device
-from lutdeploy.errors import LutDeployError, UsageError
+from lutdeploy.errors import LutDeployError, Terminated, UsageError
 from lutdeploy.training.data import ImageSet
 from lutdeploy.training.processes import Processes, is_first
 from lutdeploy.training.recipes import RECIPE_FIELDS, TrainSettings, read_settings, train_settings
@@ -229,22 +229,22 @@ def peak_of(
 
 
 @contextlib.contextmanager
-def stoppable(run: Run, processes: Processes) -> Iterator[Callable[[], bool]]:
-    """Around the loop: whether Ctrl-C or SIGTERM has asked it to stop, and help with a full disk.
+def stoppable(run: Run, processes: Processes) -> Iterator[list[int]]:
+    """Around the loop: the signals that ask it to stop, and help with a full disk.
 
-    A second Ctrl-C does not wait for the step's end, except under torchrun, which passes each on
-    twice.
+    A second one does not wait for the end of the step, except under torchrun, which passes each
+    on twice.
     """
     requests: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
         if requests and processes.count == 1:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         requests.append(number)
 
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(requests)
+        yield requests
     except OSError as error:
         raise LutDeployError(
             f"{error.filename or run.path}: {error.strerror or error}; what was saved before is "

@@ -141,12 +141,12 @@ class Benchmark:
         self._tries: dict[str, dict[str, float]] = {}  # by device: the best of each, in seconds
         self._used_by_others: float | None = None
         self._notes: list[str] = []
+        self.interrupt: KeyboardInterrupt | None = None
         self._done = self._total = 0
 
     def measure(self, on_progress: OnProgress) -> Result:
-        """Measure everything, or until Ctrl-C."""
+        """Measure everything, or until Ctrl-C or SIGTERM, which is kept as ``interrupt``."""
         self._on_progress = on_progress
-        interrupted = False
         try:
             self._open()
             self._check()
@@ -155,11 +155,11 @@ class Benchmark:
             self._trajectories()
             self._close()  # `lutdeploy sample` has the machine to itself
             self._end_to_end()
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as stop:
+            self.interrupt = stop
         finally:
             self._close()
-        return self._result(interrupted)
+        return self._result()
 
     def _close(self) -> None:
         for process in (*self._running.values(), *self._limiters.values()):
@@ -382,7 +382,7 @@ class Benchmark:
                 continue
             entry.end_to_end = EndToEnd(row.batch, images, seconds, images / seconds)
 
-    def _result(self, interrupted: bool) -> Result:
+    def _result(self) -> Result:
         config = self.subject.config
         peaks: dict[str, Peak] = {}
         for device, tries in self._tries.items():
@@ -414,7 +414,7 @@ class Benchmark:
             format=1,
             lutdeploy=__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            interrupted=interrupted,
+            interrupted=self.interrupt is not None,
             model=Model(
                 name=self.subject.name,
                 preset=config.preset(),

@@ -84,7 +84,7 @@ def _metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]] | None:
     try:
         metadata = json.loads(text)
         return ModelConfig.from_dict(metadata["config"]), dict(metadata.get("about", {}))
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except (*files.BAD_JSON, KeyError, TypeError, ConfigError) as error:
         raise ArtefactError(f"{path}: unreadable {METADATA_KEY} metadata: {error}") from error
 
 

@@ -21,6 +21,9 @@ from lutdeploy.errors import ArtefactError, LutDeployError, UsageError
 
 T = TypeVar("T")
 
+# What decoders raise: msgspec's errors are ValueErrors, and text may be nested too deep.
+BAD_JSON = (ValueError, RecursionError)
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` beside ``path``, flush it to disk, rename it over ``path``.
@@ -115,7 +118,7 @@ def read_record(path: Path, kind: type[T], remedy: str) -> T:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError as error:
         raise ArtefactError(f"{path} is missing; {remedy}") from error
-    except (OSError, ValueError, LutDeployError) as error:  # msgspec's errors are ValueErrors
+    except (OSError, *BAD_JSON, LutDeployError) as error:
         raise ArtefactError(f"{path} is damaged or truncated: {error}; {remedy}") from error
 
 
@@ -125,7 +128,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtefactError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, *BAD_JSON) as error:
         raise ArtefactError(f"{path} is unreadable or truncated: {error}") from error
 
 

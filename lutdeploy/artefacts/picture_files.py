@@ -12,6 +12,7 @@ import abc
 import contextlib
 import io
 import json
+import math
 import os
 import tarfile
 import zipfile
@@ -272,8 +273,11 @@ class ManyPerFile(abc.ABC):
         name = self.name(number)
         part = self._path / f"{PART}{name}"
         if name not in self._parts:
+            finished = self._path / name if self._finished(name) else None
+            if finished and files.sha256(finished) != self._lines[name]["sha256"]:
+                raise _damaged(finished)
             with part.open("wb") as begun:
-                self.begin(begun, shape, self._path / name if self._finished(name) else None)
+                self.begin(begun, shape, finished)
             self._parts[name] = self._finished(name)
         return _Growing(number, self._parts[name], files.open_append(part))
 
@@ -441,14 +445,14 @@ class OneNpz(ManyPerFile):
         _npy_header(file, np.dtype(np.uint8), (0, *shape))
         if finished is not None:
             with _npz_images(finished) as (source, (n, *_)):
-                _copy(source, file, n * int(np.prod(shape)))
+                _copy(source, file, n * math.prod(shape))
 
     def whole(self, file: BinaryIO, first: int) -> tuple[int, int]:
         try:
             shape = _read_npy_header(file)
-        except ValueError:  # it is cut off within the header
+        except Exception:  # it is cut off within the header, whose decoder raises almost anything
             return 0, 0
-        start, picture = file.tell(), int(np.prod(shape[1:]))
+        start, picture = file.tell(), math.prod(shape[1:])
         count = (os.fstat(file.fileno()).st_size - start) // picture
         return count, start + count * picture
 
@@ -469,7 +473,7 @@ class OneNpz(ManyPerFile):
         with zipfile.ZipFile(file, "w") as archive:
             with _npz_array(archive, "images") as array:
                 _npy_header(array, np.dtype(np.uint8), shape)
-                _copy(part, array, int(np.prod(shape)))
+                _copy(part, array, math.prod(shape))
             with _npz_array(archive, "indices") as array:
                 _npy_header(array, np.dtype("<i8"), (count,))
                 for start in range(first, first + count, COPIED):
@@ -497,8 +501,8 @@ def _read_npy_header(file: Any) -> tuple[int, ...]:
     """The shape of a uint8 npy file; its pixels come next."""
     npy.read_magic(file)
     shape, fortran, kind = npy.read_array_header_1_0(file)
-    if fortran or kind != np.uint8:
-        raise ValueError(f"holds {kind}, not uint8 pictures")
+    if fortran or kind != np.uint8 or min(shape[1:], default=0) < 1:
+        raise ValueError(f"holds {kind} {shape}, not uint8 pictures")
     return shape
 
 
@@ -506,6 +510,8 @@ def _read_npy_header(file: Any) -> tuple[int, ...]:
 def _npz_images(path: Path) -> Iterator[tuple[Any, tuple[int, ...]]]:
     """``images`` of an npz, at its first pixel, and its shape [n, S, S, C]."""
     with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+        if archive.getinfo("images.npy").compress_type != zipfile.ZIP_STORED:
+            raise ValueError("is compressed")  # a few bytes could unpack to fill the memory
         yield file, _read_npy_header(file)
 
 
@@ -519,7 +525,7 @@ def pictures_in(path: Path) -> Iterator[Pixels]:
         if path.suffix == ".npz":
             with _npz_images(path) as (file, (n, *shape)):
                 for _ in range(n):
-                    data = file.read(int(np.prod(shape)))
+                    data = file.read(math.prod(shape))
                     yield np.frombuffer(data, np.uint8).reshape(shape)
         else:
             with path.open("rb") as file:

@@ -110,7 +110,7 @@ class SampleFolder:
             try:
                 values = dict(json.loads(line))
                 own = {key: values.pop(key) for key in fields if key in values}
-            except (ValueError, TypeError):
+            except (*files.BAD_JSON, TypeError):
                 continue
             different = [
                 f"{key} {values.get(key)!r} → {self.settings.get(key)!r}"

@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from lutdeploy import __version__
-from lutdeploy.cli.console import INTERRUPTED, stop_with
-from lutdeploy.errors import LutDeployError
+from lutdeploy.cli.console import interrupted_code, stop_with
+from lutdeploy.errors import LutDeployError, Terminated
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 # Command → its short help; module lutdeploy.cli.NAME holds it, with - as _.
@@ -38,30 +38,35 @@ COMMANDS = {
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C even where a library turns it into another error."""
-    pressed: list[int] = []
+    """Raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM.
 
-    def press(number: int, frame: Any) -> None:
-        pressed.append(number)
-        raise KeyboardInterrupt
+    They are raised even where a library turns them into another error.
+    """
+    caught: list[type[KeyboardInterrupt]] = []
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # a shell's background job is told to ignore it
-        signal.signal(signal.SIGINT, press)
+    def stop(number: int, frame: Any) -> None:
+        caught.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise caught[-1]
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # a shell's background job is told to ignore Ctrl-C
+            signal.signal(number, stop)
     try:
         yield
     except Exception as error:
-        if pressed:
-            raise KeyboardInterrupt from error
+        if caught:
+            raise caught[-1] from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class LazyGroup(click.Group):
     """Imports a command when it is run; prints each error as one line on stderr.
 
-    Exit codes: 2 for wrong usage, 1 for a failure, 130 for Ctrl-C.
+    Exit codes: 2 for wrong usage, 1 for a failure, 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -88,8 +93,8 @@ class LazyGroup(click.Group):
             stop_with(error.format_message(), error.exit_code)
         except LutDeployError as error:
             stop_with(str(error), error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            stop_with("interrupted", INTERRUPTED)
+        except (click.Abort, KeyboardInterrupt) as stop:
+            stop_with("interrupted", interrupted_code(stop))
         except BrokenPipeError:
             sys.stderr.close()  # nobody reads; the interpreter would complain at exit
             sys.exit(1)

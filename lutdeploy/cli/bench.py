@@ -13,7 +13,7 @@ from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import locate
 from lutdeploy.artefacts.target import find
 from lutdeploy.artefacts.tuned_steps import fitted_schedules
-from lutdeploy.cli.console import INTERRUPTED, note, progress_bar, stop_with
+from lutdeploy.cli.console import interrupted_code, note, progress_bar, stop_with
 from lutdeploy.cli.requests import POSITIVE, RUN, THREADS, schedule_request
 from lutdeploy.config import PRESETS, SIZES
 from lutdeploy.errors import UsageError
@@ -104,7 +104,7 @@ def command(
             )
             bar.update(task, description="bench")
     if result.interrupted and not result.rows:
-        stop_with("interrupted: nothing was measured yet", INTERRUPTED)
+        stop_with("interrupted: nothing was measured yet", interrupted_code(benchmark.interrupt))
     if markdown == STDOUT:
         click.echo(report.markdown(result), nl=False)
     else:
@@ -115,7 +115,7 @@ def command(
             click.echo(file)
     if result.interrupted:
         where = f"; what was measured is in {written[0]}" if written else ""
-        stop_with(f"interrupted{where}", INTERRUPTED)
+        stop_with(f"interrupted{where}", interrupted_code(benchmark.interrupt))
 
 
 def _fitted(subject: Path | RandomModel) -> Sequence[Schedule]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from lutdeploy.errors import Terminated
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
     from lutdeploy.training.evaluation.evaluate import Evaluation
     from lutdeploy.training.evaluation.features import Extractor
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+def interrupted_code(stop: BaseException | None) -> int:
+    """The exit code of a command that a signal ended: 128 + its number, as shells report it."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 def stop_with(message: str, code: int) -> None:

@@ -10,7 +10,7 @@ import click
 from lutdeploy.artefacts import sample_folder
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
 from lutdeploy.artefacts.verdicts import require_passed
-from lutdeploy.cli.console import INTERRUPTED, note, progress_bar, stop_with
+from lutdeploy.cli.console import interrupted_code, note, progress_bar, stop_with
 from lutdeploy.cli.requests import PATH, POSITIVE, SEED, engine_request, schedule_request
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.errors import LutDeployError, UsageError
@@ -73,8 +73,8 @@ def command(
                         done += made
                         speed = done / (time.perf_counter() - start)
                         bar.update(task, advance=made, rate=f"{speed:.1f} images/s")
-            except KeyboardInterrupt:
-                stop_with(f"interrupted: {folder.progress(count)}", INTERRUPTED)
+            except KeyboardInterrupt as stop:
+                stop_with(f"interrupted: {folder.progress(count)}", interrupted_code(stop))
             except OSError as error:  # a full disk, say
                 raise LutDeployError(
                     f"{error.filename or out}: {error.strerror or error}; {folder.progress(count)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import INTERRUPTED, note, progress_bar
+from lutdeploy.cli.console import note, progress_bar
 from lutdeploy.cli.requests import POSITIVE, SEED
 from lutdeploy.config import PRESETS, SIZES
 
@@ -120,7 +121,7 @@ def command(
         if settings.compile:  # deprecations inside the compiler, which a user cannot mend
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
-        with session.stoppable(run, processes) as should_stop:
+        with session.stoppable(run, processes) as requests:
             steps = train(
                 settings,
                 data,
@@ -128,7 +129,7 @@ def command(
                 processes=processes,
                 resume=resume,
                 cadence=Cadence(checkpoint_every, sample_every),
-                should_stop=should_stop,
+                should_stop=lambda: bool(requests),
                 peak=session.peak_of(processes, settings.precision, product_peak),
             )
             if not processes.writes:
@@ -138,7 +139,7 @@ def command(
             reached = _follow(steps, settings.steps)
     if reached < settings.steps:
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
-        sys.exit(INTERRUPTED)
+        sys.exit(128 + (requests or [signal.SIGINT])[0])  # none: another process was asked
     click.echo(run.model)
 
 

@@ -74,11 +74,14 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
     raise AssertionError("nothing happened for a minute")
 
 
-def interrupt(process: subprocess.Popen[str]) -> str:
-    """Ctrl-C; what the process says on stderr."""
-    process.send_signal(signal.SIGINT)
+SIGNALS = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}
+
+
+def interrupt(process: subprocess.Popen[str], kind: str = "ctrl-c") -> str:
+    """Ctrl-C, or what a scheduler sends; what the process says on stderr."""
+    process.send_signal(SIGNALS[kind])
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == 128 + SIGNALS[kind], stderr
     return stderr
 
 
@@ -154,7 +157,7 @@ def complete(model: Path, out: Path, *more: object) -> None:
     assert hidden(out) == []
 
 
-@pytest.mark.parametrize("kind", ["ctrl-c", "kill"])
+@pytest.mark.parametrize("kind", [*SIGNALS, "kill"])
 def test_interrupted_sampling_is_completed(kind: str, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with started(*sample(model, out)) as process:
@@ -162,7 +165,7 @@ def test_interrupted_sampling_is_completed(kind: str, model: Path, tmp_path: Pat
         if kind == "kill":
             kill(process)
         else:
-            line = error_line(interrupt(process))
+            line = error_line(interrupt(process, kind))
             there = len(pictures(out))
             assert f"interrupted: {there} of {IMAGES} images are in {out}; the same" in line
     complete(model, out)
@@ -336,12 +339,13 @@ def resume(cats: Path, run: Run, unbroken: Run) -> None:
     assert hidden(run.path) == []
 
 
-def test_ctrl_c_while_training(cats: Path, unbroken: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_signal_while_training(kind: str, cats: Path, unbroken: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     # No checkpoint is due before the end: what is saved is saved because of the signal.
     with started(*train(cats, run.path, "--checkpoint-every", 10_000)) as process:
         wait_until(lambda: last_step(run) >= 10, process)
-        said = interrupt(process).splitlines()
+        said = interrupt(process, kind).splitlines()
     assert said[-1] == f"stopped at a step's end and saved; --resume --out {run.path} continues"
     assert 10 <= last_step(run) < STEPS
     assert run.model.is_file()
@@ -471,22 +475,26 @@ def test_learning_rate_that_is_too_high(cats: Path, tmp_path: Path) -> None:
 # Export and import
 
 
-# Ctrl-C when an export is nearly done, and what becomes of the KeyboardInterrupt.
+# A signal when an export is nearly done, and what becomes of the KeyboardInterrupt.
 PRESSED = """
 import signal
 import lutdeploy.parity
 
 def press(*arguments, **options):
     try:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.{})
     except KeyboardInterrupt as error:
         {}
 
 lutdeploy.parity.compare = press
 """
 PRESSES = {
-    "ctrl-c": "raise",
-    "ctrl-c in a library": "raise ImportError('as NumPy does while imported') from error",
+    "ctrl-c": ("SIGINT", "raise"),
+    "terminate": ("SIGTERM", "raise"),
+    "ctrl-c in a library": (
+        "SIGINT",
+        "raise ImportError('as NumPy does while imported') from error",
+    ),
 }
 
 
@@ -499,10 +507,11 @@ def test_export_that_does_not_end(
     shutil.copytree(exported(), run.export_folder("step-fp32"))
     before = contents(run.path)
     if kind in PRESSES:
-        program = PRESSED.format(PRESSES[kind]) + PROGRAM
+        program = PRESSED.format(*PRESSES[kind]) + PROGRAM
         with started("export", run.path, program=program) as process:
             _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 130, (process.returncode, stderr)
+        number = signal.Signals[PRESSES[kind][0]]
+        assert process.returncode == 128 + number, (process.returncode, stderr)
         assert error_line(stderr) == "error: interrupted"
     else:
         with files_limited_to(100_000):

@@ -14,7 +14,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import save_model
 from lutdeploy.artefacts.run import Run
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, LutDeployError, UsageError
+from lutdeploy.errors import ArtefactError, LutDeployError, Terminated, UsageError
 from lutdeploy.model import LutTransformer
 from lutdeploy.training import session
 from lutdeploy.training.data import ImageSet, draw_set
@@ -213,12 +213,12 @@ def test_processes_that_share_a_cpu_have_no_peak(count: int, peak: float | None)
 
 def test_a_signal_is_a_request_and_a_second_an_interrupt(run: Run) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with session.stoppable(run, Processes("cpu")) as should_stop:
+    with session.stoppable(run, Processes("cpu")) as requests:
         handler = signal.getsignal(signal.SIGTERM)  # called, not sent: it would end the worker
-        assert callable(handler) and not should_stop()
+        assert callable(handler) and not requests
         handler(signal.SIGTERM, None)
-        assert should_stop()
-        with pytest.raises(KeyboardInterrupt):
+        assert requests == [signal.SIGTERM]
+        with pytest.raises(Terminated):
             handler(signal.SIGTERM, None)
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(LutDeployError, match="x: No space; what was saved before is kept"):

@@ -43,6 +43,7 @@ from lutdeploy.training.losses import (
     load_perceptual,
     sample_timesteps,
 )
+from lutdeploy.training.optimizers import Float32Muon
 from lutdeploy.training.recipes import RECIPES, TrainSettings, read_settings, train_settings
 from lutdeploy.training.start import (
     least_rotated_channels,
@@ -581,6 +582,28 @@ def test_muon_moves_the_blocks_matrices_alone(drawn: ImageSet) -> None:
     others = {names[p] for group in adamw.param_groups for p in group["params"]}
     assert moved | others == set(names.values())
     assert not moved & others
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_muon_in_float32_moves_as_pytorch_would_in_bfloat16(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(shape, generator=generator) for _ in range(4))
+    ends = []
+    for kind in (Float32Muon, torch.optim.Muon):
+        weight = start.clone().requires_grad_()
+        muon = kind([weight], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            muon.step()
+        ends.append((weight.detach(), muon.state_dict()["state"][0]["momentum_buffer"]))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=5e-3)  # of moves of 0.3
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_computes_in_the_precision_of_the_training(precision: str) -> None:
+    _, muon = TrainingState(tiny_settings(optimizer="muon", precision=precision), CPU).optimizers
+    assert isinstance(muon, Float32Muon) == (precision == "fp32")
 
 
 def test_principal_directions_are_the_best_of_their_number(drawn: ImageSet) -> None:

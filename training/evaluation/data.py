@@ -191,7 +191,7 @@ def _read_origin(folder: Path) -> dict[str, Any]:
         return {k: v for k, v in first.items() if k not in (*FACTS, "format")}
     except FileNotFoundError:
         return {}
-    except (ValueError, StopIteration, AttributeError):
+    except (*files.BAD_JSON, StopIteration, AttributeError):
         return {"manifest": "unreadable"}
 
 
