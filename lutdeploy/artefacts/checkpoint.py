@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,14 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lutdeploy.artefacts import files
-from lutdeploy.artefacts.state_dicts import (
-    METADATA_KEY,
-    StateDict,
-    is_safetensors,
-    read_state_dict,
-    unreadable,
-)
+from lutdeploy.artefacts import files, foreign
+from lutdeploy.artefacts.metadata import METADATA_KEY, read_metadata, told_metadata
+from lutdeploy.artefacts.state_dicts import StateDict, is_safetensors, read_state_dict
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, ConfigError, UsageError
 from lutdeploy.model import LutTransformer
@@ -57,37 +51,6 @@ def save_model(
     files.write_atomic(path, save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
-def read_metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and the ``about`` values of a model.safetensors; its weights are not read."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such model file")
-    metadata = _metadata(path)
-    if metadata is None:
-        raise ArtefactError(
-            f"{path} holds no {METADATA_KEY} metadata, which a model of lutdeploy has: it comes "
-            "from elsewhere, or was saved again without; `lutdeploy import` reads its weights"
-        )
-    return metadata
-
-
-def _metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]] | None:
-    """What a safetensors file says of a model in our metadata; None where it has none."""
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        if zipfile.is_zipfile(path):
-            raise ArtefactError(f"{path} is no safetensors file; try `lutdeploy import`") from error
-        raise unreadable(path, error) from error
-    if text is None:
-        return None
-    try:
-        metadata = json.loads(text)
-        return ModelConfig.from_dict(metadata["config"]), dict(metadata.get("about", {}))
-    except (*files.BAD_JSON, KeyError, TypeError, ConfigError) as error:
-        raise ArtefactError(f"{path}: unreadable {METADATA_KEY} metadata: {error}") from error
-
-
 def load_model(path: Path) -> LutTransformer:
     """Read a model.safetensors into a float32 model in eval mode, on the CPU."""
     config, _ = read_metadata(path)
@@ -95,7 +58,7 @@ def load_model(path: Path) -> LutTransformer:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise unreadable(path, error) from error
+        raise foreign.unreadable(path, error) from error
     try:
         return from_state(state, config)
     except ArtefactError as error:
@@ -346,7 +309,7 @@ def import_file(
 def _told_config(path: Path, state: StateDict) -> ModelConfig | None:
     """The config that a file of ours has beside its weights; None where there is none."""
     if is_safetensors(path):
-        metadata = _metadata(path)
+        metadata = told_metadata(path)
         return None if metadata is None else metadata[0]
     return None if state.config is None else ModelConfig.from_dict(state.config)
 

@@ -7,6 +7,8 @@ import re
 import zipfile
 from pathlib import Path
 
+from lutdeploy.errors import ArtefactError
+
 HEAD = 1024  # bytes that tell
 TEXT_SHOWN = 60
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of torch.save before it wrote zip files
@@ -17,6 +19,18 @@ ARCHIVES = {
     b"7z\xbc\xaf": "7z",
 }
 OTHERS = {b"\x89HDF\r\n": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"GGUF": "a GGUF file"}
+
+
+def unreadable(path: Path, error: Exception) -> ArtefactError:
+    """Why a file of weights cannot be read, and what to do."""
+    what = describe(path)
+    if what is None:
+        # torch advises to trust the file before it says what is wrong.
+        told = re.sub(r"(?s).*WeightsUnpickler error:", "", str(error)).strip()
+        reason = told.partition("\n")[0].removesuffix(".")[:120]
+        why = f" ({reason})" if reason else ""
+        what = f"is damaged or no file of weights{why}; get the file again"
+    return ArtefactError(f"{path} {what}")
 
 
 def describe(path: Path) -> str | None:
@@ -51,6 +65,15 @@ def describe(path: Path) -> str | None:
         shown = " ".join(text.split())[:TEXT_SHOWN]
         return f"is text that begins with {shown!r}, no file of weights; get the file again"
     return None
+
+
+def is_compressed_zip(path: Path) -> bool:
+    """Whether a zip file has a part that is not stored as it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
 
 
 def _describe_zip(path: Path) -> str | None:

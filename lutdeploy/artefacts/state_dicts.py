@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lutdeploy.artefacts import foreign
+from lutdeploy.artefacts.metadata import METADATA_KEY
 from lutdeploy.errors import ArtefactError, UsageError
 
-METADATA_KEY = "lutdeploy"  # of our config, in the metadata of either kind of file
 WRAPPERS = ("module", "_orig_mod")  # DataParallel, FSDP and AveragedModel; torch.compile
 AVERAGE_COUNT = "n_averaged"  # that torch.optim.swa_utils.AveragedModel keeps beside its module
 AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)([._]|$)", re.IGNORECASE)
@@ -112,11 +112,13 @@ def _read_safetensors(path: Path) -> Mapping[Any, Any]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise unreadable(path, error) from error
+        raise foreign.unreadable(path, error) from error
 
 
 def _read_torch(path: Path) -> Mapping[Any, Any]:
     """What torch.save wrote, tensors on the CPU, without executing code that it may contain."""
+    if foreign.is_compressed_zip(path):  # a few bytes could unpack to fill the memory
+        raise ArtefactError(f"{path} is a compressed zip file, which torch.save never writes")
     ignored: list[Any] = [(_Ignored, name) for name in HARMLESS]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ignored):
@@ -125,7 +127,7 @@ def _read_torch(path: Path) -> Mapping[Any, Any]:
     except Exception as error:  # torch.load raises anything on a damaged file
         held = re.search(r"GLOBAL (\S+)", str(error))
         if held is None or not isinstance(error, pickle.UnpicklingError):
-            raise unreadable(path, error) from error
+            raise foreign.unreadable(path, error) from error
         raise ArtefactError(
             f"{path} holds more than tensors ({held[1][:80]}), which only the code of its script "
             "could read; save the weights alone there: torch.save(model.state_dict(), FILE)"
@@ -133,18 +135,6 @@ def _read_torch(path: Path) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
         raise ArtefactError(f"{path} holds a {type(value).__name__}, not a state dict")
     return value
-
-
-def unreadable(path: Path, error: Exception) -> ArtefactError:
-    """Why a file of weights cannot be read, and what to do."""
-    what = foreign.describe(path)
-    if what is None:
-        # torch advises to trust the file before it says what is wrong.
-        told = re.sub(r"(?s).*WeightsUnpickler error:", "", str(error)).strip()
-        reason = told.partition("\n")[0].removesuffix(".")[:120]
-        why = f" ({reason})" if reason else ""
-        what = f"is damaged or no file of weights{why}; get the file again"
-    return ArtefactError(f"{path} {what}")
 
 
 def _find(value: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[StateDict]:

@@ -291,6 +291,20 @@ def test_files_that_are_no_checkpoints(kind: str, state: State, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
+    """It would take a thousand times its size in memory."""
+    torch.save({"backbone.1.weight": torch.zeros(1 << 22)}, tmp_path / "large.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "large.pth") as source,
+        zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert (tmp_path / "x.pth").stat().st_size < 1 << 16
+    line = fail(1, "import", tmp_path / "x.pth", "--out", tmp_path / "run")
+    assert "x.pth is a compressed zip file, which torch.save never writes" in line
+
+
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert "is a folder; name a file in it" in fail(2, "import", tmp_path, "--out", tmp_path / "r")
 
