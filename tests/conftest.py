@@ -136,8 +136,8 @@ def read_only(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
             pytest.skip(f"no read-only folder for root here: {done.stderr.strip()}")
         return folder
 
-    if shutil.which("mount") is None or os.name != "posix":
-        pytest.skip("no read-only folders here: there is no command mount")
+    if os.name != "posix" or (os.geteuid() == 0 and shutil.which("mount") is None):
+        pytest.skip("no read-only folders here: permissions do not bind root, and mount is missing")
     yield make
     for folder in changed:
         if os.geteuid() == 0:

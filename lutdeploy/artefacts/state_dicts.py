@@ -118,7 +118,8 @@ def _read_safetensors(path: Path) -> Mapping[Any, Any]:
 def _read_torch(path: Path) -> Mapping[Any, Any]:
     """What torch.save wrote, tensors on the CPU, without executing code that it may contain."""
     if foreign.is_compressed_zip(path):  # a few bytes could unpack to fill the memory
-        raise ArtefactError(f"{path} is a compressed zip file, which torch.save never writes")
+        what = "is a compressed zip file, which torch.save never writes; save the weights again"
+        raise ArtefactError(f"{path} {foreign.describe(path) or what}")
     ignored: list[Any] = [(_Ignored, name) for name in HARMLESS]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ignored):

@@ -247,9 +247,9 @@ def test_weights_saved_again_without_metadata(preset: str, tmp_path: Path) -> No
 # Files that are no checkpoints
 
 
-def zipped(name: str, data: bytes) -> bytes:
+def zipped(name: str, data: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr(name, data)
     return buffer.getvalue()
 
@@ -269,6 +269,10 @@ FOREIGN: dict[str, tuple[Callable[[State], bytes], str]] = {
     "refusal": (lambda s: b'{"error": "not found"}', 'is text that begins with \'{"error": "not'),
     "empty": (lambda s: b"", "is empty: its download or copy did not finish; get it again"),
     "zip": (lambda s: zipped("w/a.pth", b"a"), "without weights of torch.save (w/a.pth); unpack"),
+    "compressed": (
+        lambda s: zipped("w/a.pth", bytes(99), zipfile.ZIP_DEFLATED),
+        "is a zip file without weights of torch.save (w/a.pth); unpack it first",
+    ),
     "gzip": (lambda s: gzip.compress(b"weights"), "is a gzip archive; unpack it first"),
     "pickle": (lambda s: pickle.dumps({"a": 1}), "is a pickle that torch.save did not write"),
     "program": (lambda s: zipped("m/constants.pkl", b""), "is a TorchScript program; save the"),
