@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: sample test format clean
+.PHONY: sample test fuzz format clean
 
 # Set everything up, then make 64 pictures and a grid with the default model.
 sample: $(VENV)/installed
@@ -13,6 +13,10 @@ sample: $(VENV)/installed
 # Set everything up, then run format, lint, types, layers and tests.
 test: $(VENV)/installed
 	PATH="$(abspath $(RUN)):$$PATH" bash ci/check.sh
+
+# Damage every file that is read in thousands of ways, always others: about an hour.
+fuzz: $(VENV)/installed
+	HYPOTHESIS_PROFILE=fuzz $(RUN)/python -m pytest tests/test_fuzz.py --numprocesses logical
 
 format: $(VENV)/installed
 	$(RUN)/ruff format .

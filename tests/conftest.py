@@ -28,6 +28,7 @@ from lutdeploy.engines.export.graphs import ExportPlan, export_model
 from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.model import LutTransformer
 from lutdeploy.schedule import solver_schedule
+from tests.artefact_files import make_artefacts
 from tests.command import succeed
 from tests.doubles import install
 from tests.doubles.tensorrt_double import VERSIONS, Controls
@@ -182,6 +183,19 @@ def exported(golden_runs: Callable[[str], Run], shared_folder: Path) -> Callable
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def artefacts(exported: Callable[..., Path], shared_folder: Path) -> Path:
+    """A folder with one artefact of each kind; tests work on copies."""
+    ready = shared_folder / "artefacts"
+    with filelock.FileLock(shared_folder / "artefacts.lock"):
+        if not ready.is_dir():
+            stage = shared_folder / "artefacts-stage"
+            stage.mkdir()
+            make_artefacts(stage, exported)
+            stage.rename(ready)
+    return ready
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import load_model, save_author_file
 from lutdeploy.artefacts.manifest import MANIFEST
-from lutdeploy.artefacts.run import MODEL, Run
-from lutdeploy.artefacts.tuned_steps import Entry, Measured, TunedSteps
-from lutdeploy.schedule import fitted_schedule, solver_schedule
-from tests.command import invoke, succeed
+from tests.artefact_files import SAMPLED
+from tests.command import invoke
 from tests.mutations import (
     OUTSIDE,
     mutated_bytes,
@@ -71,19 +66,7 @@ class Target:
 FEW = ("--out", "new", "-n", "1", "--no-grid", "--batch", "1")
 SAMPLE = (*FEW, "--export", "step-fp32")
 TORCH = (*FEW, "--backend", "torch", "--solver", "euler", "--steps", "1")
-AGAIN = (
-    "--export",
-    "step-fp32",
-    "-n",
-    "3",
-    "--no-grid",
-    "--batch",
-    "1",
-    "--steps",
-    "1",
-    "--solver",
-    "euler",
-)
+AGAIN = (*SAMPLED, "-n", "3")
 TRAIN = (
     "train",
     "--resume",
@@ -165,46 +148,16 @@ TARGETS = (
 )
 
 
-def make_artefacts(folder: Path, exported: Callable[..., Path]) -> None:
-    """One of each kind of file, as the commands write it."""
-    export = exported()
-    run = Run(folder / "run")
-    for source in (export, exported(graph="loop")):
-        shutil.copytree(source, run.export_folder(source.name))
-    shutil.copy(export.parent.parent / MODEL, run.model)
-    euler = solver_schedule("euler", 2)
-    entry = Entry(Measured(fitted_schedule(euler.rows), 0.1), Measured(euler, 0.2))
-    TunedSteps(files.sha256(run.model), 0, 1, 0, "euler-256", (entry,)).write(run.tuned_steps)
-    succeed("parity", run.path, "--export", "step-fp32", "--solver", "euler", "--steps", 2)
-    faces = folder / "faces"
-    faces.mkdir()
-    for k, name in enumerate(("0.png", "1.jpg", "2.png", "3.png", "4.jpg")):
-        Image.effect_noise((48, 40), 20 * k + 5).convert("RGB").save(faces / name)
-    small = ("--size", "tiny", "--set", "depth=1", "--batch", 2, "--held-out", 0.25)
-    succeed("train", "--data", faces, "--out", folder / "trained", "--steps", 2, *small)
-    for out, kind in (("drawn", "png"), ("packed", "npz"), ("shards", "webdataset")):
-        few = (*AGAIN, "-n", 2)
-        succeed("sample", run.path, "--out", folder / out, "--format", kind, *few)
-    save_author_file(load_model(run.model), folder / "author.pth")
-
-
-@pytest.fixture(scope="module")
-def artefacts(
-    exported: Callable[..., Path], shared_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    """The current folder, with artefacts to be damaged."""
-    original, mine = shared_folder / "artefacts", tmp_path_factory.mktemp("fuzz")
-    with filelock.FileLock(shared_folder / "artefacts.lock"):
-        if not original.is_dir():
-            stage = shared_folder / "artefacts-stage"
-            stage.mkdir()
-            make_artefacts(stage, exported)
-            stage.rename(original)
+@pytest.fixture(scope="module", autouse=True)
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A current folder beside which a file lies that no reader may open."""
+    mine = tmp_path_factory.mktemp("fuzz")
     secret = mine / OUTSIDE.removeprefix("../")
     secret.parent.mkdir()
     secret.write_bytes(b"{}")
-    with contextlib.chdir(mine):
-        yield original
+    (mine / "here").mkdir()
+    with contextlib.chdir(mine / "here"):
+        yield
 
 
 _opened: list[str] | None = None  # names of files, while a command is watched
@@ -304,7 +257,6 @@ def test_changed_file(target: Target, artefacts: Path) -> None:
             assert result.stderr.splitlines()[-1].startswith("error: "), result.stderr
         assert "Traceback" not in result.stderr
         assert grown < 10 * len(changed) + SLACK, f"{grown / 2**20:.0f} MiB"
-        outside = [path for path in opened if OUTSIDE.removeprefix("../") in os.path.abspath(path)]
-        assert not outside
+        assert os.path.abspath(OUTSIDE) not in map(os.path.abspath, opened)
 
     end_well()

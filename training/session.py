@@ -246,10 +246,11 @@ def stoppable(run: Run, processes: Processes) -> Iterator[list[int]]:
     try:
         yield requests
     except OSError as error:
-        raise LutDeployError(
-            f"{error.filename or run.path}: {error.strerror or error}; what was saved before is "
-            f"kept, and --resume --out {run.path} continues from it"
-        ) from error
+        left = "nothing was saved yet; the same command begins again"
+        if run.settings.is_file():
+            left = f"what was saved before is kept, and --resume --out {run.path} continues from it"
+        where = error.filename or run.path
+        raise LutDeployError(f"{where}: {error.strerror or error}; {left}") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
