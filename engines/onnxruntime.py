@@ -216,7 +216,7 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         """The session of graph k, opened when it is first asked for."""
         if k in self._sessions:
             return self._sessions[k]
-        path = self.manifest.folder / self.manifest.graphs[k]
+        path = self.graph_file(k)
         session = open_session(
             path,
             self.provider,

@@ -89,7 +89,7 @@ class OpenVinoDenoiser(ExportDenoiser):
         """The compiled graph k, ready to infer."""
         if k in self._requests:
             return self._requests[k]
-        path = self.manifest.folder / self.manifest.graphs[k]
+        path = self.graph_file(k)
         compiled = self._compile(path)
         runs = compiled.get_property("INFERENCE_PRECISION_HINT")
         if runs != HINTS[self.precision]:

@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from lutdeploy.artefacts import files, shipped
-from lutdeploy.artefacts.checkpoint import read_metadata
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, model_config

@@ -82,7 +82,7 @@ class ManifestLog:
 
     def append(self, lines: bytes) -> None:
         if self._file is None:
-            self._file = self._path.open("ab", buffering=0)
+            self._file = files.open_append(self._path)
         _write_all(self._file, lines)
 
     def replace(self, lines: bytes) -> None:
@@ -280,7 +280,7 @@ class ManyPerFile(abc.ABC):
             with part.open("wb") as begun:
                 self.begin(begun, shape, finished)
             self._parts[name] = self._finished(name)
-        return _Growing(number, self._parts[name], part.open("ab", buffering=0))
+        return _Growing(number, self._parts[name], files.open_append(part))
 
     def _finish_growing(self) -> None:
         if self._growing is not None:

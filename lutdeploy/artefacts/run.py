@@ -20,6 +20,7 @@ file or none, whenever a writer is killed.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,20 +159,27 @@ def locate(path: Path) -> Located:
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():
-        hint = "; `lutdeploy import` reads it" if path.suffix in (".pth", ".pt") else ""
+        weights = path.suffix in (".pth", ".pt", ".ckpt", ".bin")
+        hint = "; `lutdeploy import` reads it" if weights else ""
         raise UsageError(f"{path} is neither a run, an export nor a model.safetensors{hint}")
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"{path} is a link to {os.readlink(path)}, which is not there")
     if not path.is_dir():
         names = sorted(str(found.parent) for found in RUNS.glob(f"*/{MODEL}"))
         there = f"there are {', '.join(names)}" if names else f"there is none under {RUNS}/"
         raise UsageError(f"{path}: no such run; {there}")
     if (path / MANIFEST).is_file():
-        run = Run(path.resolve().parent.parent)
-        found = run if run.model.is_file() else None
+        # Where it was named, else where its files are: exports and runs may be links.
+        places = (Path(os.path.abspath(path)), path.resolve())
+        runs = (Run(place.parent.parent) for place in places)
+        found = next((run for run in runs if run.model.is_file()), None)
         return Located(found.model if found else None, path, found)
     run = Run(path)
     if not run.model.is_file():
         started = run.settings.is_file()
         why = "its training has saved no checkpoint yet" if started else "it is no run"
+        if run.model.is_symlink():
+            why = f"it is a link to {os.readlink(run.model)}, which is not there"
         raise UsageError(f"{path} holds no {MODEL}: {why}")
     return Located(run.model, None, run)
 

@@ -22,7 +22,7 @@ OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 # Command → its short help; module lutdeploy.cli.NAME holds it, with - as _.
 COMMANDS = {
     "train": "Train a model on a folder of images.",
-    "import": "Turn an author's checkpoint (.pth) into a run.",
+    "import": "Turn a checkpoint (.pth, .safetensors) into a run.",
     "export": "Export a run to ONNX and check it against PyTorch.",
     "build": "Build TensorRT engines from an export and check them.",
     "parity": "Compare a backend with float32 PyTorch.",

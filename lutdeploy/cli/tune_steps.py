@@ -87,6 +87,7 @@ def command(
     from lutdeploy.training.few_steps.tune import TuneSettings, tune_schedules
 
     run = find_run(engine.path, note)
+    files.require_writable(run.path)
     engine = replace(engine, path=run.path)
     if engine.backend == "auto" and engine.export is None:
         engine = _float32(engine, run)
