@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
-import psutil
 
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.device import parse_device
 from lutdeploy.engines.export_denoiser import ExportDenoiser
 from lutdeploy.errors import ArtefactError, BackendError, UsageError, first_line
+from lutdeploy.machine import memory_bytes, thread_limit
 from lutdeploy.sampling import Images
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -67,7 +67,7 @@ def open_session(
     Args:
         graph: a file, or a model's bytes.
         provider: an execution provider's name.
-        threads: of one operator; the physical cores by default.
+        threads: of one operator; the physical cores that are ours by default.
         unrolled: the graph has many thousand nodes. Planning the reuse of its buffers takes
             time quadratic in that (24 s instead of 2 s for 16 steps of a small model) and
             saves no measurable memory. On the CPU its optimisers are left out too: they take
@@ -93,8 +93,7 @@ def open_session(
         _register_cpu_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or thread_limit() or 0  # 0: the physical cores
     source = str(graph) if isinstance(graph, Path) else graph
     ort.set_default_logger_severity(FATAL)
     try:
@@ -180,9 +179,9 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
     Args:
         manifest: of the export folder.
         device: "cpu", "cuda", "cuda:N" or an execution provider's name.
-        threads: of one operator; the physical cores by default.
+        threads: of one operator; the physical cores that are ours by default.
         provider_options: of the execution provider.
-        room: how many sessions to keep; as many as half of this machine's memory by default.
+        room: how many sessions to keep; as many as half of the memory that is ours by default.
     """
 
     backend = "onnxruntime"
@@ -200,7 +199,7 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         self.threads, self._provider_options = threads, provider_options
         self._sessions: dict[int, ort.InferenceSession] = {}
         if room is None:
-            room = sessions_that_fit(manifest, psutil.virtual_memory().total, widened=True)
+            room = sessions_that_fit(manifest, memory_bytes(), widened=True)
         self._room = room
         self.session(0)
 

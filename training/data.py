@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lutdeploy.errors import UsageError
+from lutdeploy.machine import memory_bytes, processors
 from lutdeploy.training.synthetic import draw_cat
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -105,11 +104,11 @@ def load_folder(
 
     Args:
         memory_limit: bytes of pixels above which they live in a file, not in memory; half
-            of the machine's memory by default.
+            of what this process may take by default.
         scratch: where that file is made; the system's temporary folder by default.
     """
     files = find_images(folder)
-    limit = psutil.virtual_memory().total // 2 if memory_limit is None else memory_limit
+    limit = memory_bytes() // 2 if memory_limit is None else memory_limit
     shape = (channels, size, size)
     pixels = _allocate(len(files), shape, limit, scratch or Path(tempfile.gettempdir()))
     skipped: list[str] = []
@@ -122,7 +121,7 @@ def load_folder(
             reason = (str(error).splitlines() or ["?"])[0]
             return f"{path}: {type(error).__name__}: {reason}"[:300]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         for start in range(0, len(files), 1024):  # bounded: decoded images wait in memory
             for result in pool.map(attempt, files[start : start + 1024]):
                 if isinstance(result, str):

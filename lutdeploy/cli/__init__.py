@@ -17,6 +17,7 @@ import click
 from lutdeploy import __version__
 from lutdeploy.cli.console import INTERRUPTED, stop_with
 from lutdeploy.errors import LutDeployError
+from lutdeploy.machine import limit_threads
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 # Command → its short help; module lutdeploy.cli.NAME holds it, with - as _.
@@ -81,6 +82,7 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        limit_threads()
         try:
             with _interrupts():
                 code = super().main(*args, **kwargs)
