@@ -14,7 +14,13 @@ import onnxruntime as ort
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.device import parse_device
 from lutdeploy.engines.export_denoiser import ExportDenoiser
-from lutdeploy.errors import ArtefactError, BackendError, UsageError, first_line
+from lutdeploy.errors import (
+    ArtefactError,
+    BackendError,
+    UsageError,
+    first_line,
+    ran_out_of_memory,
+)
 from lutdeploy.machine import memory_bytes, thread_limit
 from lutdeploy.sampling import Images
 
@@ -100,6 +106,8 @@ def open_session(
         chosen = [(provider, dict(provider_options or {}))]
         session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # its exceptions derive from RuntimeError or from nothing
+        if ran_out_of_memory(error):
+            raise
         # Drop the place in ONNX Runtime's source, which comes first.
         first = re.sub(r"^\S+\.cc:\d+ .*?\) (?=[A-Z])", "", first_line(error))
         if provider != CPU:
@@ -243,6 +251,8 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         try:
             outputs: list[Images] = session.run(None, feed)
         except Exception as error:  # as in open_session
+            if ran_out_of_memory(error):
+                raise
             raise BackendError(
                 f"ONNX Runtime failed in {self.manifest.graphs[k]}: {first_line(error)[:200]}; "
                 "if memory ran out, try a smaller --batch"

@@ -13,13 +13,16 @@ import importlib.metadata
 import math
 import os
 import platform
+import random
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from lutdeploy.errors import first_line
+from lutdeploy.errors import first_line, ran_out_of_memory
 
 # Where Linux shows a CUDA or ROCm driver; the first two are for WSL and containers.
 GPU_DRIVERS = (
@@ -141,6 +144,48 @@ def import_problem(extra: str, *modules: str) -> str | None:
                 remedy += ", or uninstall torchvision" if module != "torchvision" else ""
             return f"{module} is installed but does not import ({reason}); {remedy}"
     return None
+
+
+def compile_problem(device: str = "cpu") -> str | None:
+    """Why torch.compile does not work on a device here, in one line; None where it does.
+
+    It compiles a function that no cache holds, which takes some seconds: a compiler that is there
+    may lack headers, and its cache a place. What the compiler prints is not shown.
+    """
+    import torch
+
+    number = random.uniform(1, 2)
+    with _quiet_stderr() as said, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.compiler.reset()  # it remembers failures
+            torch.compile(lambda x: x * number)(torch.ones(8, device=device))
+        except Exception as error:  # of the compiler, of its cache, of a system without the user
+            if ran_out_of_memory(error):
+                raise
+            causes: list[BaseException] = [error]
+            while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None:
+                causes.append(deeper)
+            said.seek(0)
+            text = "\n".join([*map(str, causes), said.read().decode(errors="replace")])
+            compiler = (line for line in text.splitlines() if "error: " in line)
+            reason = next(compiler, f"{type(causes[-1]).__name__}: {first_line(causes[-1])}")
+            return f"torch.compile does not work here: {reason.strip()[:200]}"
+    return None
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[IO[bytes]]:
+    """Send what this process and its children write to stderr into a file."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _cpu() -> str:

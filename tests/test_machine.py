@@ -15,7 +15,13 @@ import pytest
 import torch
 
 from lutdeploy import machine as machines
-from lutdeploy.machine import Machine, memory_bytes, processors, this_machine, thread_limit
+from lutdeploy.machine import (
+    Machine,
+    memory_bytes,
+    processors,
+    this_machine,
+    thread_limit,
+)
 
 
 def test_it_says_what_is_here_in_plain_json() -> None:
@@ -151,3 +157,23 @@ def test_runtimes_keep_to_the_processors_of_the_process() -> None:
         env=environment,
     )
     assert done.stdout.split() == ["1", "1", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="writes a shell script")
+def test_a_compiler_that_is_there_and_does_not_work(tmp_path: Path) -> None:
+    """In a process of its own: PyTorch remembers what it finds of a compiler."""
+    said = "x.cpp:1: fatal error: Python.h: out of memory, cannot allocate"
+    (tmp_path / "g++").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    words = ["--data", "synthetic", "--size", "tiny", "--compile", "on", "--out", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lutdeploy.cli", "train", *words],
+        env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: torch.compile does not work here: {said}; --compile off ")
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from lutdeploy.errors import UsageError
+from lutdeploy.errors import UsageError, ran_out_of_memory
 from lutdeploy.machine import memory_bytes, processors
 from lutdeploy.training.synthetic import draw_cat
 
@@ -118,6 +118,8 @@ def load_folder(
         try:
             return decode(path, size, channels)
         except Exception as error:  # Pillow's decoders raise almost anything on bad bytes
+            if ran_out_of_memory(error):
+                raise
             reason = (str(error).splitlines() or ["?"])[0]
             return f"{path}: {type(error).__name__}: {reason}"[:300]
 

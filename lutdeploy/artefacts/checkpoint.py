@@ -22,7 +22,13 @@ from torch import Tensor
 
 from lutdeploy.artefacts import files
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, ConfigError, UsageError, first_line
+from lutdeploy.errors import (
+    ArtefactError,
+    ConfigError,
+    UsageError,
+    first_line,
+    ran_out_of_memory,
+)
 from lutdeploy.model import LutTransformer
 
 METADATA_KEY = "lutdeploy"
@@ -235,6 +241,8 @@ def read_author_file(path: Path) -> dict[str, Tensor]:
             f"executed ({' '.join(reason.split())[:160]})"
         ) from error
     except Exception as error:  # torch.load raises anything on a damaged file
+        if ran_out_of_memory(error):
+            raise
         raise ArtefactError(
             f"{path} is damaged or no torch.save file: {first_line(error)}"
         ) from error

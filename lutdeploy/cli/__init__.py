@@ -16,7 +16,7 @@ import click
 
 from lutdeploy import __version__
 from lutdeploy.cli.console import INTERRUPTED, stop_with
-from lutdeploy.errors import LutDeployError
+from lutdeploy.errors import LutDeployError, ran_out_of_memory
 from lutdeploy.machine import limit_threads
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch"
@@ -98,10 +98,8 @@ class LazyGroup(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             stop_with(f"{where}{error.strerror or error}", 1)
-        except MemoryError:
-            stop_with(OUT_OF_MEMORY, 1)
-        except RuntimeError as error:  # PyTorch's allocators raise nothing more telling
-            if not ("memory" in str(error) and "allocate" in str(error)):
+        except Exception as error:
+            if not ran_out_of_memory(error):
                 raise
             stop_with(OUT_OF_MEMORY, 1)
         sys.exit(code if isinstance(code, int) else 0)

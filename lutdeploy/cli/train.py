@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     "--compile",
     type=click.Choice(("auto", "on", "off")),
     default="auto",
-    help="torch.compile; auto: from 1000 steps, where there is a C++ compiler.",
+    help="torch.compile; auto: from 1000 steps, where it works.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--checkpoint-every", type=POSITIVE, default=500)
@@ -109,11 +109,12 @@ def command(
     run = Run(out)
     with session.hold_folder(run, resume):
         processes = open_processes(session.choose_device(device))
+        place = str(processes.device)
         say: Callable[[str], None] = note if processes.writes else lambda text: None
         if resume:
-            settings = session.resumed_settings(run, request, say)
+            settings = session.resumed_settings(run, request, say, place)
         else:
-            settings = session.new_settings(request, say)
+            settings = session.new_settings(request, say, place)
         model = settings.model
         data = load_images(settings.data, model.image_size, model.channels, scratch=out)
         session.describe(settings, data, processes, bf16_speedup, say)

@@ -607,7 +607,7 @@ def test_train_option_out_of_range(
         ("width=30", "width 30 is not divisible by heads 4"),
         ("width=wide", "width must be an integer, not 'wide'"),
         ("depth=0", "depth must be at least 1, not 0"),
-        ("colour=3", "no such model field"),
+        ("colour=3", "there is no field 'colour'"),
         ("patch_size=7", "image_size 64 is not divisible by patch_size 7"),
     ],
 )
@@ -811,7 +811,6 @@ def test_resuming_nothing(pictures: Path, tmp_path: Path) -> None:
         (("--set", "heads=2"), "heads 2: "),
         (("--set", "dropout=0.5"), "dropout 0.5: "),
         (("--ema", 0.5), "--ema "),
-        (("--compile", "on"), "--compile on: "),
     ],
 )
 def test_resuming_with_other_settings(

@@ -18,7 +18,7 @@ from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.picture_files import FACTS, MANIFEST, NPZ, pictures_in
 from lutdeploy.artefacts.run import MODEL, Run, locate
 from lutdeploy.artefacts.sample_folder import EXTRAS
-from lutdeploy.errors import ArtefactError, UsageError
+from lutdeploy.errors import ArtefactError, UsageError, ran_out_of_memory
 from lutdeploy.sampling import Denoiser, ahead, finished_batches, noise_batches
 from lutdeploy.schedule import Schedule
 from lutdeploy.training.data import (
@@ -219,6 +219,8 @@ def read_samples(folder: Path, n: int, on_progress: OnProgress = no_progress) ->
         try:
             picture = _read_picture(path)
         except Exception as error:  # the decoders raise almost anything on bad bytes
+            if ran_out_of_memory(error):
+                raise
             skipped.append(f"{path}: {type(error).__name__}")
             continue
         if kept and picture.shape != kept[0].shape:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_author_file
-from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError, first_line
+from lutdeploy.errors import (
+    ArtefactError,
+    BackendError,
+    NonFiniteError,
+    UsageError,
+    first_line,
+    ran_out_of_memory,
+)
 from lutdeploy.reference import full_float32
 from lutdeploy.training.evaluation.distances import Features, Pixels
 from lutdeploy.training.evaluation.feature_network import (
@@ -71,6 +78,8 @@ def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
             )
         state = {name: value.to(device) for name, value in _read_state(path).items()}
     except (AssertionError, RuntimeError) as error:  # of a torch without CUDA, and of one with it
+        if ran_out_of_memory(error):
+            raise
         reason = first_line(error)
         raise BackendError(
             f"device {device}: torch cannot use it ({reason}); see `lutdeploy doctor`"
