@@ -55,9 +55,9 @@ class Finding:
 def examine() -> list[Finding]:
     """Check everything. What works has been imported; a provider that works has computed."""
     version = platform.python_version()
-    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 14)
     return [
-        Finding("python", supported, f"{version} (3.11 to 3.13)"),
+        Finding("python", supported, f"{version} (3.11 to 3.14)"),
         *(_imports(name, MODULES.get(name, name), f"pip install {name}") for name in PACKAGES),
         *_torch(),
         *_onnxruntime(),

@@ -16,7 +16,7 @@ import torch
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import read_metadata
-from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.run import Run, require_text
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, ModelConfig, model_config
 from lutdeploy.device import parse_device
@@ -75,6 +75,7 @@ def hold_folder(run: Run, resume: bool) -> Iterator[None]:
     if not is_first():
         yield
         return
+    require_text(run.path)
     if not resume and (run.settings.exists() or run.model.exists()):
         raise UsageError(
             f"{run.path} already holds a run: --resume continues it, or choose another --out"
@@ -180,7 +181,7 @@ def resumed_settings(run: Run, request: Request, note: Note, device: str = "cpu"
     The path of the data, the steps, and whether to compile may differ.
     """
     settings = read_settings(run)
-    values = msgspec.json.decode(msgspec.json.encode(settings))
+    values = json.loads(json.dumps(msgspec.to_builtins(settings)))
     of_model, of_recipe = parse_overrides(request.overrides, request.fields)
     of_preset = PRESETS[request.preset] if "preset" in request.given else {}
     of_size = SIZES[request.size] if "size" in request.given else {}

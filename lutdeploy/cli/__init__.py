@@ -15,7 +15,12 @@ from typing import Any
 import click
 
 from lutdeploy import __version__
-from lutdeploy.cli.console import INTERRUPTED, stop_with
+from lutdeploy.cli.console import (
+    INTERRUPTED,
+    discard_streams,
+    prepare_streams,
+    stop_with,
+)
 from lutdeploy.errors import LutDeployError, ran_out_of_memory
 from lutdeploy.machine import limit_threads
 
@@ -82,10 +87,12 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        prepare_streams()
         limit_threads()
         try:
             with _interrupts():
                 code = super().main(*args, **kwargs)
+            sys.stdout.flush()
         except click.ClickException as error:
             stop_with(error.format_message(), error.exit_code)
         except LutDeployError as error:
@@ -93,7 +100,7 @@ class LazyGroup(click.Group):
         except (click.Abort, KeyboardInterrupt):
             stop_with("interrupted", INTERRUPTED)
         except BrokenPipeError:
-            sys.stderr.close()  # nobody reads; the interpreter would complain at exit
+            discard_streams()
             sys.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import note
+from lutdeploy.artefacts.run import Run, require_text
+from lutdeploy.cli.console import answer, note
 from lutdeploy.cli.requests import POSITIVE
 from lutdeploy.errors import UsageError
 
@@ -29,6 +29,7 @@ def command(
     """
     from lutdeploy.artefacts.checkpoint import import_author_file, save_model
 
+    require_text(out)
     run = Run(out)
     if run.model.exists() and not overwrite:
         raise UsageError(f"{run.model} exists; choose another --out, or --overwrite")
@@ -41,4 +42,4 @@ def command(
     )
     files.output_folder(out)
     save_model(model, run.model, about={"origin": "import", "file": file.name})
-    click.echo(run.model)
+    answer(run.model)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import INTERRUPTED, note, progress_bar
+from lutdeploy.cli.console import INTERRUPTED, answer, note
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, SEED
 from lutdeploy.config import PRESETS, SIZES
 
@@ -140,7 +141,7 @@ def command(
     if reached < settings.steps:
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(INTERRUPTED)
-    click.echo(run.model)
+    answer(run.model)
 
 
 def _follow(steps: Iterable[Progress], total: int) -> int:
