@@ -19,7 +19,7 @@ TOO_LARGE = 2**50  # bytes
 
 def accelerator_error(code: int) -> Exception:
     error = torch.AcceleratorError("CUDA error")
-    error.error_code = code  # as torch sets it
+    vars(error)["error_code"] = code  # as torch sets it
     return error
 
 

@@ -166,7 +166,16 @@ def test_a_compiler_that_is_there_and_does_not_work(tmp_path: Path) -> None:
     said = "x.cpp:1: fatal error: Python.h: out of memory, cannot allocate"
     (tmp_path / "g++").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
     (tmp_path / "g++").chmod(0o755)
-    words = ["--data", "synthetic", "--size", "tiny", "--compile", "on", "--out", tmp_path / "run"]
+    words = [
+        "--data",
+        "synthetic",
+        "--size",
+        "tiny",
+        "--compile",
+        "on",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "lutdeploy.cli", "train", *words],
         env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},

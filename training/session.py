@@ -19,7 +19,7 @@ from lutdeploy.artefacts.checkpoint import read_metadata
 from lutdeploy.artefacts.run import Run, require_text
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, ModelConfig, model_config
-from lutdeploy.device import parse_device
+from lutdeploy.device import find_device
 from lutdeploy.errors import BackendError, LutDeployError, UsageError
 from lutdeploy.machine import compile_problem
 from lutdeploy.training.data import ImageSet
@@ -55,17 +55,9 @@ class Request:
 
 def choose_device(name: str) -> str:
     """The torch device for --device, which may be "auto"."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if count else "cpu"
-    device = parse_device(name)
-    if device.kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: torch sees no such device here; see `lutdeploy doctor`")
-    if device.kind == "cuda" and device.index >= count:
-        there = ", ".join(f"cuda:{k}" for k in range(count)) or "none"
-        raise UsageError(
-            f"--device {name}: no such CUDA device here, torch sees {there}; see `lutdeploy doctor`"
-        )
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    find_device(name)
     return name
 
 

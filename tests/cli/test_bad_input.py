@@ -662,8 +662,8 @@ def test_unknown_command_and_option() -> None:
 
 @no_cuda
 def test_no_cuda_for_training(pictures: Path, tmp_path: Path) -> None:
-    line = fail(2, *train(pictures, tmp_path / "out", "--device", "cuda"))
-    assert "no such CUDA device here, torch sees none; see `lutdeploy doctor`" in line
+    line = fail(1, *train(pictures, tmp_path / "out", "--device", "cuda"))
+    assert "no CUDA device 'cuda' here; torch sees none; see `lutdeploy doctor`" in line
 
 
 @no_cuda

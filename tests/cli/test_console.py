@@ -54,7 +54,7 @@ def test_whoever_reads_may_leave() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that a test sets."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     return now
 
 
