@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, _imaging, features
 
+from lutdeploy.errors import ran_out_of_memory
+
 # Kinds of files by Pillow's name, and how their names end. Others that Pillow opens are left
 # out: vector graphics, which start other programs, and files without a signature.
 SUFFIXES = {
@@ -101,7 +103,9 @@ def decode(data: bytes, side: int | None = None) -> Picture:
     with _listening() as heard:
         try:
             picture = _decode(data, side)
-        except Exception:
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
             bare = _without_metadata(data)
             if bare == data:
                 raise

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lutdeploy import decoding
 from lutdeploy.artefacts import files
-from lutdeploy.errors import UsageError
-from lutdeploy.machine import processors
+from lutdeploy.errors import UsageError, ran_out_of_memory
+from lutdeploy.machine import memory_bytes, processors
 from lutdeploy.training.picture_folder import find_pictures, in_words, printable, some
 from lutdeploy.training.synthetic import draw_cat
 
@@ -139,6 +138,8 @@ def decode_or_say(path: Path, work: Callable[[Path], T]) -> T | str:
     try:
         return work(path)
     except Exception as error:  # Pillow's decoders raise almost anything on bad bytes
+        if ran_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or ["?"])[0]
         if isinstance(error, UnidentifiedImageError):
             reason = "its bytes are no picture of these kinds"
@@ -183,13 +184,13 @@ def load_folder(
 
     Args:
         memory_limit: bytes of pixels above which they live in a file, not in memory; half
-            of the machine's memory by default.
+            of what this process may take by default.
         scratch: where that file is made; the system's temporary folder by default.
         shared: a file that holds the pixels in any case, for other processes to map.
         option: what named the folder, for messages.
     """
     found = find_pictures(folder, option)
-    limit = psutil.virtual_memory().total // 2 if memory_limit is None else memory_limit
+    limit = memory_bytes() // 2 if memory_limit is None else memory_limit
     shape, scratch = (channels, size, size), scratch or Path(tempfile.gettempdir())
     pixels = _allocate(len(found.files), shape, limit, scratch, shared)
     names: list[str] = []

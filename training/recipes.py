@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -120,6 +121,23 @@ def _checked(values: dict[str, Any]) -> TrainSettings:
         reason, name = found.groups()
         reason = reason[0].lower() + reason[1:]
         raise ConfigError(f"{name} cannot be {values[name]!r}: {reason}") from error
+
+
+def field_problem(name: str, value: Any) -> str | None:
+    """Why a field of a recipe cannot have a plain JSON value, and how one is written, or None."""
+    (kind,) = (field.type for field in msgspec.structs.fields(TrainSettings) if field.name == name)
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        reason = str(error)[0].lower() + str(error)[1:]
+        written = [json.dumps(modern(ModelConfig())[name], separators=(",", ":"))]
+        if kind is bool:
+            written = ["true", "false"]
+        elif get_origin(kind) is Literal:
+            written = list(get_args(kind))
+        forms = " or ".join(f"{name}={form}" for form in written)
+        return f"{name} cannot be {value!r}: {reason}; write {forms}"
+    return None
 
 
 def read_settings(run: Run) -> TrainSettings:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lutdeploy.artefacts import checkpoint, files
 from lutdeploy.artefacts.run import Run, decay_name
 from lutdeploy.artefacts.target import find_model
-from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError
+from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError, ran_out_of_memory
 from lutdeploy.model import LutTransformer
 from lutdeploy.training.losses import Objective, Perceptual
 from lutdeploy.training.optimizers import open_optimizers, restore, state_tensors
@@ -161,6 +161,8 @@ class TrainingState:
                     value.copy_(tensors.pop(name))
             restore(self.optimizers, tensors, self.step)
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise
             raise _damaged(run, error) from error
 
 

@@ -89,8 +89,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write a record, or plain JSON values, as readable JSON, atomically."""
     import msgspec
 
-    encoded = msgspec.json.encode(value, enc_hook=_plain)
-    write_atomic(path, msgspec.json.format(encoded, indent=1) + b"\n")
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=1)
+    except UnicodeEncodeError:  # a file's name whose bytes are no text: Python's JSON escapes them
+        text = json.dumps(msgspec.to_builtins(value, enc_hook=_plain), indent=1).encode()
+    write_atomic(path, text + b"\n")
 
 
 def _plain(value: Any) -> Any:
@@ -115,7 +118,10 @@ def read_record(path: Path, kind: type[T], remedy: str) -> T:
     import msgspec
 
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        data = path.read_bytes()
+        if b"\\udc" in data:  # see write_json; msgspec does not read these escapes
+            return msgspec.convert(json.loads(data), type=kind)
+        return msgspec.json.decode(data, type=kind)
     except FileNotFoundError as error:
         raise ArtefactError(f"{path} is missing; {remedy}") from error
     except (OSError, *BAD_JSON, LutDeployError) as error:

@@ -28,7 +28,7 @@ from numpy.lib import format as npy
 from lutdeploy import images
 from lutdeploy.artefacts import files
 from lutdeploy.decoding import decode
-from lutdeploy.errors import ArtefactError
+from lutdeploy.errors import ArtefactError, ran_out_of_memory
 from lutdeploy.images import Pixels
 
 MANIFEST = "manifest.jsonl"
@@ -157,6 +157,8 @@ class PngFiles:
         try:
             return images.decode_png(path.read_bytes())
         except Exception as error:  # decoders raise almost anything on bad bytes
+            if ran_out_of_memory(error):
+                raise
             raise _damaged(path) from error
 
     def close(self) -> None:
@@ -538,6 +540,8 @@ def pictures_in(path: Path) -> Iterator[Pixels]:
                 if file.read() != TAR_END:
                     raise EOFError("the shard ends early")
     except Exception as error:  # decoders raise almost anything on bad bytes
+        if ran_out_of_memory(error):
+            raise
         raise _damaged(path) from error
 
 

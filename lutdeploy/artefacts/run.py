@@ -21,6 +21,7 @@ file or none, whenever a writer is killed.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,8 +155,20 @@ class Located:
     run: Run | None
 
 
+def require_text(path: Path) -> None:
+    """Refuse a name for models whose bytes are no text: safetensors and the runtimes need UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{path}: this name has bytes that are no text ({sys.getfilesystemencoding()}), and "
+            "the libraries that read models need text; rename it, or set PYTHONUTF8=1"
+        ) from error
+
+
 def locate(path: Path) -> Located:
     """Tell a run folder, an export folder and a model file apart."""
+    require_text(path)
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():

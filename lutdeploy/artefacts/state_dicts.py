@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lutdeploy.artefacts import foreign
 from lutdeploy.artefacts.metadata import METADATA_KEY
-from lutdeploy.errors import ArtefactError, UsageError
+from lutdeploy.errors import ArtefactError, UsageError, ran_out_of_memory
 
 WRAPPERS = ("module", "_orig_mod")  # DataParallel, FSDP and AveragedModel; torch.compile
 AVERAGE_COUNT = "n_averaged"  # that torch.optim.swa_utils.AveragedModel keeps beside its module
@@ -126,6 +126,8 @@ def _read_torch(path: Path) -> Mapping[Any, Any]:
             warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises anything on a damaged file
+        if ran_out_of_memory(error):
+            raise
         held = re.search(r"GLOBAL (\S+)", str(error))
         if held is None or not isinstance(error, pickle.UnpicklingError):
             raise foreign.unreadable(path, error) from error

@@ -10,7 +10,7 @@ import click
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find, find_run
-from lutdeploy.cli.console import note
+from lutdeploy.cli.console import answer, note
 from lutdeploy.cli.requests import RUN, schedule_request
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.schedule import Schedule, ScheduleRequest
@@ -58,7 +58,7 @@ def command(
     model = load_model(target.model)
     if author_format is not None:
         save_author_file(model, author_format)
-        click.echo(author_format)
+        answer(author_format)
         return
     sha256 = files.sha256(target.model)
     held = None
@@ -70,7 +70,7 @@ def command(
         folder = export_checked(model, plan, target, sha256, tuned, note)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")
-    click.echo(folder)
+    answer(folder)
 
 
 def _fresh(target: Run, model: str) -> Sequence[Schedule]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import note
+from lutdeploy.artefacts.run import Run, require_text
+from lutdeploy.cli.console import answer, note
 from lutdeploy.cli.requests import POSITIVE
 from lutdeploy.errors import UsageError
 
@@ -40,6 +40,7 @@ def command(
     """
     from lutdeploy.artefacts.checkpoint import import_file, save_model
 
+    require_text(out)
     run = Run(out)
     if run.model.exists() and not overwrite:
         raise UsageError(f"{run.model} exists; choose another --out, or --overwrite")
@@ -65,4 +66,4 @@ def command(
         run.model,
         about={"origin": "import", "file": file.name, "key": found.state.name},
     )
-    click.echo(run.model)
+    answer(run.model)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lutdeploy.artefacts.run import Run
+from lutdeploy.cli.console import answer
 
 
 @click.command("inspect")
@@ -26,10 +27,10 @@ def command(path: Path, as_json: bool) -> None:
         machines = tensorrt_machines()
     found = inspect_path(path, machines)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        answer(json.dumps(found, indent=1))
         return
     for line in _describe(found):
-        click.echo(line)
+        answer(line)
 
 
 def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import note, progress_bar
+from lutdeploy.cli.console import answer, note
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, SEED
 from lutdeploy.config import PRESETS, SIZES
 
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
     "--compile",
     type=click.Choice(("auto", "on", "off")),
     default="auto",
-    help="torch.compile; auto: from 1000 steps, where there is a C++ compiler.",
+    help="torch.compile; auto: from 1000 steps, where it works.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--checkpoint-every", type=POSITIVE, default=500)
@@ -114,11 +115,12 @@ def command(
     run = Run(out)
     with session.hold_folder(run, resume):
         processes = open_processes(session.choose_device(device))
+        place = str(processes.device)
         say: Callable[[str], None] = note if processes.writes else lambda text: None
         if resume:
-            settings = session.resumed_settings(run, request, say)
+            settings = session.resumed_settings(run, request, say, place)
         else:
-            settings = session.new_settings(request, say)
+            settings = session.new_settings(request, say, place)
         model = settings.model
         shape = model.image_size, model.channels
         with progress_bar() if processes.writes else contextlib.nullcontext() as bar:
@@ -149,7 +151,7 @@ def command(
     if reached < settings.steps:
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(128 + (requests or [signal.SIGINT])[0])  # none: another process was asked
-    click.echo(run.model)
+    answer(run.model)
 
 
 def _reading(bar: Bar | None) -> Callable[[int, int], None]:

@@ -13,7 +13,8 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import Measured
-from lutdeploy.cli.console import note, progress_bar
+from lutdeploy.cli.console import answer, console, note
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, engine_request
 from lutdeploy.engines import EngineRequest, open_engine
 
@@ -105,12 +106,11 @@ def command(
     _show(found.rows, f"{images} images" + (f", {pictures} pictures" if data else ""))
     for line in found.remarks:
         note(line)
-    click.echo(run.tuned_steps)
+    answer(run.tuned_steps)
 
 
 def _show(rows: Sequence[Measured], title: str) -> None:
     """The rows as a table on stderr."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("steps", "schedule", "RMS", "Fréchet", "sliced", title=f"unseen noise: {title}")
@@ -118,7 +118,7 @@ def _show(rows: Sequence[Measured], title: str) -> None:
         distances = (row.frechet, row.sliced_wasserstein)
         values = ["–" if value is None else f"{value:.1f}" for value in distances]
         table.add_row(str(row.schedule.steps), row.schedule.describe(), f"{row.rms:.4f}", *values)
-    Console(stderr=True).print(table)
+    console().print(table)
 
 
 def _float32(engine: EngineRequest, run: Run) -> EngineRequest:

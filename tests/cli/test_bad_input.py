@@ -529,7 +529,7 @@ def test_torch_out_of_memory(
     model_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(*arguments: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
+        torch.empty(2**50)  # what PyTorch raises when it finds no memory
 
     monkeypatch.setattr("lutdeploy.model.LutTransformer.forward", forward)
     line = fail(1, *sample(model_run, tmp_path / "out"))
@@ -641,7 +641,7 @@ def test_train_option_out_of_range(
         ("width=30", "width 30 is not divisible by heads 4"),
         ("width=wide", "width must be an integer, not 'wide'"),
         ("depth=0", "depth must be at least 1, not 0"),
-        ("colour=3", "no such model field"),
+        ("colour=3", "there is no field 'colour'"),
         ("patch_size=7", "image_size 64 is not divisible by patch_size 7"),
     ],
 )
@@ -696,8 +696,8 @@ def test_unknown_command_and_option() -> None:
 
 @no_cuda
 def test_no_cuda_for_training(pictures: Path, tmp_path: Path) -> None:
-    line = fail(2, *train(pictures, tmp_path / "out", "--device", "cuda"))
-    assert "no such CUDA device here, torch sees none; see `lutdeploy doctor`" in line
+    line = fail(1, *train(pictures, tmp_path / "out", "--device", "cuda"))
+    assert "no CUDA device 'cuda' here; torch sees none; see `lutdeploy doctor`" in line
 
 
 @no_cuda
@@ -845,7 +845,6 @@ def test_resuming_nothing(pictures: Path, tmp_path: Path) -> None:
         (("--set", "heads=2"), "heads 2: "),
         (("--set", "dropout=0.5"), "dropout 0.5: "),
         (("--ema", 0.5), "--ema "),
-        (("--compile", "on"), "--compile on: "),
     ],
 )
 def test_resuming_with_other_settings(

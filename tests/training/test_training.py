@@ -27,6 +27,7 @@ from lutdeploy.artefacts.run import Run
 from lutdeploy.config import PRESETS, model_config
 from lutdeploy.errors import ArtefactError, BackendError, ConfigError, UsageError
 from lutdeploy.lut import StaticLut, image_to_tiles, outer_entries
+from lutdeploy.machine import compile_problem
 from lutdeploy.model import LutTransformer, position_tables, rotate
 from lutdeploy.training.data import (
     ImageSet,
@@ -689,8 +690,8 @@ def test_least_rotated_channels_are_what_the_position_turns_least() -> None:
 
 @pytest.mark.slow
 def test_compiled_training_learns(drawn: ImageSet, tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile on a CPU needs a C++ compiler; there is none here")
+    if problem := compile_problem():
+        pytest.skip(problem)
     progress = run_all(tiny_settings(steps=2, compile=True), drawn, tmp_path)
     plain = run_all(tiny_settings(steps=2), drawn, tmp_path / "plain")
     assert math.isclose(progress[0].loss, plain[0].loss, rel_tol=1e-4)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.state_dicts import read_mapping
-from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, first_line
+from lutdeploy.device import find_device
+from lutdeploy.errors import ArtefactError, NonFiniteError
 from lutdeploy.reference import full_float32
 from lutdeploy.training.evaluation.distances import Features, Pixels
 from lutdeploy.training.evaluation.feature_network import (
@@ -57,22 +58,17 @@ class Extractor:
 
 def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
     """The extractor of a file of Inception weights, or lutdeploy's own for None."""
-    try:
-        if path is None:
-            return Extractor(
-                network=partial(_own_features, load_network().to(device)),
-                device=device,
-                name="lutdeploy features",
-                sha256=SHA256,
-                frechet_name="Fréchet distance (lutdeploy features)",
-                kernel_name="kernel distance (lutdeploy features)",
-            )
-        state = {name: value.to(device) for name, value in _read_state(path).items()}
-    except (AssertionError, RuntimeError) as error:  # of a torch without CUDA, and of one with it
-        reason = first_line(error)
-        raise BackendError(
-            f"device {device}: torch cannot use it ({reason}); see `lutdeploy doctor`"
-        ) from error
+    find_device(device)
+    if path is None:
+        return Extractor(
+            network=partial(_own_features, load_network().to(device)),
+            device=device,
+            name="lutdeploy features",
+            sha256=SHA256,
+            frechet_name="Fréchet distance (lutdeploy features)",
+            kernel_name="kernel distance (lutdeploy features)",
+        )
+    state = {name: value.to(device) for name, value in _read_state(path).items()}
     try:
         network = Inception(state)
     except ArtefactError as error:

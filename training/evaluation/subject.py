@@ -143,5 +143,5 @@ def write_results(
     title = f"Evaluation of {subject.title}"
     page = report.page(found, extractor, subject.pixels, subject.real.training, title, facts)
     path = request.folder / EVALUATION_PAGE
-    files.write_atomic(path, page.encode())
+    files.write_atomic(path, page.encode("utf-8", "backslashreplace"))  # names of files
     return path
