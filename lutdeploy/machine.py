@@ -81,7 +81,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Describe this machine. It imports torch only where there may be a GPU."""
+    """Describe this machine. It imports torch, if it is there, only where there may be a GPU."""
     return Machine(
         cpu=_cpu(),
         processors=processors(),
@@ -137,7 +137,7 @@ def import_problem(extra: str, *modules: str) -> str | None:
             return f"{error}; pip install 'lutdeploy[{extra}]'"
         except Exception as error:  # compiled parts raise anything
             reason = first_line(error)
-            torch = importlib.metadata.version("torch")
+            torch = versions().get("torch", "none")
             remedy = f"install a version of it that fits torch {torch}"
             if "torchvision" in reason:
                 remedy = f"install the torchvision built for torch {torch}"
@@ -301,8 +301,10 @@ def _cgroups(controller: str, process: Path) -> Iterator[Path]:
 def _gpus() -> tuple[str, ...]:
     if sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS):
         return ()  # saves the second that importing torch takes
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:  # then nothing here computes on a GPU
+        return ()
     if not torch.cuda.is_available():
         return ()
     return tuple(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))

@@ -56,6 +56,8 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
             f"{indent}  {found['preset']}, {found['parameters'] / 1e6:.3f} M parameters, "
             f"{'/'.join(found['dtypes'])}, {found['bytes'] / 1e6:.1f} MB"
         )
+        if found["unverified"]:
+            yield f"{indent}  not verified: {found['unverified']}"
     else:
         solver = f", {found['solver']}" if found["solver"] else ""
         stale = "; STALE: the model has changed since" if found.get("stale") else ""

@@ -286,7 +286,9 @@ def test_a_model_of_the_package_is_the_default(
     monkeypatch.chdir(tmp_path)
     result = run("sample", "-n", 2, "--steps", 2)
     assert f"model: {shipped.DEFAULT} (of the package" in result.stderr
-    assert "backend: torch" in result.stderr
+    assert (
+        f"backend: onnxruntime on CPUExecutionProvider, export {shipped.DEFAULT}" in result.stderr
+    )
     assert (tmp_path / "samples" / "grid.png").is_file()
     assert not (tmp_path / "runs").exists()
     run("export", "--fp16")
