@@ -207,7 +207,8 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         self.threads, self._provider_options = threads, provider_options
         self._sessions: dict[int, ort.InferenceSession] = {}
         if room is None:
-            room = sessions_that_fit(manifest, memory_bytes(), widened=True)
+            several = len(manifest.graphs) > 1
+            room = sessions_that_fit(manifest, memory_bytes(), widened=True) if several else 1
         self._room = room
         self.session(0)
 

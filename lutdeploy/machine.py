@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -117,10 +116,12 @@ def int8_weight_bits() -> int:
 
 def versions() -> dict[str, str]:
     """The versions of python and of those of ``PACKAGES`` that are installed."""
+    from importlib import metadata  # a tenth of the start of a command that never asks
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found
 
 

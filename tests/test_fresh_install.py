@@ -1,4 +1,4 @@
-"""The wheel beside the packages that sampling needs, and no PyTorch: made as the Dockerfile says."""
+"""The wheel beside what sampling needs, and no PyTorch: made as the Dockerfile says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 import lutdeploy
 from lutdeploy import images
 from lutdeploy.artefacts import shipped
-from lutdeploy.artefacts.tuned_steps import read_tuned_steps, tuned_steps_file
+from lutdeploy.artefacts.run import tuned_steps_file
+from lutdeploy.artefacts.tuned_steps import read_tuned_steps
 from lutdeploy.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +108,8 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = root
     for word, rest in stage_lines():
         if word == "ENV":
-            variables.update(pair.split("=", 1) for pair in shlex.split(inside(rest)))
+            for name, _, value in (pair.partition("=") for pair in shlex.split(inside(rest))):
+                variables[name] = value
         elif word == "WORKDIR":
             place = Path(inside(rest))
             place.mkdir(parents=True, exist_ok=True)

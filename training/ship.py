@@ -5,9 +5,9 @@
 Run it in the root of the checkout. Weights and facts go to lutdeploy/models, which the wheel
 holds; the card and the pictures go to docs/models, which it does not. The weights are stored as
 float16 and measured as `lutdeploy evaluate` does, with the reference schedule and with the best
-of the model's fitted schedules. The default model gets its export too
-(:mod:`lutdeploy.engines.export.shipped`). Run it again after `lutdeploy tune-steps --model NAME` has found
-those for the new weights.
+of the model's fitted schedules. The default model gets its export too, as
+:mod:`lutdeploy.engines.export.shipped` makes it. Run it again after `lutdeploy tune-steps --model
+NAME` has found those for the new weights.
 """
 
 from __future__ import annotations
