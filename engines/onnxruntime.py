@@ -52,7 +52,10 @@ def execution_provider(device: str) -> str:
     provider = PROVIDERS.get(device, device)
     offered = [name for name in ort.get_available_providers() if name != TENSORRT]
     if provider not in offered:
-        raise BackendError(f"ONNX Runtime has no {provider} here; there are {', '.join(offered)}")
+        instead = "; put onnxruntime-gpu in the place of onnxruntime" if provider == CUDA else ""
+        raise BackendError(
+            f"ONNX Runtime has no {provider} here; there are {', '.join(offered)}{instead}"
+        )
     return provider
 
 
