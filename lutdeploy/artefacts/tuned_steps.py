@@ -161,6 +161,17 @@ def fitted_schedules(path: Path, model_sha256: str) -> Sequence[Schedule]:
     return [schedule for schedule in brought if schedule.solver == FITTED]
 
 
+def usable_schedules(
+    path: Path, model_sha256: str, note: Callable[[str], None]
+) -> Sequence[Schedule]:
+    """:func:`fitted_schedules`; none, and a note, where they are of no use."""
+    try:
+        return fitted_schedules(path, model_sha256)
+    except ArtefactError as error:
+        note(f"{error}; left out")
+        return ()
+
+
 def resolve_schedule(
     request: ScheduleRequest,
     path: Path,
