@@ -37,7 +37,6 @@ PAGE = Path(__file__).parent / "page"
 FACTS = "page.json"
 LUT = "lut.png"
 README = "README.txt"
-LICENCES = "LICENSES.txt"
 RUNTIME_FOLDER = "runtime"
 
 RUNTIME_VERSION = "1.30.0"
@@ -89,24 +88,11 @@ ENGINES = (
 # Offered beside the model's fitted schedules.
 REFERENCE = ("euler", 64)
 FORMULAS = (("dpmpp-2m", 16), ("dpmpp-2m", 32), REFERENCE)
-SOLVER_NAMES = {"euler": "Euler", "dpmpp-2m": "DPM-Solver++(2M)"}
-
-LICENCE_TEXT = """\
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-associated documentation files (the "Software"), to deal in the Software without restriction,
-including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense,
-and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so,
-subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial
-portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN
-NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY,
-WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
-SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
+SOLVER_NAMES = {
+    "euler": "Euler",
+    "dpmpp-2m": "DPM-Solver++(2M)",
+    "dpmpp-3m": "DPM-Solver++(3M)",
+}
 
 
 def package_web(run: Run, out: Path, runtime: Path | None, note: Callable[[str], None]) -> int:
@@ -142,7 +128,6 @@ def package_web(run: Run, out: Path, runtime: Path | None, note: Callable[[str],
             contents[f"{manifest.name}/{name}"] = (manifest.folder / name).read_bytes()
     contents[LUT] = images.encode_png(_lut_picture(run, float32.config, schedules[0], states))
     contents[README] = readme(run.path.resolve().name, bool(copied)).encode()
-    contents[LICENCES] = licences(bool(copied)).encode()
     facts = page_facts(run, exports, schedules, states, contents)
     with _locked(out), files.staged(out) as stage:
         for name, data in contents.items():
@@ -185,7 +170,7 @@ def _lut_picture(
 
         with safe_open(run.model, "np") as file:
             entries: NDArray[np.float32] = file.get_tensor("lut.entries").astype(np.float32)
-        return images.lut_sheet(entries, factor=1)
+        return images.lut_sheet(entries, factor=4)
     import torch
 
     from lutdeploy.artefacts.checkpoint import load_model
@@ -193,7 +178,7 @@ def _lut_picture(
     k = min(range(schedule.steps), key=lambda k: abs(schedule.rows[k].t - 0.5))
     at = torch.tensor([schedule.rows[k].t], dtype=torch.float32)
     patches = load_model(run.model).lut_patches(torch.from_numpy(states[k].x), at)
-    return images.lut_sheet(patches.numpy(), factor=1)
+    return images.lut_sheet(patches.numpy(), factor=4)
 
 
 def page_facts(
@@ -223,7 +208,7 @@ def page_facts(
             for engine in ENGINES
             if engine.precision in exports
         ],
-        "schedules": [_schedule_facts(schedule) for schedule in schedules],
+        "schedules": [schedule_facts(schedule) for schedule in schedules],
         # Picture 0 of seed 0 by the first schedule, uint8 [S, S, C]: what a GPU must paint first.
         "check": base64.b64encode(check.tobytes()).decode(),
     }
@@ -258,7 +243,7 @@ def _engine_facts(
     }
 
 
-def _schedule_facts(schedule: Schedule) -> dict[str, Any]:
+def schedule_facts(schedule: Schedule) -> dict[str, Any]:
     """A schedule for sampler.js, its name in an address, and its words for people."""
     told = f"{schedule.steps} steps"
     if schedule.solver == FITTED:
@@ -301,7 +286,7 @@ def read_runtime(folder: Path) -> dict[str, bytes]:
         found[name] = path.read_bytes()
         if integrity(found[name]) != told:
             raise ArtefactError(
-                f"{path} is not that of onnxruntime-web {RUNTIME_VERSION}: its hash differs; {remedy}"
+                f"{path} has another hash than that of onnxruntime-web {RUNTIME_VERSION}; {remedy}"
             )
     return found
 
@@ -314,7 +299,11 @@ def require_ours(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; --out names a folder")
-    there = {str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()} if out.exists() else set()
+    there = (
+        {str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()}
+        if out.exists()
+        else set()
+    )
     ours: set[str] = set()
     if (out / FACTS).is_file():
         with contextlib.suppress(ArtefactError, KeyError, TypeError):
@@ -338,30 +327,11 @@ def _locked(out: Path) -> Iterator[None]:
 
 def readme(name: str, offline: bool) -> str:
     """How to serve the folder."""
-    runtime = (
-        "Everything it needs is in this folder."
-        if offline
-        else f"It loads ONNX Runtime Web {RUNTIME_VERSION} from cdn.jsdelivr.net, checked by hashes."
-    )
+    runtime = f"ONNX Runtime Web {RUNTIME_VERSION}"
+    where = "comes from this folder" if offline else f"comes from {CDN}"
     return (
         f"{name}: a page that makes the model's pictures in the browser.\n\n"
         "    python -m http.server 8000\n\n"
-        "in this folder serves it at http://localhost:8000/; any other web server does as well.\n"
-        f"{runtime}\n"
-    )
-
-
-def licences(offline: bool) -> str:
-    """The licences of what is in the folder."""
-    where = RUNTIME_FOLDER + "/" if offline else "loaded by the page, not in this folder"
-    return (
-        "The page (HTML, CSS and JavaScript) and the models that come with lutdeploy\n"
-        "    MIT License. Copyright (c) 2026 The lutdeploy authors\n\n"
-        f"ONNX Runtime Web {RUNTIME_VERSION} ({where})\n"
-        "    MIT License. Copyright (c) Microsoft Corporation. It contains works of third parties:\n"
-        f"    https://github.com/microsoft/onnxruntime/blob/v{RUNTIME_VERSION}/"
-        "ThirdPartyNotices.txt\n\n"
-        "Any other model\n"
-        "    As whoever trained it says; ask them.\n\n"
-        f"The text of the MIT License:\n\n{LICENCE_TEXT}"
+        "in this folder serves it at http://localhost:8000/. Any other web server does as well.\n"
+        f"{runtime} {where}; the browser holds it against its hash.\n"
     )

@@ -116,7 +116,7 @@ function start() {
   })}`);
   if (worker === null) {
     worker = new Worker("worker.js", { type: "module" });
-    worker.onmessage = ({ data }) => data.job === job && heard[data.kind](data);
+    worker.onmessage = ({ data }) => busy && data.job === job && heard[data.kind](data);
     worker.onerror = () => {
       worker = null;
       heard.failed({ text: "The page's scripts could not be loaded whole. Reload the page." });

@@ -98,12 +98,12 @@ function strips() {
   let y = Math.exp(-0.5 * R * R);
   width[255] = R / SCALE;
   density[255] = y;
-  inside[0] = Math.floor(((R * y) / V) * SCALE); // strip 0 is the lowest, with the tail
+  inside[0] = Math.round(((R * y) / V) * SCALE); // strip 0 is the lowest, with the tail
   width[0] = V / y / SCALE;
   density[0] = 1;
   for (let k = 254; k > 0; k--) {
     const next = Math.sqrt(-2 * Math.log(V / x + y));
-    inside[k + 1] = Math.floor((next / x) * SCALE);
+    inside[k + 1] = Math.round((next / x) * SCALE);
     x = next;
     y = Math.exp(-0.5 * x * x);
     width[k] = x / SCALE;
@@ -112,7 +112,7 @@ function strips() {
   return { inside, width, density };
 }
 
-const STRIPS = strips();
+export const STRIPS = strips();
 
 /** A float32 in [0, 1) of 24 random bits. */
 const uniform = (bits) => (bits() >>> 8) / 2 ** 24;

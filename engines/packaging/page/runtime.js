@@ -3,41 +3,28 @@
 /** What went wrong, in words for the person who looks at the page. */
 export class PageError extends Error {}
 
-/**
- * Fetch a file of page.json: {url, bytes, integrity}. Calls ``onBytes`` with each part's length.
- */
-async function download({ url, bytes, integrity }, what, onBytes) {
+/** Fetch a file of page.json, {url, integrity}; a browser gives it only if its hash is right. */
+async function download({ url, integrity }, what, signal) {
   const place = new URL(url, self.location);
-  let response;
   try {
-    response = await fetch(place, { integrity });
+    const response = await fetch(place, { integrity, signal });
+    if (response.ok) return new Uint8Array(await response.arrayBuffer());
   } catch {
-    // The browser says no more to scripts, whether the network failed or the hash.
-    throw new PageError(
-      `${what} could not be loaded: ${place.host} does not answer, or sent another file than this ` +
-        "page was made with. Check the connection and reload the page.",
-    );
+    // It does not say whether the network failed or the hash.
   }
-  if (!response.ok) {
-    throw new PageError(`${what} is missing: the server answered ${response.status} for ${place}.`);
-  }
-  const data = new Uint8Array(bytes);
-  let filled = 0;
+  throw new PageError(signal.aborted ? "" : `${what} ${await whyNot(place)}`);
+}
+
+/** Why a file did not come, as the end of a sentence. */
+async function whyNot(place) {
   try {
-    for (const reader = response.body.getReader(); ; ) {
-      const { done, value } = await reader.read();
-      if (done) break;
-      data.set(value, filled);
-      filled += value.length;
-      onBytes(value.length);
-    }
+    const { ok, status } = await fetch(place, { method: "HEAD" });
+    return ok
+      ? `could not be loaded: ${place.host} sent another file than this page was made with. Reload it.`
+      : `is missing: the server answered ${status} for ${place}.`;
   } catch {
-    filled = -1;
+    return `could not be loaded: ${place.host} does not answer. Check the connection and try again.`;
   }
-  if (filled !== bytes) {
-    throw new PageError(`${what} did not arrive as a whole. Check the connection and reload.`);
-  }
-  return data;
 }
 
 /** Whether this browser has what an engine of page.json needs: features of WebGPU, if any. */
@@ -68,14 +55,20 @@ export async function openEngine(engine, shape, onProgress) {
   const all = [script, wasm, graph, weights];
   const total = all.reduce((sum, file) => sum + file.bytes, 0);
   let here = 0;
-  const onBytes = (bytes) => onProgress((here += bytes), total);
+  onProgress(here, total);
+  const others = new AbortController();
+  const get = async (file, what) => {
+    const data = await download(file, what, others.signal);
+    onProgress((here += file.bytes), total);
+    return data;
+  };
   const runtime = "The runtime (ONNX Runtime Web)";
   const [code, binary, model, data] = await Promise.all([
-    download(script, runtime, onBytes),
-    download(wasm, runtime, onBytes),
-    download(graph, "The model", onBytes),
-    download(weights, "The model", onBytes),
-  ]);
+    get(script, runtime),
+    get(wasm, runtime),
+    get(graph, "The model"),
+    get(weights, "The model"),
+  ]).finally(() => others.abort()); // where one fails, the others are of no use
   // The code runs from the bytes that were checked, not from a second request.
   const ort = await import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
   ort.env.wasm.wasmBinary = binary.buffer;

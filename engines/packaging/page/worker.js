@@ -38,7 +38,9 @@ function inWords(error) {
 async function make({ job, seed, count, rows }) {
   const report = (kind, more, transfer = []) =>
     self.postMessage({ job, kind, ...more }, transfer);
-  opened ??= open((bytes, total) => report("loading", { bytes, total }));
+  opened ??= open((bytes, total) =>
+    self.postMessage({ job: current, kind: "loading", bytes, total }),
+  );
   let found;
   try {
     found = await opened;
@@ -46,6 +48,7 @@ async function make({ job, seed, count, rows }) {
     opened = undefined; // the next press tries again
     throw error;
   }
+  if (job !== current) return;
   report("opened", { engine: found.engine.backend, threads: threads(), note: found.note });
   const began = performance.now();
   for (let first = 0; first < count; first += TOGETHER) {
