@@ -1,6 +1,7 @@
 // The page: what is asked for, what is seen. worker.js makes the pictures.
 
 import { imageNoise } from "./noise.js";
+import { chooseEngine } from "./runtime.js";
 import { toPixels } from "./sampler.js";
 
 const MOST_PICTURES = 64;
@@ -16,7 +17,7 @@ let job = 0;
 let asked = null; // {seed, count, schedule} of what is shown
 let busy = false;
 let states = []; // states[step][index]: RGBA bytes of a picture; step 0 is its noise
-let loaded = false;
+let loads = ""; // what the first press will load, in words; empty once it is here
 
 const say = (text) => (element("status").textContent = text);
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
@@ -122,7 +123,7 @@ function start() {
       heard.failed({ text: "The page's scripts could not be loaded whole. Reload the page." });
     };
   }
-  say(loaded ? "Starting." : "Loading the model.");
+  say(loads === "" ? "Starting." : "Loading the model.");
   const { seed, count, schedule } = asked;
   worker.postMessage({ job, seed, count, rows: schedule.rows, page });
 }
@@ -150,7 +151,7 @@ const heard = {
       bytes < total ? `Loading: ${megabytes(bytes)} of ${megabytes(total)}.` : "Opening the model.";
   },
   opened({ engine, threads, note }) {
-    loaded = true;
+    loads = "";
     const how = engine === "webgpu" ? "WebGPU" : `WebAssembly, ${plural(threads, "thread")}`;
     element("engine").textContent = note ? `${how}. ${note}` : `${how}.`;
     say("Painting.");
@@ -206,7 +207,7 @@ function another() {
 function change() {
   if (request() === null) return;
   if (busy) stop();
-  say(`The noise of seed ${element("seed").value.trim()}. Press “Make pictures”.`);
+  say(`The noise of seed ${element("seed").value.trim()}. Press “Make pictures”.${loads}`);
   showNoise();
 }
 
@@ -268,6 +269,9 @@ try {
   form.addEventListener("change", change);
   element("another").addEventListener("click", another);
   element("shown").addEventListener("input", lookBack);
+  const { files } = await chooseEngine(page.engines);
+  const total = Object.values(files).reduce((sum, file) => sum + file.bytes, 0);
+  loads = ` The first time loads up to ${megabytes(total)}.`;
   element("make").disabled = false;
   change();
 } catch (error) {
