@@ -321,8 +321,10 @@ def _locked(out: Path) -> Iterator[None]:
     files.output_folder(out.parent)
     name = f".{out.name}-lock"
     with files.lock(out.parent, "`lutdeploy package`", name=name):
-        yield
-        (out.parent / name).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (out.parent / name).unlink(missing_ok=True)
 
 
 def readme(name: str, offline: bool) -> str:

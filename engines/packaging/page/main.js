@@ -73,7 +73,7 @@ function draw(index, step) {
   canvas.getContext("2d").putImageData(new ImageData(states[step][index], side, side), 0, 0);
   canvas.dataset.step = step;
   const name = fileName(index, step);
-  canvas.parentElement.ariaLabel = `Picture ${index}: save as ${name}`;
+  canvas.parentElement.setAttribute("aria-label", `Picture ${index}: save as ${name}`);
   canvas.parentElement.title = `Save ${name}`;
 }
 
@@ -106,7 +106,7 @@ function command() {
 
 function start() {
   const wanted = request();
-  if (wanted === null) return element("problem").previousElementSibling.focus();
+  if (wanted === null) return;
   showNoise();
   job += 1;
   setBusy(true);
@@ -140,7 +140,7 @@ function setBusy(now) {
   element("make").textContent = now ? "Stop" : "Make pictures";
   element("progress").classList.toggle("on", now);
   element("progress").value = 0;
-  element("pictures").ariaBusy = String(now);
+  element("pictures").setAttribute("aria-busy", now);
 }
 
 /** What is done with each kind of message from the worker. */

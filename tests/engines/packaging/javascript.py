@@ -51,8 +51,8 @@ def chromium() -> str:
     return found
 
 
-def onnxruntime_web(folder: Path) -> Path:
-    """The runtime's files, from the npm package, in ``folder``."""
+def onnxruntime_web(folder: Path) -> None:
+    """Put the runtime's files, from the npm package, into ``folder/package``."""
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip("needs onnxruntime-web: there is no npm on the PATH to get it")
@@ -68,4 +68,3 @@ def onnxruntime_web(folder: Path) -> Path:
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
         for name in RUNTIME:
             archive.extract(f"package/dist/{name}", folder, filter="data")
-    return folder / "package"

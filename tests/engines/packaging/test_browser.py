@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -35,6 +36,17 @@ ISOLATED = {
 # A GPU in software, without float16.
 FLAGS = ("--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
 
+# Records which steps of the first picture are drawn.
+WATCH = """
+window.steps = [];
+const seen = () => {
+  const step = Number(document.querySelector('#pictures canvas').dataset.step);
+  if (window.steps.at(-1) !== step) window.steps.push(step);
+};
+new MutationObserver(seen).observe(document.querySelector('#pictures'),
+  { subtree: true, childList: true, attributes: true, attributeFilter: ['data-step'] });
+"""
+
 Serve = Callable[..., str]
 
 
@@ -49,8 +61,13 @@ def run(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return onnxruntime_web(tmp_path_factory.mktemp("npm"))
+def runtime(shared_folder: Path) -> Path:
+    folder = shared_folder / "npm"
+    with filelock.FileLock(shared_folder / "npm.lock"):
+        if not folder.is_dir():
+            folder.mkdir()
+            onnxruntime_web(folder)
+    return folder / "package"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +170,8 @@ def test_the_pictures_are_lutdeploys(
 ) -> None:
     headers = ISOLATED if threads > 1 else {}
     page.goto(serve(site, headers) + ADDRESS)
+    page.wait_for_selector("#pictures canvas")
+    page.evaluate(WATCH)
     said = make(page)
     assert said.startswith(f"{COUNT} pictures in ")
     there = page.evaluate("Math.min(4, navigator.hardwareConcurrency)") if threads > 1 else 1
@@ -162,6 +181,7 @@ def test_the_pictures_are_lutdeploys(
     assert abs(shown - expected).max() <= 2
     if threads > 1:
         return
+    assert page.evaluate("steps") == [*range(STEPS + 1)], "from the noise, every step"
     # Looking back shows the way there, from the noise on.
     page.focus("#shown")
     page.keyboard.press("Home")
@@ -177,6 +197,10 @@ def test_the_pictures_are_lutdeploys(
     assert np.array_equal(saved[..., :3], shown[3])
     assert f"--seed {SEED} --solver {SOLVER} --steps {STEPS}" in page.inner_text("#command")
     assert page.evaluate("document.documentElement.scrollWidth") == 360, "no sideways scrolling"
+    page.emulate_media(reduced_motion="reduce")
+    page.evaluate("steps.length = 0")
+    make(page)
+    assert page.evaluate("steps") == [0, STEPS], "no motion on the way"
 
 
 def test_the_runtime_from_the_cdn(

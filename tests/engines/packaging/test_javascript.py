@@ -64,15 +64,13 @@ def untempered(output: int) -> int:
     return value
 
 
-def numpys_normal(source: np.random.MT19937, bits: list[int]) -> tuple[np.float32, int]:
-    """What NumPy's ziggurat makes of given 32-bit numbers, and how many it takes."""
-    state: Any = source.state
+def numpys_normal(source: Any, bits: list[int]) -> tuple[float, int]:
+    """What NumPy's ziggurat makes of 32-bit numbers given to its MT19937, and how many it takes."""
     key = np.zeros(624, np.uint32)
     key[: len(bits)] = [untempered(value) for value in bits]
-    source.state = {**state, "state": {"key": key, "pos": 0}}
+    source.state = {**source.state, "state": {"key": key, "pos": 0}}
     made = np.random.Generator(source).standard_normal(dtype=np.float32)
-    after: Any = source.state
-    return made, after["state"]["pos"]
+    return made, source.state["state"]["pos"]
 
 
 def test_every_strip_of_the_ziggurat_is_numpys() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +232,21 @@ def test_the_runtime_is_copied_if_it_is_the_right_one(
     urls = {file["url"] for e in facts(out)["engines"] for file in e["files"].values()}
     assert urls <= set(contents(out)), "nothing comes from elsewhere"
     assert "comes from this folder" in (out / web.README).read_text()
+
+
+def test_a_full_disk_leaves_the_earlier_page(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = make_run(), tmp_path / "site"
+    succeed("package", "web", run.path, "--out", out)
+    before = contents(tmp_path)
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "write_json", full)
+    assert os.strerror(errno.ENOSPC) in fail(1, "package", "web", run.path, "--out", out)
+    assert contents(tmp_path) == before
 
 
 def test_what_is_no_run(exported: Exports, tmp_path: Path) -> None:
