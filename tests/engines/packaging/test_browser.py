@@ -64,8 +64,8 @@ def run(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 def runtime(shared_folder: Path) -> Path:
     folder = shared_folder / "npm"
     with filelock.FileLock(shared_folder / "npm.lock"):
-        if not folder.is_dir():
-            folder.mkdir()
+        if not (folder / "package").is_dir():
+            folder.mkdir(exist_ok=True)
             onnxruntime_web(folder)
     return folder / "package"
 
