@@ -168,7 +168,8 @@ def require_text(path: Path) -> None:
 
 def locate(path: Path) -> Located:
     """Tell a run folder, an export folder and a model file apart."""
-    require_text(path)
+    if path.exists():
+        require_text(path)
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():

@@ -11,6 +11,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import answer, note
+from lutdeploy.cli.progress import phases
 from lutdeploy.cli.requests import RUN, schedule_request
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.schedule import Schedule, ScheduleRequest
@@ -67,7 +68,12 @@ def command(
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", held)
     with files.lock(target.exports_folder, "`lutdeploy export`"):
         tuned = _fresh(target, sha256)
-        folder = export_checked(model, plan, target, sha256, tuned, note)
+        with phases() as bar:
+            task = bar.add_task("export", total=None)
+            folder = export_checked(
+                *(model, plan, target, sha256, tuned, note),
+                on_phase=lambda phase: bar.update(task, description=f"export: {phase}"),
+            )
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")
     answer(folder)
