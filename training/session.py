@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import read_metadata
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.config import PRESETS, SIZES, model_config
@@ -61,7 +61,7 @@ def choose_device(name: str) -> str:
 
 
 @contextlib.contextmanager
-def hold_folder(run: Run, resume: bool) -> Iterator[None]:
+def hold_folder(run: Run, resume: bool, command: str = "train") -> Iterator[None]:
     """Hold the folder of a new or a resumed run; of several processes the first does so."""
     if not is_first():
         yield
@@ -74,7 +74,7 @@ def hold_folder(run: Run, resume: bool) -> Iterator[None]:
         raise UsageError(f"{run.path} holds no training run to resume")
     new = not run.path.exists()
     files.output_folder(run.path)
-    with files.lock(run.path, "`lutdeploy train`"):
+    with files.lock(run.path, f"`lutdeploy {command}`"):
         try:
             yield
         except BaseException:
@@ -99,6 +99,16 @@ def parse_overrides(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, A
     return model, recipe
 
 
+def choose_compile(asked: str, steps: int, note: Note) -> bool:
+    """Whether to use torch.compile, for "auto", "on" or "off"."""
+    if asked != "auto" or steps < COMPILES_FROM:
+        return asked == "on"
+    compiles = any(map(shutil.which, ("g++", "c++", "clang++")))
+    if not compiles:
+        note("no C++ compiler here: training without torch.compile, which is slower")
+    return compiles
+
+
 def new_settings(request: Request, note: Note) -> TrainSettings:
     """The settings of a new run."""
     fields = request.fields
@@ -106,11 +116,7 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
         raise UsageError("--data is needed: a folder of images, or 'synthetic'")
     if request.warm_restart:
         raise UsageError("--warm-restart is for a run that goes on: it needs --resume")
-    compiles = request.compile == "on"
-    if request.compile == "auto" and fields["steps"] >= COMPILES_FROM:
-        compiles = any(map(shutil.which, ("g++", "c++", "clang++")))
-        if not compiles:
-            note("no C++ compiler here: training without torch.compile, which is slower")
+    compiles = choose_compile(request.compile, fields["steps"], note)
     of_model, of_recipe = parse_overrides(request.overrides)
     fields = {**fields, "ema": fields["ema"] or None}
     if fields["init"] is None:

@@ -22,6 +22,7 @@ import torch
 
 from lutdeploy import images
 from lutdeploy.artefacts import checkpoint, files, shipped
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run, tuned_steps_file
 from lutdeploy.artefacts.tuned_steps import stored_tuned_steps
 from lutdeploy.config import ModelConfig
@@ -41,7 +42,7 @@ SHOWN = 64  # unselected samples in the picture
 
 def write_weights(run: Run, name: str) -> Path:
     """The run's model as float16, under its name in the package."""
-    _, about = checkpoint.read_metadata(run.model)
+    _, about = read_metadata(run.model)
     settings = read_settings(run)
     seen = {"images_seen": about["step"] * settings.batch, "recipe": settings.recipe}
     path = shipped.FOLDER / f"{name}.safetensors"
@@ -130,7 +131,7 @@ def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: 
     settings = read_settings(run)
     path = write_weights(run, name)
     model = checkpoint.load_model(path)
-    _, about = checkpoint.read_metadata(path)
+    _, about = read_metadata(path)
     size, channels = model.config.image_size, model.config.channels
     real = load_real(data or settings.data, None, size, channels, Trained.of_run(run))
     extractor = open_extractor()

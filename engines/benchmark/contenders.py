@@ -78,7 +78,7 @@ def _random(target: RandomModel, scratch: Path, note: Callable[[str], None]) -> 
 
 
 def _trained(path: Path, scratch: Path, note: Callable[[str], None]) -> Subject:
-    from lutdeploy.artefacts.checkpoint import read_metadata
+    from lutdeploy.artefacts.metadata import read_metadata
 
     located = locate(path)
     if located.model is None:

@@ -21,11 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lutdeploy.artefacts import files
+from lutdeploy.artefacts.metadata import METADATA_KEY, read_metadata
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, ConfigError, UsageError, first_line
 from lutdeploy.model import LutTransformer
-
-METADATA_KEY = "lutdeploy"
 
 
 def save_model(
@@ -48,24 +47,6 @@ def save_model(
     }
     metadata = {"config": model.config.to_dict(), "about": dict(about or {})}
     files.write_atomic(path, save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
-
-
-def read_metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and the ``about`` values of a model.safetensors; its weights are not read."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such model file")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} is damaged or no safetensors file: {error}") from error
-    if text is None:
-        raise ArtefactError(f"{path} holds no {METADATA_KEY} metadata: not a lutdeploy model")
-    try:
-        metadata = json.loads(text)
-        return ModelConfig.from_dict(metadata["config"]), dict(metadata.get("about", {}))
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise ArtefactError(f"{path}: unreadable {METADATA_KEY} metadata: {error}") from error
 
 
 def load_model(path: Path) -> LutTransformer:

@@ -4,6 +4,7 @@
       model.safetensors        weights and config (training: the EMA)
       train.json train.jsonl   settings and log of the training
       training-state.safetensors   all that --resume needs
+      paths.f16                the teacher's paths, of a distilled model
       samples/                 pictures made while training
       onnx/EXPORT/             graphs, one weights file, manifest.json
       verdicts/                what the checks of exports and engines found, a file each
@@ -53,6 +54,11 @@ class Run:
     @property
     def training_state(self) -> Path:
         return self.path / "training-state.safetensors"
+
+    @property
+    def paths(self) -> Path:
+        """What a distilled model learns from (:mod:`lutdeploy.training.few_steps.distill`)."""
+        return self.path / "paths.f16"
 
     @property
     def averages(self) -> Path:

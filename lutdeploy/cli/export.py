@@ -50,7 +50,7 @@ def command(
             "follows any"
         )
     from lutdeploy.artefacts.checkpoint import load_model, save_author_file
-    from lutdeploy.artefacts.tuned_steps import fitted_schedules
+    from lutdeploy.artefacts.tuned_steps import distilled_schedule, fitted_schedules
     from lutdeploy.engines.export.check import export_checked
     from lutdeploy.engines.export.graphs import ExportPlan
 
@@ -63,7 +63,8 @@ def command(
     sha256 = files.sha256(target.model)
     held = None
     if graph != "step":
-        held = schedule.resolve(None, lambda: fitted_schedules(target.path, sha256))
+        own = distilled_schedule(target.path)
+        held = schedule.resolve(own, lambda: fitted_schedules(target.path, sha256))
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", held)
     with files.lock(target.exports_folder, "`lutdeploy export`"):
         tuned = _fresh(target, sha256)

@@ -135,14 +135,14 @@ def command(
                 for _ in steps:
                     pass
                 return
-            reached = _follow(steps, settings.steps)
+            reached = follow(steps, settings.steps)
     if reached < settings.steps:
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(INTERRUPTED)
     click.echo(run.model)
 
 
-def _follow(steps: Iterable[Progress], total: int) -> int:
+def follow(steps: Iterable[Progress], total: int) -> int:
     """Show the steps in a progress bar; returns the last one."""
     reached = total  # where nothing is left to do
     with progress_bar("loss", "held_out", "rate") as bar:

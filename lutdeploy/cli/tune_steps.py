@@ -89,7 +89,7 @@ def command(
     run = find_run(engine.path, note)
     engine = replace(engine, path=run.path)
     if engine.backend == "auto" and engine.export is None:
-        engine = _float32(engine, run)
+        engine = float32_engine(engine, run)
     if engine.backend == "torch":
         engine = replace(engine, precision="fp32")  # also on a GPU
     settings = TuneSettings(steps, images, data, pictures, engine.batch or 64, seed)
@@ -120,9 +120,9 @@ def _show(rows: Sequence[Measured], title: str) -> None:
     Console(stderr=True).print(table)
 
 
-def _float32(engine: EngineRequest, run: Run) -> EngineRequest:
+def float32_engine(engine: EngineRequest, run: Run | None) -> EngineRequest:
     """For --backend auto: less precise engines would put noise in the fit."""
-    folder = run.float32_step(files.sha256(run.model))
+    folder = run.float32_step(files.sha256(run.model)) if run else None
     if folder is None:
         return replace(engine, backend="torch")
     backend = "openvino" if find_spec("openvino") else "onnxruntime"

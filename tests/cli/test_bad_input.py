@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import METADATA_KEY, read_metadata, save_author_file
+from lutdeploy.artefacts.checkpoint import save_author_file
 from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
+from lutdeploy.artefacts.metadata import METADATA_KEY, read_metadata
 from lutdeploy.artefacts.run import Run
 from tests.command import fail, succeed
 from tests.conftest import golden_model

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from lutdeploy.artefacts import shipped
-from lutdeploy.artefacts.checkpoint import read_metadata
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.tuned_steps import TunedSteps
 from lutdeploy.config import model_config

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import load_model, read_metadata
+from lutdeploy.artefacts.checkpoint import load_model
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.config import PRESETS, model_config
 from lutdeploy.errors import ArtefactError, BackendError, ConfigError, UsageError

@@ -29,6 +29,7 @@ from lutdeploy.training.data import (
     no_progress,
 )
 from lutdeploy.training.evaluation.distances import Pixels
+from lutdeploy.training.recipes import DataSplit
 from lutdeploy.training.state import read_position
 
 SPLIT = 0.05  # held out where nothing says what was
@@ -62,13 +63,8 @@ def _skipped(paths: tuple[str, ...]) -> tuple[str, ...]:
     return (f"{len(paths)} unreadable files skipped: {named}",)
 
 
-class Trained(msgspec.Struct, frozen=True):
+class Trained(DataSplit, frozen=True):
     """What a model's training says of its images."""
-
-    held_out: float  # fraction and
-    seed: int  # seed of their split
-    data: str | None = None  # their folder or "synthetic"; None where only the images can tell
-    images: int | None = msgspec.field(name="training_images", default=None)  # trained on, if known
 
     @classmethod
     def of_model(cls, path: Path) -> Trained | None:
@@ -80,9 +76,15 @@ class Trained(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_run(cls, run: Run) -> Trained | None:
-        """From a run's settings and state; None when it was not trained here."""
+        """From a run's settings and state; None when it was not trained here.
+
+        A distilled model's images are its teacher's.
+        """
         if not run.settings.is_file():
             return None
+        origin = files.read_record(run.settings, _Origin, f"evaluate {run.model} with --data")
+        if origin.distilled is not None:
+            return origin.distilled.images
         trained = files.read_record(run.settings, cls, f"evaluate {run.model} with --data")
         with contextlib.suppress(ArtefactError):  # without a state the split is unverified
             trained = msgspec.structs.replace(trained, images=read_position(run).images)
@@ -99,6 +101,16 @@ class Trained(msgspec.Struct, frozen=True):
     def fits(self, found: ImageSet) -> bool:
         """Whether a set has as many images for training as the model was trained on."""
         return self.images in (None, len(found.split(self.held_out, self.seed)[0]))
+
+
+class _Teacher(msgspec.Struct, frozen=True):
+    images: Trained | None
+
+
+class _Origin(msgspec.Struct, frozen=True):
+    """What of a run's settings tells whether it was distilled."""
+
+    distilled: _Teacher | None = None
 
 
 def load_real(
