@@ -222,8 +222,8 @@ class ScheduleRequest:
                 return held
         if held is not None and held.solver == DISTILLED:
             raise UsageError(
-                f"the model was distilled to {held.steps} steps and has learnt no other times: leave "
-                "out --solver, --steps and --shift, or take the model that it was distilled from"
+                f"the model was distilled to {held.steps} steps and has learnt no other times: "
+                "leave out --solver, --steps and --shift, or take the model it was distilled from"
             )
         solver = self.solver or (held.solver if held else "euler")
         if solver == FITTED:

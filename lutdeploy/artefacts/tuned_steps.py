@@ -228,14 +228,14 @@ def resolve_schedule(
     model = denoiser.identity["model_sha256"]
     own = distilled_schedule(path)
     held = own or denoiser.schedule
-    if own is not None and note is not None:
-        note(f"schedule: {own.describe()}, which this model was distilled to")
     if note is not None and held is None and request == ScheduleRequest():
         best = _best(path, model, note)
         if best is not None:
             return best
     schedule = request.resolve(held, lambda: fitted_schedules(path, model))
     check_schedule(denoiser, schedule)
+    if own is not None and note is not None:
+        note(f"schedule: {own.describe()}, which this model was distilled to")
     return schedule
 
 

@@ -12,10 +12,11 @@ import click
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_run
-from lutdeploy.artefacts.tuned_steps import Measured
+from lutdeploy.artefacts.tuned_steps import Measured, distilled_schedule
 from lutdeploy.cli.console import note, progress_bar
 from lutdeploy.cli.requests import POSITIVE, engine_request
 from lutdeploy.engines import EngineRequest, open_engine
+from lutdeploy.errors import UsageError
 
 
 class StepList(click.ParamType[tuple[int, ...]]):
@@ -87,6 +88,8 @@ def command(
     from lutdeploy.training.few_steps.tune import TuneSettings, tune_schedules
 
     run = find_run(engine.path, note)
+    if distilled_schedule(run.path) is not None:
+        raise UsageError(f"{run.path} is distilled: it has a schedule of its own and no other")
     engine = replace(engine, path=run.path)
     if engine.backend == "auto" and engine.export is None:
         engine = float32_engine(engine, run)

@@ -70,7 +70,9 @@ class Trained(DataSplit, frozen=True):
     def of_model(cls, path: Path) -> Trained | None:
         """From the facts of a model of the package, or a run's settings; None without either."""
         if shipped.is_shipped(path):
-            return msgspec.convert(shipped.facts(path.stem)["training"], cls)
+            facts = shipped.facts(path.stem)["training"]
+            teacher = msgspec.convert(facts, _Origin).distilled
+            return teacher.images if teacher else msgspec.convert(facts, cls)
         run = locate(path).run
         return cls.of_run(run) if run else None
 
