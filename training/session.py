@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,12 @@ def choose_compile(asked: str, steps: int, note: Note) -> bool:
     if not compiles:
         note("no C++ compiler here: training without torch.compile, which is slower")
     return compiles
+
+
+def quiet_compiler() -> None:
+    """Hide what torch.compile says that a user cannot mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
 
 
 def new_settings(request: Request, note: Note) -> TrainSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,9 +116,8 @@ def command(
         model = settings.model
         data = load_images(settings.data, model.image_size, model.channels, scratch=out)
         session.describe(settings, data, processes, bf16_speedup, say)
-        if settings.compile:  # deprecations inside the compiler, which a user cannot mend
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
+        if settings.compile:
+            session.quiet_compiler()
         with session.stoppable(run, processes) as should_stop:
             steps = train(
                 settings,

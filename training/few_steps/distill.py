@@ -165,7 +165,7 @@ def noise_seed(seed: int) -> int:
 
 def target(row: Step, z: Images, z_next: Images) -> Images:
     """X, with which a row of the student leads from z to z_next."""
-    return (z_next - np.float32(row.a) * z) / np.float32(row.b)
+    return np.asarray((z_next - np.float32(row.a) * z) / np.float32(row.b), np.float32)
 
 
 class Paths:
@@ -290,10 +290,10 @@ class Distilling:
             z[on] = np.float32(row.a) * z[on] + np.float32(row.b) * x0
         x, per = np.empty_like(z), len(self._rows) // self.schedule.steps
         for k, row in enumerate(self.schedule.rows):
-            (on,) = np.nonzero(segment == k)
+            (its,) = np.nonzero(segment == k)
             until = fitted_schedule(self._rows[: per * (k + 1)])
-            *_, last = resume(self._teacher, State(per * k, z[on], None), until, on.tolist())
-            x[on] = target(row, z[on], last.x)
+            *_, last = resume(self._teacher, State(per * k, z[its], None), until, its.tolist())
+            x[its] = target(row, z[its], last.x)
         return z, x
 
     @torch.no_grad()

@@ -157,8 +157,11 @@ def free(k: int, steps: int, segment: int | None = None) -> str:
 
 
 def fitted(row: Step) -> str:
-    """The coefficients of a row that :func:`least_squares` fitted; it leaves the others at 0."""
-    return "".join(name for name in "abcd" if getattr(row, name))
+    """The coefficients of a row that :func:`least_squares` fitted; it leaves the others at 0.
+
+    b is fitted in every row, and may come out as 0.
+    """
+    return "".join(name for name in "abcd" if name == "b" or getattr(row, name))
 
 
 def _step(t: float, coefficients: dict[str, float]) -> Step:
