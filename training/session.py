@@ -144,6 +144,8 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
 def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
     """A run's own settings, if what is asked for agrees; data's path and steps may differ."""
     settings = read_settings(run)
+    if settings.distilled is not None:
+        raise UsageError(f"{run.path} was distilled; `lutdeploy distill --resume` continues it")
     values = msgspec.json.decode(msgspec.json.encode(settings))
     of_model, of_recipe = parse_overrides(request.overrides)
     of_preset = PRESETS[request.preset] if "preset" in request.given else {}

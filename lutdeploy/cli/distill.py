@@ -46,7 +46,13 @@ if TYPE_CHECKING:
 @click.option("--train-steps", type=POSITIVE, default=4000, help="Steps of the optimiser.")
 @click.option("--batch", type=POSITIVE, default=64, help="Images of a step.")
 @SEED
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Default: 5e-4.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Default: 3e-4.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(("adamw", "muon")),
+    default="adamw",
+    help="muon learns more in a step, and is slow on CPUs that do not compute in bfloat16.",
+)
 @click.option(
     "--train-precision",
     type=click.Choice(("fp32", "bf16")),
@@ -199,6 +205,7 @@ def _started(
         batch=options["batch"],
         seed=options["seed"],
         lr=options["lr"],
+        optimizer=options["optimizer"],
         precision=options["train_precision"],
         compile=session.choose_compile(options["compile"], options["train_steps"], note),
     )
@@ -223,6 +230,7 @@ def _resumed(run: Run, path: Path | None, named: dict[str, Any]) -> TrainSetting
         "batch": settings.batch,
         "seed": settings.seed,
         "lr": settings.lr,
+        "optimizer": settings.optimizer,
         "train_precision": settings.precision,
         "compile": "on" if settings.compile else "off",
     }

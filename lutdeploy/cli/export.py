@@ -58,6 +58,8 @@ def command(
     model = load_model(target.model)
     if author_format is not None:
         save_author_file(model, author_format)
+        if (own := distilled_schedule(target.path)) is not None:
+            note(f"that format has no place for {own.describe()}, which the model was distilled to")
         click.echo(author_format)
         return
     sha256 = files.sha256(target.model)

