@@ -51,7 +51,7 @@ def command(
             "follows any"
         )
     from lutdeploy.artefacts.checkpoint import load_model, save_author_file
-    from lutdeploy.artefacts.tuned_steps import fitted_schedules
+    from lutdeploy.artefacts.tuned_steps import distilled_schedule, fitted_schedules
     from lutdeploy.engines.export.check import export_checked
     from lutdeploy.engines.export.graphs import ExportPlan
 
@@ -59,12 +59,15 @@ def command(
     model = load_model(target.model)
     if author_format is not None:
         save_author_file(model, author_format)
+        if (own := distilled_schedule(target.path)) is not None:
+            note(f"that format has no place for {own.describe()}, which the model was distilled to")
         answer(author_format)
         return
     sha256 = files.sha256(target.model)
     held = None
     if graph != "step":
-        held = schedule.resolve(None, lambda: fitted_schedules(target.path, sha256))
+        own = distilled_schedule(target.path)
+        held = schedule.resolve(own, lambda: fitted_schedules(target.path, sha256))
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", held)
     with files.lock(target.exports_folder, "`lutdeploy export`"):
         tuned = _fresh(target, sha256)
