@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     "--optimizer",
     type=click.Choice(("adamw", "muon")),
     default="adamw",
-    help="muon learns more in a step, and is slow on CPUs that do not compute in bfloat16.",
+    help="See docs/training.md; the two have not been compared here.",
 )
 @click.option(
     "--train-precision",

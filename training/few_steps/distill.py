@@ -61,7 +61,7 @@ ON_POLICY = 0.5  # of the steps
 
 # What differs from recipe "modern": the weights are good already.
 RECIPE = {
-    "optimizer": "adamw",  # Muon computes in bfloat16, which is slow on some CPUs
+    "optimizer": "adamw",
     "lr": 3e-4,
     "warmup": 100,
     "ema": (0.99, 0.998),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,23 @@ def settings(student: Run) -> TrainSettings:
     return read_settings(student)
 
 
+class Requests(list[int]):
+    """Signals that come when the question is asked for the nth time."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        super().__init__([signal.SIGINT])
+        self._asked = asked
+
+    def __bool__(self) -> bool:
+        return self._asked()
+
+
 def stopping(asked: Callable[[], bool]) -> Any:
     """In the place of session.stoppable: no signal, but answers."""
 
     @contextlib.contextmanager
-    def stoppable(*_: object) -> Iterator[Callable[[], bool]]:
-        yield asked
+    def stoppable(*_: object) -> Iterator[Requests]:
+        yield Requests(asked)
 
     return stoppable
 
