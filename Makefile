@@ -1,4 +1,4 @@
-# PYTHON picks the interpreter (3.11 to 3.13) of the environment; one that is there already is kept.
+# PYTHON picks the interpreter (3.11 to 3.14) of the environment; one that is there already is kept.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin

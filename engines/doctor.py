@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from lutdeploy.engines import tensorrt_machines
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.library import TITLES, load_tensorrt
 from lutdeploy.errors import BackendError, LutDeployError, first_line
-from lutdeploy.machine import import_problem
+from lutdeploy.machine import compile_problem, import_problem
 
 # Distributions that every installation needs, besides torch and a runtime.
 PACKAGES = (
@@ -56,17 +55,14 @@ class Finding:
 def examine() -> list[Finding]:
     """Check everything. What works has been imported; a provider that works has computed."""
     version = platform.python_version()
-    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    compiles = "for `train --compile on`" if compiler else "install g++ for `train --compile on`"
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 14)
     return [
-        Finding("python", supported, f"{version} (3.11 to 3.13)"),
+        Finding("python", supported, f"{version} (3.11 to 3.14)"),
         *(_imports(name, MODULES.get(name, name), f"pip install {name}") for name in PACKAGES),
         *_torch(),
         *_onnxruntime(),
         _openvino(),
         *_tensorrt(),
-        Finding("C++ compiler", compiler is not None, compiles, required=False),
         *(_extra(name, *about) for name, about in EXTRAS.items()),
     ]
 
@@ -184,12 +180,15 @@ def _torch() -> list[Finding]:
     gpu = torch.cuda.get_device_name() if cuda else "no CUDA device; --device cpu is the default"
     speedup = bf16_speedup()
     advice = "train --precision bf16" if speedup > 1 else "keep to train --precision fp32"
+    problem = compile_problem()
+    compiles = problem and f"{problem}; install g++ and the headers of Python"
     bf16 = f"matrix products run at {speedup:.2g} × the speed of float32: {advice}"
     return [
         found,
         Finding("torch cpu", True, f"{torch.get_num_threads()} threads"),
         Finding("torch cuda", cuda, gpu, required=False),
         Finding("torch cpu bf16", speedup > 1, bf16, required=False),
+        Finding("torch.compile", not problem, compiles or "for `train --compile on`", False),
     ]
 
 

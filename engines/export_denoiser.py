@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import weakref
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +32,9 @@ class ExportDenoiser(abc.ABC):
     backend: str
 
     def __init__(self, manifest: Manifest) -> None:
-        manifest.verify()
+        opened = contextlib.ExitStack()
+        self._folder = opened.enter_context(manifest.verified())
+        weakref.finalize(self, opened.close)
         quantization = manifest.quantization
         if quantization is not None and quantization.weight_bits > int8_weight_bits():
             raise BackendError(
@@ -39,6 +44,10 @@ class ExportDenoiser(abc.ABC):
             )
         self.manifest, self.config, self.schedule = manifest, manifest.config, manifest.schedule
         self.whole_trajectory = manifest.graph == "loop"
+
+    def graph_file(self, k: int) -> Path:
+        """Graph k, its weights beside it."""
+        return self._folder / self.manifest.graphs[k]
 
     @property
     @abc.abstractmethod

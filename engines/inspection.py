@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import read_metadata
+from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run, locate
-from lutdeploy.artefacts.tuned_steps import fitted_schedules
+from lutdeploy.artefacts.tuned_steps import distilled_from, fitted_schedules
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.tensorrt import plan
@@ -56,10 +57,11 @@ def inspect_export(folder: Path) -> dict[str, Any]:
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
-    """A model.safetensors."""
+    """A model.safetensors, its weights verified."""
     from safetensors import safe_open
 
     config, about = read_metadata(path)
+    load_model(path)  # which refuses what is no model's
     with safe_open(path, "np") as file:
         slices = [file.get_slice(name) for name in file.keys()]
         dtypes = sorted({part.get_dtype() for part in slices})
@@ -72,6 +74,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "model_sha256": files.sha256(path),
         "about": about,
+        "distilled": msgspec.to_builtins(distilled_from(about, path)),
         **_about_model(config),
     }
 

@@ -12,7 +12,7 @@ from lutdeploy.artefacts.run import MODEL, RUNS, locate
 from lutdeploy.artefacts.shipped import is_shipped
 from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
-from lutdeploy.artefacts.verdicts import is_reference, store_verdict, verdict_of
+from lutdeploy.artefacts.verdicts import is_reference, keep_verdict, verdict_of
 from lutdeploy.engines import (
     Engine,
     EngineRequest,
@@ -54,7 +54,7 @@ class Judge:
             raise UsageError(f"{path} has no {MODEL} beside it to compare with")
         self.path = self.located.export or (self.run.path if self.run else self.located.model)
         self.model = load_model(self.located.model)
-        self.schedule = schedule
+        self.schedule, self.note = schedule, note
         self.noise = batch_noise(seed, range(count), self.model.config.image_shape)
 
     def judge(self, engine: Engine, precision: str) -> Report:
@@ -65,7 +65,7 @@ class Judge:
         schedule = resolve_schedule(self.schedule, self.path, engine)
         report = compare(self.model, engine, precision, schedule, self.noise)
         if self.run is not None:
-            store_verdict(self.run, verdict_of(report, engine.identity, "parity"))
+            keep_verdict(self.run, verdict_of(report, engine.identity, "parity"), self.note)
         return report
 
 

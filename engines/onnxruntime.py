@@ -10,12 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
-import psutil
 
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.device import parse_device
 from lutdeploy.engines.export_denoiser import ExportDenoiser
-from lutdeploy.errors import ArtefactError, BackendError, UsageError, first_line
+from lutdeploy.errors import (
+    ArtefactError,
+    BackendError,
+    UsageError,
+    first_line,
+    ran_out_of_memory,
+)
+from lutdeploy.machine import memory_bytes, thread_limit
 from lutdeploy.sampling import Images
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -67,7 +73,7 @@ def open_session(
     Args:
         graph: a file, or a model's bytes.
         provider: an execution provider's name.
-        threads: of one operator; the physical cores by default.
+        threads: of one operator; the physical cores that are ours by default.
         unrolled: the graph has many thousand nodes. Planning the reuse of its buffers takes
             time quadratic in that (24 s instead of 2 s for 16 steps of a small model) and
             saves no measurable memory. On the CPU its optimisers are left out too: they take
@@ -93,14 +99,15 @@ def open_session(
         _register_cpu_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or thread_limit() or 0  # 0: the physical cores
     source = str(graph) if isinstance(graph, Path) else graph
     ort.set_default_logger_severity(FATAL)
     try:
         chosen = [(provider, dict(provider_options or {}))]
         session = ort.InferenceSession(source, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # its exceptions derive from RuntimeError or from nothing
+        if ran_out_of_memory(error):
+            raise
         # Drop the place in ONNX Runtime's source, which comes first.
         first = re.sub(r"^\S+\.cc:\d+ .*?\) (?=[A-Z])", "", first_line(error))
         if provider != CPU:
@@ -180,9 +187,9 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
     Args:
         manifest: of the export folder.
         device: "cpu", "cuda", "cuda:N" or an execution provider's name.
-        threads: of one operator; the physical cores by default.
+        threads: of one operator; the physical cores that are ours by default.
         provider_options: of the execution provider.
-        room: how many sessions to keep; as many as half of this machine's memory by default.
+        room: how many sessions to keep; as many as half of the memory that is ours by default.
     """
 
     backend = "onnxruntime"
@@ -200,7 +207,7 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         self.threads, self._provider_options = threads, provider_options
         self._sessions: dict[int, ort.InferenceSession] = {}
         if room is None:
-            room = sessions_that_fit(manifest, psutil.virtual_memory().total, widened=True)
+            room = sessions_that_fit(manifest, memory_bytes(), widened=True)
         self._room = room
         self.session(0)
 
@@ -216,7 +223,7 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         """The session of graph k, opened when it is first asked for."""
         if k in self._sessions:
             return self._sessions[k]
-        path = self.manifest.folder / self.manifest.graphs[k]
+        path = self.graph_file(k)
         session = open_session(
             path,
             self.provider,
@@ -244,6 +251,8 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         try:
             outputs: list[Images] = session.run(None, feed)
         except Exception as error:  # as in open_session
+            if ran_out_of_memory(error):
+                raise
             raise BackendError(
                 f"ONNX Runtime failed in {self.manifest.graphs[k]}: {first_line(error)[:200]}; "
                 "if memory ran out, try a smaller --batch"

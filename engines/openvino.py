@@ -21,6 +21,7 @@ import openvino as ov
 from lutdeploy.artefacts.manifest import Manifest
 from lutdeploy.engines.export_denoiser import ExportDenoiser
 from lutdeploy.errors import ArtefactError, BackendError, UsageError
+from lutdeploy.machine import thread_limit
 from lutdeploy.sampling import Images
 
 DEVICE = "CPU"
@@ -40,7 +41,7 @@ class OpenVinoDenoiser(ExportDenoiser):
         device: "cpu".
         precision: of the arithmetic, "fp32" or "bf16"; of an int8 export, of all but its int8
             matmuls. A precision that this CPU lacks is a BackendError, never another precision.
-        threads: of one inference; OpenVINO's own choice by default.
+        threads: of one inference; OpenVINO's own choice by default, where all cores are ours.
     """
 
     backend = "openvino"
@@ -72,8 +73,8 @@ class OpenVinoDenoiser(ExportDenoiser):
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all threads
         }
-        if threads is not None:
-            self._settings["INFERENCE_NUM_THREADS"] = threads
+        if (count := threads or thread_limit()) is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = count
         self._requests: dict[int, Any] = {}
         self._request(0)
 
@@ -89,7 +90,7 @@ class OpenVinoDenoiser(ExportDenoiser):
         """The compiled graph k, ready to infer."""
         if k in self._requests:
             return self._requests[k]
-        path = self.manifest.folder / self.manifest.graphs[k]
+        path = self.graph_file(k)
         compiled = self._compile(path)
         runs = compiled.get_property("INFERENCE_PRECISION_HINT")
         if runs != HINTS[self.precision]:

@@ -12,7 +12,7 @@ import torch
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import load_model
-from lutdeploy.errors import BackendError
+from lutdeploy.device import find_device
 from lutdeploy.reference import TorchDenoiser
 
 
@@ -27,8 +27,7 @@ class TorchEngine(TorchDenoiser):
     """
 
     def __init__(self, model: Path, device: str = "cpu", threads: int | None = None) -> None:
-        if device == "mps" and not torch.backends.mps.is_available():
-            raise BackendError("torch sees no mps device here; see `lutdeploy doctor`")
+        find_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         super().__init__(load_model(model), device)

@@ -133,7 +133,6 @@ def model_config(preset: str, size: str = "seed", **overrides: Any) -> ModelConf
         raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     if size not in SIZES:
         raise ConfigError(f"no size {size!r}; there are {', '.join(SIZES)}")
-    try:
-        return ModelConfig(**{**PRESETS[preset], **SIZES[size], **overrides})
-    except TypeError as error:
-        raise ConfigError(f"no such model field: {error}") from error
+    return ModelConfig.from_dict(
+        {**ModelConfig().to_dict(), **PRESETS[preset], **SIZES[size], **overrides}
+    )

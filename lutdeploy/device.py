@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from lutdeploy.errors import UsageError
+from lutdeploy.errors import BackendError, UsageError
 
 WORDS = "cpu, cuda, cuda:N or mps"
 
@@ -32,3 +32,28 @@ def parse_device(word: str) -> Device:
     if found is None:
         raise UsageError(f"{word!r} is no device; write {WORDS}")
     return Device(found[1]) if found[1] else Device("cuda", int(found[2] or 0))
+
+
+def find_device(word: str) -> Device:
+    """The device that a word means, which is there.
+
+    Raises:
+        UsageError: no such word.
+        BackendError: torch sees no such device here; says which it sees.
+    """
+    device = parse_device(word)
+    if device.kind == "cpu":
+        return device
+    import torch
+
+    if device.kind == "mps":
+        there = ["mps"] if torch.backends.mps.is_available() else []
+    else:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = [str(Device("cuda", k)) for k in range(count)]
+    if str(device) not in there:
+        raise BackendError(
+            f"no {device.kind.upper()} device {word!r} here; torch sees "
+            f"{', '.join(there) or 'none'}; see `lutdeploy doctor`"
+        )
+    return device

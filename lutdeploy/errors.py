@@ -3,6 +3,13 @@
 A message says what is wrong, with the values, and what to do about it.
 """
 
+import sys
+
+# How the message of PyTorch's CPU allocator begins. It raises a plain RuntimeError; this place in
+# its source, which no other message begins with, is what tells it from others.
+CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:"
+CUDA_MEMORY = 2  # cudaErrorMemoryAllocation
+
 
 class LutDeployError(Exception):
     """The base of them all. The command line exits with ``exit_code``."""
@@ -43,3 +50,18 @@ class Terminated(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """The first line of what a library's error says, or its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out: by its type, since anybody has the words.
+
+    ONNX Runtime and OpenVINO have no type for it; their errors never count.
+    """
+    if isinstance(error, MemoryError):  # of Python and NumPy
+        return True
+    torch = sys.modules.get("torch")  # not there: nothing of it was raised
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    if torch is not None and isinstance(error, torch.AcceleratorError):
+        return getattr(error, "error_code", None) == CUDA_MEMORY
+    return type(error) is RuntimeError and str(error).startswith(CPU_ALLOCATOR)

@@ -73,7 +73,7 @@ def _huffman(rows: bytes) -> bytes:
 
 
 def decode_png(data: bytes) -> Pixels:
-    """Decode a PNG file to uint8 [H, W, C]."""
+    """What :func:`encode_png` encoded; pictures of others are read by :mod:`lutdeploy.decoding`."""
     with Image.open(io.BytesIO(data)) as file:
         pixels = np.asarray(file, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels

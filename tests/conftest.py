@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +38,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # The suite tries the same inputs each time; HYPOTHESIS_PROFILE=fuzz tries many, always others.
 hypothesis.settings.register_profile("suite", max_examples=20, derandomize=True, database=None)
-hypothesis.settings.register_profile("fuzz", max_examples=3000, database=None, deadline=None)
+hypothesis.settings.register_profile("fuzz", max_examples=1000, database=None, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
@@ -116,6 +117,36 @@ def golden_runs(shared_folder: Path) -> Callable[[str], Run]:
         return run
 
     return make
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+    """Folders in which nothing can be written: by a mount for root, whom no permissions bind."""
+    changed: list[Path] = []
+
+    def make(folder: Path) -> Path:
+        changed.append(folder)
+        if os.geteuid() != 0:
+            for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+                path.chmod(0o500)
+            return folder
+        done = subprocess.run(
+            ["mount", "--bind", "-o", "ro", folder, folder], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"no read-only folder for root here: {done.stderr.strip()}")
+        return folder
+
+    if os.name != "posix" or (os.geteuid() == 0 and shutil.which("mount") is None):
+        pytest.skip("no read-only folders here: permissions do not bind root, and mount is missing")
+    yield make
+    for folder in changed:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", folder], capture_output=True)
+        else:
+            for path in (folder, *folder.rglob("*")):
+                if path.is_dir():
+                    path.chmod(0o700)
 
 
 def quantizer(model: LutTransformer, kept: tuple[str, ...] = ()) -> Callable[[Path], Any]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lutdeploy.artefacts.checkpoint import (
     from_author_state,
-    import_author_file,
-    infer_author_config,
+    import_file,
+    infer_config,
     load_model,
     save_author_file,
     save_model,
@@ -43,11 +43,12 @@ def test_one_pass_and_a_trajectory_equal_the_golden_vectors(golden: Golden) -> N
 
 def test_author_file_round_trip_infers_the_config(golden: Golden, tmp_path: Path) -> None:
     torch.save(golden.state, tmp_path / "theirs.pth")
-    model = import_author_file(tmp_path / "theirs.pth", heads=golden.config.heads)
-    assert model.config == golden.config
+    found = import_file(tmp_path / "theirs.pth", heads=golden.config.heads)
+    assert found.model.config == golden.config
+    assert found.assumed == ("weights", "image_size")
     for weights in ("softmax", "tanh"):  # the state dict does not tell
-        assert infer_author_config(golden.state, 4, weights).weights == weights
-    save_author_file(model, tmp_path / "ours.pth")
+        assert infer_config(golden.state, weights=weights).weights == weights
+    save_author_file(found.model, tmp_path / "ours.pth")
     back = torch.load(tmp_path / "ours.pth", weights_only=True)
     assert set(back) == set(golden.state)
     for key, value in golden.state.items():

@@ -22,7 +22,7 @@ class Float32Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update; there is no ``closure``."""
         for group in self.param_groups:
             momentum = group["momentum"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts.run import Run, decay_name
+from lutdeploy.artefacts.tuned_steps import Origin
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, ConfigError
+from lutdeploy.schedule import Schedule, Step
 
 Count = Annotated[int, Meta(ge=1)]
 Weight = Annotated[float, Meta(ge=0)]
@@ -23,6 +26,28 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 # Fields of earlier versions. Both lost their comparison (docs/training.md, "Recipes side by side").
 REMOVED = ("affine", "dct_weight")
+
+
+class DataSplit(msgspec.Struct, frozen=True):
+    """The images that a model was trained on, and which of them were held out."""
+
+    held_out: float  # fraction and
+    seed: int  # seed of their split
+    data: str | None = None  # their folder or "synthetic"; None where only the images can tell
+    images: int | None = msgspec.field(name="training_images", default=None)  # trained on, if known
+
+
+class Distilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a student learns from (:mod:`lutdeploy.training.few_steps.distill`)."""
+
+    teacher: str  # a name, for people; path and hash are the settings' init
+    engine: dict[str, Any]  # the identity of what walks the teacher's paths
+    rows: tuple[Step, ...]  # the teacher's, as many for each row of the student's
+    schedule: Schedule  # the student's
+    paths: Count  # learnt from
+    held_out: Count  # paths that the averages are compared on
+    on_policy: Share  # of the steps, at the end, in which the student's own states are learnt from
+    images: DataSplit | None  # the teacher's; None where it does not say
 
 
 class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,10 +88,14 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     init: str | None = None  # run or model whose weights come first, in place of ``start``
     init_sha256: str | None = None  # of those weights
     restart: Annotated[int, Meta(ge=0)] = 0  # step at which warm-up and decay last began
+    distilled: Distilled | None = None  # of a student, which learns from no images
 
     def __post_init__(self) -> None:
-        if len(set(self.ema)) < len(self.ema):
-            raise ConfigError(f"ema cannot be {list(self.ema)}: each decay may stand there once")
+        if len(set(map(decay_name, self.ema))) < len(self.ema):
+            raise ConfigError(
+                f"ema cannot be {list(self.ema)}: each decay may stand there once, and needs a "
+                "name of its own in six digits"
+            )
         if self.start == "copy" and self.model.stem_channels < self.model.channels:
             raise ConfigError(
                 f"start copy needs stem_channels of {self.model.channels} at least, not "
@@ -83,6 +112,14 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def changed(self, **values: Any) -> TrainSettings:
         """The same settings with other values."""
         return _checked({**msgspec.to_builtins(self), **values})
+
+    def origin(self) -> dict[str, Any]:
+        """What the metadata of the model say of where it comes from."""
+        if self.distilled is None:
+            return {"origin": "lutdeploy train"}
+        of = self.distilled
+        origin = Origin(of.teacher, str(self.init_sha256), len(of.rows), of.schedule)
+        return {"origin": "lutdeploy distill", "distilled": msgspec.to_builtins(origin)}
 
     def learning_rate(self, step: int) -> float:
         """The rate at a step counted from 0: linear warm-up, then constant or cosine."""
@@ -117,6 +154,23 @@ def _checked(values: dict[str, Any]) -> TrainSettings:
         reason, name = found.groups()
         reason = reason[0].lower() + reason[1:]
         raise ConfigError(f"{name} cannot be {values[name]!r}: {reason}") from error
+
+
+def field_problem(name: str, value: Any) -> str | None:
+    """Why a field of a recipe cannot have a plain JSON value, and how one is written, or None."""
+    (kind,) = (field.type for field in msgspec.structs.fields(TrainSettings) if field.name == name)
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        reason = str(error)[0].lower() + str(error)[1:]
+        written = [json.dumps(modern(ModelConfig())[name], separators=(",", ":"))]
+        if kind is bool:
+            written = ["true", "false"]
+        elif get_origin(kind) is Literal:
+            written = list(get_args(kind))
+        forms = " or ".join(f"{name}={form}" for form in written)
+        return f"{name} cannot be {value!r}: {reason}; write {forms}"
+    return None
 
 
 def read_settings(run: Run) -> TrainSettings:

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import json
-import shutil
+import os
 import signal
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 
-from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import read_metadata
-from lutdeploy.artefacts.run import Run
+from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.metadata import read_metadata
+from lutdeploy.artefacts.run import Run, require_text
 from lutdeploy.artefacts.target import find_model
-from lutdeploy.config import PRESETS, SIZES, model_config
-from lutdeploy.device import parse_device
-from lutdeploy.errors import LutDeployError, Terminated, UsageError
-from lutdeploy.training.data import ImageSet
-from lutdeploy.training.processes import Processes, is_first
-from lutdeploy.training.recipes import RECIPE_FIELDS, TrainSettings, read_settings, train_settings
+from lutdeploy.config import PRESETS, SIZES, ModelConfig, model_config
+from lutdeploy.device import find_device
+from lutdeploy.errors import BackendError, LutDeployError, Terminated, UsageError
+from lutdeploy.machine import compile_problem
+from lutdeploy.training.data import SYNTHETIC, ImageSet, read_list
+from lutdeploy.training.processes import Processes, launch
+from lutdeploy.training.recipes import (
+    RECIPE_FIELDS,
+    TrainSettings,
+    field_problem,
+    read_settings,
+    train_settings,
+)
 from lutdeploy.training.state import read_position
 
 COMPILES_FROM = 1000  # steps; fewer do not repay the compiler's minute
+MODEL_FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
 NAMED_FILES = 20  # unreadable files that are named
 
 Note = Callable[[str], None]
@@ -46,26 +57,19 @@ class Request:
 
 def choose_device(name: str) -> str:
     """The torch device for --device, which may be "auto"."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if count else "cpu"
-    device = parse_device(name)
-    if device.kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: torch sees no such device here; see `lutdeploy doctor`")
-    if device.kind == "cuda" and device.index >= count:
-        there = ", ".join(f"cuda:{k}" for k in range(count)) or "none"
-        raise UsageError(
-            f"--device {name}: no such CUDA device here, torch sees {there}; see `lutdeploy doctor`"
-        )
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    find_device(name)
     return name
 
 
 @contextlib.contextmanager
-def hold_folder(run: Run, resume: bool) -> Iterator[None]:
+def hold_folder(run: Run, resume: bool, command: str = "train") -> Iterator[None]:
     """Hold the folder of a new or a resumed run; of several processes the first does so."""
-    if not is_first():
+    if not launch().is_first:
         yield
         return
+    require_text(run.path)
     if not resume and (run.settings.exists() or run.model.exists()):
         raise UsageError(
             f"{run.path} already holds a run: --resume continues it, or choose another --out"
@@ -74,7 +78,7 @@ def hold_folder(run: Run, resume: bool) -> Iterator[None]:
         raise UsageError(f"{run.path} holds no training run to resume")
     new = not run.path.exists()
     files.output_folder(run.path)
-    with files.lock(run.path, "`lutdeploy train`"):
+    with files.lock(run.path, f"`lutdeploy {command}`"):
         try:
             yield
         except BaseException:
@@ -83,8 +87,13 @@ def hold_folder(run: Run, resume: bool) -> Iterator[None]:
             raise
 
 
-def parse_overrides(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the model and fields of the recipe, from FIELD=VALUE; VALUE is JSON or text."""
+def parse_overrides(
+    pairs: tuple[str, ...], options: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the model and fields of the recipe, from FIELD=VALUE; VALUE is JSON or text.
+
+    ``options``: fields that have an option of their own.
+    """
     model: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     for pair in pairs:
@@ -95,28 +104,48 @@ def parse_overrides(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, A
             value = json.loads(text)
         except ValueError:
             value = text
-        (recipe if name in RECIPE_FIELDS else model)[name] = value
+        if name in MODEL_FIELDS:
+            model[name] = value
+        elif name in RECIPE_FIELDS:
+            if problem := field_problem(name, value):
+                raise UsageError(f"--set {pair}: {problem}")
+            recipe[name] = value
+        else:
+            raise UsageError(f"--set {pair}: {_other_name(name, text, options)}")
     return model, recipe
 
 
-def new_settings(request: Request, note: Note) -> TrainSettings:
+def _other_name(name: str, text: str, options: Collection[str]) -> str:
+    """What to write in the place of a field that is neither the model's nor the recipe's."""
+    word = name.lower().replace("-", "_")
+    if word in {*options, "preset", "size", "compile"}:
+        return f"it has an option of its own, --{word.replace('_', '-')} {text}"
+    fields = sorted(MODEL_FIELDS | RECIPE_FIELDS)
+    near = difflib.get_close_matches(word, fields, n=1)
+    known = f"did you mean {near[0]}={text}?" if near else f"there are {', '.join(fields)}"
+    return f"there is no field {name!r}; {known}"
+
+
+def quiet_compiler() -> None:
+    """Hide what torch.compile says that a user cannot mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
+
+
+def new_settings(request: Request, note: Note, device: str = "cpu") -> TrainSettings:
     """The settings of a new run."""
     fields = request.fields
     if not fields["data"]:
         raise UsageError("--data is needed: a folder of images, or 'synthetic'")
     if request.warm_restart:
         raise UsageError("--warm-restart is for a run that goes on: it needs --resume")
-    compiles = request.compile == "on"
-    if request.compile == "auto" and fields["steps"] >= COMPILES_FROM:
-        compiles = any(map(shutil.which, ("g++", "c++", "clang++")))
-        if not compiles:
-            note("no C++ compiler here: training without torch.compile, which is slower")
-    of_model, of_recipe = parse_overrides(request.overrides)
-    fields = {**fields, "ema": fields["ema"] or None}
+    of_model, of_recipe = parse_overrides(request.overrides, fields)
+    fields = {**fields, "data": absolute(fields["data"]), "ema": fields["ema"] or None}
     if fields["init"] is None:
         model = model_config(request.preset, request.size, **of_model)
     else:
         path = find_model(fields["init"])
+        fields["init"] = absolute_model(fields["init"])
         model, _ = read_metadata(path)
         fields["init_sha256"] = files.sha256(path)
         if of_model or request.given & {"preset", "size"}:
@@ -125,23 +154,63 @@ def new_settings(request: Request, note: Note) -> TrainSettings:
                 "model's fields of --set"
             )
         note(f"first weights: {path}")
-    return train_settings(model, compile=compiles, **fields).changed(**of_recipe)
+    settings = train_settings(model, **fields).changed(**of_recipe)
+    long = fields["steps"] >= COMPILES_FROM
+    return settings.changed(compile=compiles(request.compile, long, device, note))
 
 
-def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
-    """A run's own settings, if what is asked for agrees; data's path and steps may differ."""
+def absolute(data: str) -> str:
+    """What --data names, wherever a later command is started."""
+    if data == SYNTHETIC:
+        return data
+    path = os.path.abspath(data)
+    if path.encode("utf-8", "replace").decode() != path:  # bytes that are no UTF-8
+        raise UsageError(f"--data {path!r}: a run cannot note this name; give the folder another")
+    return path
+
+
+def absolute_model(name: str) -> str:
+    """What --init names, wherever a later command is started."""
+    return name if name in shipped.names() else os.path.abspath(name)
+
+
+def compiles(asked: str, worth_it: bool, device: str, note: Note) -> bool:
+    """Whether to use torch.compile, for "auto", "on" or "off"; "auto" does if it is ``worth_it``.
+
+    Raises:
+        BackendError: --compile on, and it does not work on the device.
+    """
+    if asked == "off" or (asked == "auto" and not worth_it):
+        return False
+    problem = compile_problem(device)
+    if problem is None:
+        return True
+    if asked == "on":
+        raise BackendError(f"{problem}; --compile off trains without it, which is slower")
+    note(f"{problem}; training without it, which is slower")
+    return False
+
+
+def resumed_settings(run: Run, request: Request, note: Note, device: str = "cpu") -> TrainSettings:
+    """A run's own settings, if what is asked for agrees.
+
+    The path of the data, the steps, and whether to compile may differ.
+    """
     settings = read_settings(run)
-    values = msgspec.json.decode(msgspec.json.encode(settings))
-    of_model, of_recipe = parse_overrides(request.overrides)
+    if settings.distilled is not None:
+        raise UsageError(f"{run.path} was distilled; `lutdeploy distill --resume` continues it")
+    values = json.loads(json.dumps(msgspec.to_builtins(settings)))
+    of_model, of_recipe = parse_overrides(request.overrides, request.fields)
     of_preset = PRESETS[request.preset] if "preset" in request.given else {}
     of_size = SIZES[request.size] if "size" in request.given else {}
     model = {**of_preset, **of_size, **of_model}
     asked = [(name, value, values["model"].get(name)) for name, value in model.items()]
     asked += [(name, value, values[name]) for name, value in of_recipe.items()]
-    if "compile" in request.given and request.compile != "auto":
-        asked.append(("--compile", request.compile, "on" if settings.compile else "off"))
     given = {name: request.fields[name] for name in request.fields if name in request.given}
-    data, steps = given.pop("data", settings.data), given.pop("steps", settings.steps)
+    data = absolute(given.pop("data")) if "data" in given else settings.data
+    steps = given.pop("steps", settings.steps)
+    if given.get("init") and values["init"]:
+        given["init"], values["init"] = map(absolute_model, (given["init"], values["init"]))
     for name, value in given.items():
         plain = list(value) if isinstance(value, tuple) else value
         asked.append((f"--{name.replace('_', '-')}", plain, values[name]))
@@ -149,8 +218,32 @@ def resumed_settings(run: Run, request: Request, note: Note) -> TrainSettings:
         if value != held:
             raise UsageError(f"{name} {value}: {run.path} was started with {held}")
     reached = read_position(run).step if run.training_state.is_file() else 0
-    settings = msgspec.structs.replace(settings, data=data)
+    compiled = compiles(request.compile, settings.compile, device, note)
+    settings = msgspec.structs.replace(settings, data=data, compile=compiled)
     return extended(settings, steps, reached, request.warm_restart, note)
+
+
+def require_same_images(run: Run, data: ImageSet, source: str, note: Note) -> None:
+    """Refuse other images, or another order, than those of the run that goes on.
+
+    What is held out follows from their order: some that was trained on would be held out.
+    """
+    if not run.images.is_file():
+        note(
+            f"warning: an earlier version began {run.path} and noted no images: only their number "
+            "is compared"
+        )
+        return
+    known = read_list(run.images)
+    if known == data.sha256:
+        return
+    new, gone = (len(set(a) - set(b)) for a, b in ((data.sha256, known), (known, data.sha256)))
+    how = f"{new} are new and {gone} are gone" if new or gone else "they are in another order"
+    raise UsageError(
+        f"{source} holds {len(data.sha256)} images, {run.path} was trained on {len(known)}: {how} "
+        f"({run.images.name} lists them). A resumed run needs the same files in the same order, "
+        f"which --data may find elsewhere; `--init {run.path} --out …` begins a new run with others"
+    )
 
 
 def extended(
@@ -203,6 +296,8 @@ def describe(
         + (f", {processes.count} processes" if processes.count > 1 else "")
         + ("; compiling, which takes a minute" if settings.compile else "")
     )
+    for line in data.remarks:
+        note(f"  {line}")
     for line in data.skipped[:NAMED_FILES]:
         note(f"  skipped {line}")
     if len(data.skipped) > NAMED_FILES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from lutdeploy.artefacts.run import MODEL, Run, locate
 from lutdeploy.config import ModelConfig, model_config
 from lutdeploy.engines import EngineRequest, newest_built_export, open_engine, require_same_model
 from lutdeploy.engines.tensorrt.library import MODULES
-from lutdeploy.errors import BackendError, UsageError
+from lutdeploy.errors import UsageError
 
 ORIGINAL = "original"
 SLOW_TO_START = "torch-compiled"  # compiling takes longer than all that --quick measures
@@ -78,7 +77,7 @@ def _random(target: RandomModel, scratch: Path, note: Callable[[str], None]) -> 
 
 
 def _trained(path: Path, scratch: Path, note: Callable[[str], None]) -> Subject:
-    from lutdeploy.artefacts.checkpoint import read_metadata
+    from lutdeploy.artefacts.metadata import read_metadata
 
     located = locate(path)
     if located.model is None:
@@ -231,8 +230,6 @@ def open_contender(contender: Contender, threads: int | None, batch: int) -> Any
     if contender.kind == "compiled":
         from lutdeploy.reference import TorchDenoiser
 
-        if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++", "cl")):
-            raise BackendError("torch.compile finds no C++ compiler here; install g++")
         # Nearly all of the work is in the blocks. All run the same code, so it is compiled once:
         # 16 times less than the whole network, for every batch size but 1, which torch always
         # compiles apart.

@@ -263,7 +263,8 @@ class Benchmark:
             used, own = processor_seconds()
             others = max(0.0, (used - used_before) - (own - own_before))
             seconds = time.perf_counter() - begun
-            self._used_by_others = others / (seconds * (os.cpu_count() or 1))
+            whole = os.cpu_count() or 1  # the machine's, as those seconds are
+            self._used_by_others = others / (seconds * whole)
 
     def _with_original(self, entries: Sequence[Entry]) -> list[Entry]:
         """Those still there, and the original for the ratios, even after its own sweep."""

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from lutdeploy.artefacts import files
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.benchmark.contenders import Contender, open_contender
-from lutdeploy.errors import BackendError
+from lutdeploy.errors import BackendError, ran_out_of_memory
 from lutdeploy.sampling import Batch, Finished, Images, batch_noise, finished_batches
 from lutdeploy.schedule import Schedule, Step, solver_schedule
 
@@ -119,7 +119,7 @@ def _call(make: Callable[..., Any], made_of: Any, method: Callable[..., T], argu
     except Exception as error:  # of any library, whose exceptions may not survive the journey
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0][:300] if lines else type(error).__name__
-        if isinstance(error, MemoryError):
+        if ran_out_of_memory(error):
             reason = "out of memory"
         raise BackendError(reason) from None
 

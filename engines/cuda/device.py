@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lutdeploy.device import Device, parse_device
+from lutdeploy.device import Device, find_device
 from lutdeploy.errors import BackendError, first_line
 
 
@@ -33,11 +33,9 @@ class CudaDevice:
     failures: ClassVar[list[CaptureError]] = []
 
     def __init__(self, name: str = "cuda") -> None:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = parse_device(name)
-        if device.kind != "cuda" or device.index >= count:
-            there = ", ".join(f"cuda:{k}" for k in range(count)) or "none"
-            raise BackendError(f"no CUDA device {name!r} here; torch sees {there}")
+        device = find_device(name)
+        if device.kind != "cuda":
+            raise BackendError(f"no CUDA device {name!r} here")
         self.torch_device = torch.device("cuda", device.index)
         self.activate()
         self.upload = self._stream()

@@ -27,7 +27,7 @@ from lutdeploy.engines.onnxruntime import (
     execution_provider,
     sessions_that_fit,
 )
-from lutdeploy.errors import BackendError, first_line
+from lutdeploy.errors import BackendError, first_line, ran_out_of_memory
 from lutdeploy.signature import graph_signature
 
 
@@ -88,6 +88,8 @@ class OnnxRuntimeProgram:
         try:
             session.run_with_iobinding(binding, options)
         except Exception as error:  # its exceptions derive from RuntimeError or from nothing
+            if ran_out_of_memory(error):
+                raise
             raise BackendError(
                 f"ONNX Runtime failed in evaluation {k}: {first_line(error)[:200]}"
             ) from error

@@ -25,13 +25,12 @@ def verified_step(run: Run, precision: str, note: Callable[[str], None]) -> Mani
         ArtefactError: a file that is not what the manifest says.
     """
     folder, source = run.export_folder(f"step-{precision}"), files.sha256(run.model)
-    with files.lock(run.exports_folder, "`lutdeploy export`"):
-        there = (folder / MANIFEST).is_file() and read_manifest(folder).source_sha256 == source
-        if not there:
-            note(f"export: {folder} is made and checked against PyTorch")
-            _export(run, precision, source, note)
-    if there:
+    if (folder / MANIFEST).is_file() and read_manifest(folder).source_sha256 == source:
         note(f"export: {folder}")
+    else:
+        note(f"export: {folder} is made and checked against PyTorch")
+        with files.lock(run.exports_folder, "`lutdeploy export`"):
+            _export(run, precision, source, note)
     manifest = read_manifest(folder)
     manifest.verify()
     require_passed(

@@ -31,7 +31,7 @@ from lutdeploy.engines.onnxruntime import OnnxRuntimeDenoiser
 from lutdeploy.engines.packaging.exports import verified_step
 from lutdeploy.errors import ArtefactError, ParityError, UsageError
 from lutdeploy.sampling import State, batch_noise, trajectory
-from lutdeploy.schedule import FITTED, Schedule, solver_schedule
+from lutdeploy.schedule import DISTILLED, FITTED, Schedule, solver_schedule
 
 PAGE = Path(__file__).parent / "page"
 FACTS = "page.json"
@@ -148,6 +148,8 @@ def _exports(run: Run, note: Callable[[str], None]) -> dict[str, Manifest]:
 
 def offered(fitted: Sequence[Schedule]) -> list[Schedule]:
     """The schedules to choose from. The first is the one that `lutdeploy sample` follows."""
+    if fitted and fitted[0].solver == DISTILLED:
+        return [*fitted]
     formulas = [solver_schedule(solver, steps) for solver, steps in FORMULAS]
     if not fitted:
         formulas.sort(key=lambda schedule: schedule.describe() != "-".join(map(str, REFERENCE)))
@@ -246,15 +248,18 @@ def _engine_facts(
 def schedule_facts(schedule: Schedule) -> dict[str, Any]:
     """A schedule for sampler.js, its name in an address, and its words for people."""
     told = f"{schedule.steps} steps"
+    options = f"--solver {schedule.solver} --steps {schedule.steps}"
     if schedule.solver == FITTED:
         label = f"{told}, fitted to this model"
+    elif schedule.solver == DISTILLED:
+        label, options = f"{told}, the model's only ones", ""
     else:
         reference = ", the reference" if (schedule.solver, schedule.steps) == REFERENCE else ""
         label = f"{told}, {SOLVER_NAMES[schedule.solver]}{reference}"
     return {
         "name": schedule.describe(),
         "label": label,
-        "options": f"--solver {schedule.solver} --steps {schedule.steps}",
+        "options": options,
         "rows": [[row.t, row.a, row.b, row.c, row.history_ratio] for row in schedule.rows],
     }
 

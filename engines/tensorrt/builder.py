@@ -285,39 +285,39 @@ def build_export(
     Returns:
         A record for each graph, and whether it was there already.
     """
-    manifest.verify()
     for names in ("*.plan", "*.json", "*.cache"):
         files.clear_leftovers(run.engines, names)
     cache = None if target.backend == RTX else timing_cache or run.timing_cache
     results = []
-    for k, graph in enumerate(manifest.graphs):
-        fields = plan.key_fields(manifest, graph, options, target.machine, target.architectures)
-        path = run.plan_record(plan.key_of(fields))
-        if not force and path.is_file():
-            if record := plan.find_plan(run, fields):
-                results.append((record, True))
-                continue
-            note(f"{path.with_suffix('.plan')} or its record is damaged: building it again")
-        on_phase(k, "parsing")
-        signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, k)
-        start = time.perf_counter()
-        build = GraphBuild(manifest.folder / graph, options, target, partial(on_phase, k), note)
-        types, data = build.build(manifest.precision, signature, cache)
-        record = plan.PlanRecord(
-            path=path,
-            fields=fields,
-            export=manifest.name,
-            graph_file=graph,
-            plan_bytes=len(data),
-            plan_sha256=hashlib.sha256(data).hexdigest(),
-            types=types.counts(),
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-            build_seconds=round(time.perf_counter() - start, 3),
-        )
-        path.unlink(missing_ok=True)  # an old record must not speak of the new plan
-        files.write_atomic(record.plan, data)
-        record.write()
-        results.append((record, False))
+    with manifest.verified() as folder:
+        for k, graph in enumerate(manifest.graphs):
+            fields = plan.key_fields(manifest, graph, options, target.machine, target.architectures)
+            path = run.plan_record(plan.key_of(fields))
+            if not force and path.is_file():
+                if record := plan.find_plan(run, fields):
+                    results.append((record, True))
+                    continue
+                note(f"{path.with_suffix('.plan')} or its record is damaged: building it again")
+            on_phase(k, "parsing")
+            signature = graph_signature(manifest.config, manifest.graph, manifest.schedule, k)
+            start = time.perf_counter()
+            build = GraphBuild(folder / graph, options, target, partial(on_phase, k), note)
+            types, data = build.build(manifest.precision, signature, cache)
+            record = plan.PlanRecord(
+                path=path,
+                fields=fields,
+                export=manifest.name,
+                graph_file=graph,
+                plan_bytes=len(data),
+                plan_sha256=hashlib.sha256(data).hexdigest(),
+                types=types.counts(),
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+                build_seconds=round(time.perf_counter() - start, 3),
+            )
+            path.unlink(missing_ok=True)  # an old record must not speak of the new plan
+            files.write_atomic(record.plan, data)
+            record.write()
+            results.append((record, False))
     return results
 
 
@@ -325,7 +325,7 @@ def export_types(
     manifest: Manifest, options: plan.BuildOptions, target: BuildTarget
 ) -> Iterator[tuple[str, NetworkTypes]]:
     """Each graph file of an export, and its types by TensorRT's parser; nothing is built."""
-    manifest.verify()
-    for graph in manifest.graphs:
-        build = GraphBuild(manifest.folder / graph, options, target, lambda _: None, lambda _: None)
-        yield graph, build.types(manifest.precision)
+    with manifest.verified() as folder:
+        for graph in manifest.graphs:
+            build = GraphBuild(folder / graph, options, target, lambda _: None, lambda _: None)
+            yield graph, build.types(manifest.precision)

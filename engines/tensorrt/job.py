@@ -11,7 +11,7 @@ from pathlib import Path
 from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import Run, locate
-from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict, verdict_of
+from lutdeploy.artefacts.verdicts import keep_verdict, read_verdicts, verdict_of
 from lutdeploy.engines import (
     Engine,
     EngineRequest,
@@ -212,7 +212,8 @@ def judge_plans(
         note(f"layers: {merge_reports(layers).describe()}")
         for record, layer in zip(records, layers, strict=True):
             identity = {**engine.identity, "engine_sha256": record.plan_sha256}
-            store_verdict(run, verdict_of(report, identity, "build", layers=layer.to_dict()))
+            verdict = verdict_of(report, identity, "build", layers=layer.to_dict())
+            keep_verdict(run, verdict, note)
     return report
 
 
@@ -234,9 +235,14 @@ def open_plans(
         # One that fails gives way to the next best, which may never have run either.
         while any(state.verdict is None for state in states):
             note("this engine was compiled and has never run: parity first, once")
-            judge_plans(run, manifest, records, gpu, note)
+            judged = records
+            report = judge_plans(run, manifest, judged, gpu, note)
             states = choose_plans(run, manifest, machine, request.batch)
             records = records_of(states)
+            if records == judged and any(state.verdict is None for state in states):
+                if not report.passed:  # and its verdict could not be kept
+                    raise ParityError(f"the engine failed parity: {report.failures()[0]}")
+                break
         require_passed(states)
     return TensorRTDenoiser(manifest, gpu, records)
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import re
-import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lutdeploy.artefacts import files
+from lutdeploy.artefacts import files, foreign
+from lutdeploy.artefacts.metadata import METADATA_KEY, read_metadata, told_metadata
+from lutdeploy.artefacts.state_dicts import StateDict, is_safetensors, read_state_dict
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, ConfigError, UsageError, first_line
+from lutdeploy.errors import ArtefactError, ConfigError, UsageError
 from lutdeploy.model import LutTransformer
 
-METADATA_KEY = "lutdeploy"
+UNTOLD = ("heads", "weights", "image_size")  # by the shapes of a state dict
 
 
 def save_model(
@@ -50,53 +51,64 @@ def save_model(
     files.write_atomic(path, save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
-def read_metadata(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and the ``about`` values of a model.safetensors; its weights are not read."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such model file")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} is damaged or no safetensors file: {error}") from error
-    if text is None:
-        raise ArtefactError(f"{path} holds no {METADATA_KEY} metadata: not a lutdeploy model")
-    try:
-        metadata = json.loads(text)
-        return ModelConfig.from_dict(metadata["config"]), dict(metadata.get("about", {}))
-    except (*files.BAD_JSON, KeyError, TypeError, ConfigError) as error:
-        raise ArtefactError(f"{path}: unreadable {METADATA_KEY} metadata: {error}") from error
-
-
 def load_model(path: Path) -> LutTransformer:
     """Read a model.safetensors into a float32 model in eval mode, on the CPU."""
     config, _ = read_metadata(path)
     try:
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name).float() for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} is damaged: {error}") from error
+        raise foreign.unreadable(path, error) from error
+    try:
+        return from_state(state, config)
+    except ArtefactError as error:
+        raise ArtefactError(f"{path}: {error}") from error
+
+
+def from_state(state: Mapping[str, Tensor], config: ModelConfig) -> LutTransformer:
+    """A float32 model in eval mode from weights by our names."""
+    if config.depth > len(state):
+        raise ArtefactError(f"{len(state)} keys are too few for depth {config.depth}")
+    with torch.device("meta"):
+        expected = LutTransformer(config).state_dict()
+    checked = _checked(state, expected)
     model = LutTransformer(config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    _check_shapes(state, expected, f"{path}: the weights do not fit the config")
-    model.load_state_dict(state)
+    model.load_state_dict(checked)
     return model.eval().requires_grad_(False)
 
 
-def _check_shapes(
-    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    """Raise an ArtefactError that names the first missing, misshapen or unknown key."""
-    for key, shape in expected.items():
+def _checked(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as float32, if they are a model's.
+
+    Raises:
+        ArtefactError: names the first key that is missing, unknown or misshapen, or whose values
+            are no finite floating-point numbers.
+    """
+    checked = {}
+    for key, model in expected.items():
         if key not in state:
-            raise ArtefactError(f"{what}: key {key} is missing")
-        if tuple(state[key].shape) != shape:
+            raise ArtefactError(f"key {key} is missing")
+        value = state[key]
+        if value.shape != model.shape:
             raise ArtefactError(
-                f"{what}: key {key} has shape {list(state[key].shape)}, expected {list(shape)}"
+                f"key {key} has shape {list(value.shape)}, expected {list(model.shape)}"
+            )
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ArtefactError(f"key {key} is no plain tensor that holds its numbers")
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ArtefactError(f"key {key} holds {kind}, no floating-point weights")
+        checked[key] = value.float()
+        bad = value.numel() - int(checked[key].isfinite().sum())
+        if bad:
+            raise ArtefactError(
+                f"key {key} holds NaN or Inf ({bad} of {value.numel()} numbers): a training that "
+                "diverged, or a damaged file; take an earlier checkpoint"
             )
     for key in state:
         if key not in expected:
-            raise ArtefactError(f"{what}: key {key} is unknown")
+            raise ArtefactError(f"key {key} is unknown")
+    return checked
 
 
 def _block_keys(index: int) -> dict[str, tuple[str, ...]]:
@@ -154,114 +166,162 @@ def to_author_state(model: LutTransformer) -> dict[str, Tensor]:
 
 
 def from_author_state(author: Mapping[str, Tensor], config: ModelConfig) -> LutTransformer:
-    """The inverse of :func:`to_author_state`, as a float32 model."""
-    model = LutTransformer(config)
-    expected = {key: tuple(value.shape) for key, value in to_author_state(model).items()}
-    _check_shapes(author, expected, "not a state dict of this model")
+    """The inverse of :func:`to_author_state`, as a float32 model in eval mode."""
+    with torch.device("meta"):
+        model = LutTransformer(config)
+    checked = _checked(author, to_author_state(model))
     state: dict[str, Tensor] = {}
     if config.lut == "static":
-        state["lut.entries"] = author["lut"]
+        state["lut.entries"] = checked["lut"]
     else:
-        state["lut.tokens"] = author["backbone.6.tokens"][0, :, 0].T  # [1, D, 1, K] to [K, D]
+        state["lut.tokens"] = checked["backbone.6.tokens"][0, :, 0].T  # [1, D, 1, K] to [K, D]
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     for ours, theirs in _layer_keys(config).items():
         for kind in ("weight", "bias"):
-            parts = torch.cat([author[f"{their}.{kind}"] for their in theirs])
+            parts = torch.cat([checked[f"{their}.{kind}"] for their in theirs])
             state[f"{ours}.{kind}"] = parts.reshape(shapes[f"{ours}.{kind}"])
-    model.load_state_dict({key: value.float() for key, value in state.items()})
-    return model.eval().requires_grad_(False)
+    return from_state(state, config)
 
 
-def infer_author_config(
-    author: Mapping[str, Tensor], heads: int = 8, weights: str | None = None
-) -> ModelConfig:
-    """The config that fits a state dict in the author's layout.
+@dataclass(frozen=True)
+class _Layout:
+    """Where a layout keeps what tells the config."""
 
-    The shapes tell the kind of LUT, the widths, the depth and K, but not the heads and the
-    activation.
+    patch: str
+    expand: str
+    head: str
+    time: str
+    static: str
+    dynamic: str
+    block: str  # matches a key of each block, with its number as group 1
+
+
+AUTHOR = _Layout(
+    patch="backbone.1.weight",
+    expand="expand.weight",
+    head="projection.weight",
+    time="time_mlp.0.weight",
+    static="lut",
+    dynamic="backbone.6.tokens",
+    block=r"backbone\.(\d+)\.attn\.",
+)
+OURS = _Layout(
+    patch="stem.patch.weight",
+    expand="stem.expand.weight",
+    head="head.weight",
+    time="stem.time.weight",
+    static="lut.entries",
+    dynamic="lut.tokens",
+    block=r"blocks\.(\d+)\.",
+)
+
+
+def infer_config(state: Mapping[str, Tensor], layout: _Layout = AUTHOR, **told: Any) -> ModelConfig:
+    """The config that fits a state dict.
+
+    The shapes tell the kind of LUT, the widths, the depth and K.
 
     Args:
-        author: the state dict.
-        heads: attention heads; 8 in the post.
-        weights: "tanh" or "softmax"; by default what the preset of this K uses.
+        state: the state dict.
+        layout: whose names it has.
+        told: fields that the shapes do not tell. By default 8 heads and 64 pixels, as in the
+            post, and the activation of the preset with this K.
     """
 
     def shape(key: str, dims: int) -> tuple[int, ...]:
-        if key not in author:
+        if key not in state:
             raise ArtefactError(f"not a state dict of a LUT model: key {key} is missing")
-        found = tuple(author[key].shape)
+        found = tuple(state[key].shape)
         if len(found) != dims or 0 in found:
             raise ArtefactError(
                 f"not a state dict of a LUT model: key {key} has shape {list(found)}"
             )
         return found
 
-    width, stem, patch, _ = shape("backbone.1.weight", 4)
-    channels = shape("expand.weight", 4)[1]
-    entries = shape("projection.weight", 4)[0]
-    dynamic = "backbone.6.tokens" in author
+    width, stem, patch, _ = shape(layout.patch, 4)
+    channels = shape(layout.expand, 4)[1]
+    entries = shape(layout.head, 4 if layout is AUTHOR else 2)[0]
+    dynamic = layout.dynamic in state
     if not dynamic:
-        shape("lut", 4)
-    first = 7 if dynamic else 6
-    found = {int(m[1]) for key in author if (m := re.match(r"backbone\.(\d+)\.attn\.", key))}
-    blocks = found or {first}
+        shape(layout.static, 4)
+    blocks = {m[1] for key in state if (m := re.match(layout.block, key))}
     return ModelConfig(
         patch_size=patch,
         channels=channels,
         width=width,
-        depth=len(blocks),  # a gap in the numbers shows up as a missing key
-        heads=heads,
+        depth=len(blocks) or 1,  # a gap in the numbers shows up as a missing key
         lut="dynamic" if dynamic else "static",
         entries=entries,
-        weights=weights or ("softmax" if entries == 512 and not dynamic else "tanh"),
         stem_channels=stem,
-        time_frequencies=max(2, shape("time_mlp.0.weight", 2)[1] // 2),
+        time_frequencies=max(2, shape(layout.time, 2)[1] // 2),
+        **{"weights": "softmax" if entries == 512 and not dynamic else "tanh", **told},
     )
 
 
-def read_author_file(path: Path) -> dict[str, Tensor]:
-    """Read a state dict saved with torch.save without executing code that it may contain."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(Unsupported|Trying to load|GLOBAL).*?(?= Please|\n|$)", str(error))
-        reason = found[0] if found else str(error)  # drops PyTorch's advice to trust the file
-        raise ArtefactError(
-            f"{path} refused: its pickle holds more than tensors, or is damaged, and is not "
-            f"executed ({' '.join(reason.split())[:160]})"
-        ) from error
-    except Exception as error:  # torch.load raises anything on a damaged file
-        raise ArtefactError(
-            f"{path} is damaged or no torch.save file: {first_line(error)}"
-        ) from error
-    if not isinstance(state, dict) or not state:
-        raise ArtefactError(f"{path} holds a {type(state).__name__}, not a state dict")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ArtefactError(f"{path}: entry {key!r} is no tensor: not a plain state dict")
-    return state
+@dataclass(frozen=True)
+class Imported:
+    """A model from elsewhere, in float32, and what a person should know of it."""
+
+    model: LutTransformer
+    state: StateDict
+    assumed: tuple[str, ...]  # fields of the config that neither the file nor the caller gave
 
 
-def import_author_file(
-    path: Path, heads: int = 8, weights: str | None = None, image_size: int = 64
-) -> LutTransformer:
-    """Read one of the author's checkpoints into a float32 model."""
-    author = read_author_file(path)
+def import_file(
+    path: Path,
+    key: str | None = None,
+    heads: int | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+) -> Imported:
+    """Read a checkpoint of a training script, of the author or of ours.
+
+    Args:
+        path: a file of torch.save or a safetensors file, in the author's layout or in ours.
+        key: the state dict to take, where the file holds several.
+        heads, weights, image_size: what no state dict holds. Files of ours say it beside.
+    """
+    state = read_state_dict(path, key)
+    layout = OURS if OURS.patch in state.tensors or OURS.time in state.tensors else AUTHOR
+    given = {"heads": heads, "weights": weights, "image_size": image_size}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        config = replace(infer_author_config(author, heads, weights), image_size=image_size)
-        return from_author_state(author, config)
+        assumed: tuple[str, ...] = ()
+        config = _told_config(path, state)
+        if config is None:
+            assumed = tuple(name for name in UNTOLD if name not in given)
+            config = infer_config(state.tensors, layout, **given)
+        else:
+            for name, value in given.items():
+                if value != getattr(config, name):
+                    raise UsageError(
+                        f"{path} is of a model with {name} {getattr(config, name)}, which it says "
+                        f"itself; leave out --{name.replace('_', '-')} {value}"
+                    )
+        make = from_state if layout is OURS else from_author_state
+        return Imported(make(state.tensors, config), state, assumed)
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; see --heads and --image-size") from error
 
 
+def _told_config(path: Path, state: StateDict) -> ModelConfig | None:
+    """The config that a file of ours has beside its weights; None where there is none."""
+    if is_safetensors(path):
+        metadata = told_metadata(path)
+        return None if metadata is None else metadata[0]
+    return None if state.config is None else ModelConfig.from_dict(state.config)
+
+
 def save_author_file(model: LutTransformer, path: Path) -> None:
-    """Write the model as the author's state dict with torch.save, atomically."""
+    """Write the model as the author's state dict with torch.save, atomically.
+
+    The config is in the state dict's ``_metadata``, where PyTorch keeps what is no weight: it
+    goes wherever the file goes, and ``load_state_dict`` finds the author's keys and no other.
+    """
+    state = OrderedDict(to_author_state(model))
+    state._metadata = {"": {METADATA_KEY: model.config.to_dict()}}  # type: ignore[attr-defined]
     buffer = io.BytesIO()
-    torch.save(to_author_state(model), buffer)
+    torch.save(state, buffer)
     files.write_atomic(path, buffer.getvalue())

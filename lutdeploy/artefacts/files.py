@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -39,9 +40,21 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that is read-only refuses even this
+            temporary.unlink(missing_ok=True)
         _name(error, path, temporary)
         raise
+
+
+def open_append(path: Path) -> io.FileIO:
+    """Open a file to write at its end, without a buffer.
+
+    Where it is a link, symbolic or hard (as `cp -al` makes them), it first becomes a file of its
+    own: what is appended in one folder does not grow in another.
+    """
+    if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+        write_atomic(path, path.read_bytes())
+    return path.open("ab", buffering=0)
 
 
 def _beside(path: Path, prefix: str = ".") -> Path:
@@ -76,8 +89,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write a record, or plain JSON values, as readable JSON, atomically."""
     import msgspec
 
-    encoded = msgspec.json.encode(value, enc_hook=_plain)
-    write_atomic(path, msgspec.json.format(encoded, indent=1) + b"\n")
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=1)
+    except UnicodeEncodeError:  # a file's name whose bytes are no text: Python's JSON escapes them
+        text = json.dumps(msgspec.to_builtins(value, enc_hook=_plain), indent=1).encode()
+    write_atomic(path, text + b"\n")
 
 
 def _plain(value: Any) -> Any:
@@ -102,7 +118,10 @@ def read_record(path: Path, kind: type[T], remedy: str) -> T:
     import msgspec
 
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        data = path.read_bytes()
+        if b"\\udc" in data:  # see write_json; msgspec does not read these escapes
+            return msgspec.convert(json.loads(data), type=kind)
+        return msgspec.json.decode(data, type=kind)
     except FileNotFoundError as error:
         raise ArtefactError(f"{path} is missing; {remedy}") from error
     except (OSError, *BAD_JSON, LutDeployError) as error:
@@ -133,8 +152,16 @@ def output_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make {path}: {error.strerror}; choose another --out") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"{path} is not writable; choose another --out")
+    require_writable(path, "choose another --out")
+
+
+def require_writable(folder: Path, remedy: str = "work on a copy of it elsewhere") -> None:
+    """Refuse a folder, there or still to be made, in which nothing can be written."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{there} is not writable; {remedy}")
 
 
 def remove_if_empty(folder: Path, lock_name: str = ".lock") -> None:
@@ -160,11 +187,14 @@ def lock(
         name: of the lock's file, for commands that do not shut each other out.
 
     Raises:
-        UsageError: another process holds it, and ``on_wait`` is None.
+        UsageError: another process holds it, and ``on_wait`` is None; or it is not writable.
     """
     import filelock
 
+    require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / name).is_symlink():  # of a cache of downloads; filelock follows none
+        (folder / name).unlink(missing_ok=True)
     held = filelock.FileLock(folder / name)
     try:
         held.acquire(blocking=False)

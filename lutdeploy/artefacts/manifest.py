@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from lutdeploy.artefacts import files
+from lutdeploy.artefacts import files, foreign
 from lutdeploy.artefacts.quantization_record import Quantization
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, LutDeployError
@@ -70,16 +74,17 @@ class Manifest(
         files.write_json(folder / MANIFEST, record)
 
     def verify(self) -> None:
-        """Check every file's size and hash."""
+        """Check every file's size and hash, also where it is a link, as in a cache of downloads."""
         for name, expected in self.files.items():
             path = self.folder / name
             if not path.is_file():
-                raise ArtefactError(f"{path} is missing; export again")
+                what = "is a link to nothing" if path.is_symlink() else "is missing"
+                raise ArtefactError(f"{path} {what}; export again")
             size = path.stat().st_size
             if size != expected.bytes:
+                what = foreign.describe(path) or "is truncated or replaced; export again"
                 raise ArtefactError(
-                    f"{path} has {size} bytes, its manifest says {expected.bytes}: "
-                    "truncated or replaced; export again"
+                    f"{path} has {size} bytes, its manifest says {expected.bytes}: it {what}"
                 )
             digest = files.sha256(path)
             if digest != expected.sha256:
@@ -87,6 +92,23 @@ class Manifest(
                     f"{path} has hash mismatch: sha256 {digest[:12]}…, its manifest says "
                     f"{expected.sha256[:12]}…; export again"
                 )
+
+    @contextlib.contextmanager
+    def verified(self) -> Iterator[Path]:
+        """A folder with the verified files, for a runtime to open.
+
+        It is the export's own, except where files are links, hard or symbolic, which ONNX and
+        OpenVINO refuse to read weights through: then it is one of copies, gone after the block.
+        """
+        self.verify()
+        paths = [self.folder / name for name in self.files]
+        if not any(path.is_symlink() or path.stat().st_nlink > 1 for path in paths):
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory(prefix="lutdeploy-") as scratch:
+            for path in paths:
+                shutil.copyfile(path, Path(scratch) / path.name)
+            yield Path(scratch)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -111,8 +133,6 @@ def read_manifest(folder: Path) -> Manifest:
     for name in (*manifest.files, *manifest.graphs):
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
             raise ArtefactError(f"{path} names {name!r}, a file outside its folder: refused")
-        if (folder / name).is_symlink():
-            raise ArtefactError(f"{folder / name} is a link: refused")
         if name not in manifest.files:
             raise ArtefactError(f"{path} lists graph {name!r} without its hash: refused")
     steps = manifest.schedule.steps if manifest.schedule else 0

@@ -27,7 +27,8 @@ from numpy.lib import format as npy
 
 from lutdeploy import images
 from lutdeploy.artefacts import files
-from lutdeploy.errors import ArtefactError
+from lutdeploy.decoding import decode
+from lutdeploy.errors import ArtefactError, ran_out_of_memory
 from lutdeploy.images import Pixels
 
 MANIFEST = "manifest.jsonl"
@@ -81,7 +82,7 @@ class ManifestLog:
 
     def append(self, lines: bytes) -> None:
         if self._file is None:
-            self._file = self._path.open("ab", buffering=0)
+            self._file = files.open_append(self._path)
         _write_all(self._file, lines)
 
     def replace(self, lines: bytes) -> None:
@@ -156,6 +157,8 @@ class PngFiles:
         try:
             return images.decode_png(path.read_bytes())
         except Exception as error:  # decoders raise almost anything on bad bytes
+            if ran_out_of_memory(error):
+                raise
             raise _damaged(path) from error
 
     def close(self) -> None:
@@ -279,7 +282,7 @@ class ManyPerFile(abc.ABC):
             with part.open("wb") as begun:
                 self.begin(begun, shape, finished)
             self._parts[name] = self._finished(name)
-        return _Growing(number, self._parts[name], part.open("ab", buffering=0))
+        return _Growing(number, self._parts[name], files.open_append(part))
 
     def _finish_growing(self) -> None:
         if self._growing is not None:
@@ -532,11 +535,13 @@ def pictures_in(path: Path) -> Iterator[Pixels]:
                 for name, start, size in _members(file):
                     if name.endswith(".png"):
                         file.seek(start)
-                        yield images.decode_png(file.read(size))
+                        yield decode(file.read(size)).pixels
                 file.seek(-len(TAR_END), os.SEEK_END)
                 if file.read() != TAR_END:
                     raise EOFError("the shard ends early")
     except Exception as error:  # decoders raise almost anything on bad bytes
+        if ran_out_of_memory(error):
+            raise
         raise _damaged(path) from error
 
 

@@ -3,7 +3,9 @@
     runs/NAME/
       model.safetensors        weights and config (training: the EMA)
       train.json train.jsonl   settings and log of the training
+      images.sha256            the images of the training, as sha256sum lists files
       training-state.safetensors   all that --resume needs
+      paths.f16                the teacher's paths, of a distilled model
       samples/                 pictures made while training
       onnx/EXPORT/             graphs, one weights file, manifest.json
       verdicts/                what the checks of exports and engines found, a file each
@@ -19,6 +21,8 @@ file or none, whenever a writer is killed.
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +55,18 @@ class Run:
         return self.path / "train.jsonl"
 
     @property
+    def images(self) -> Path:
+        """The images of the training (:mod:`lutdeploy.training.data`)."""
+        return self.path / "images.sha256"
+
+    @property
     def training_state(self) -> Path:
         return self.path / "training-state.safetensors"
+
+    @property
+    def paths(self) -> Path:
+        """What a distilled model learns from (:mod:`lutdeploy.training.few_steps.distill`)."""
+        return self.path / "paths.f16"
 
     @property
     def averages(self) -> Path:
@@ -60,7 +74,7 @@ class Run:
         return self.path / "averages"
 
     def average(self, decay: float) -> Path:
-        return self.averages / f"ema-{decay:g}.safetensors"
+        return self.averages / f"{decay_name(decay)}.safetensors"
 
     @property
     def pictures(self) -> Path:
@@ -78,8 +92,13 @@ class Run:
 
     @property
     def bench(self) -> Path:
-        """What `lutdeploy bench` measured; its plot has the same name and ends in .png."""
+        """What `lutdeploy bench` measured."""
         return self.path / "bench.json"
+
+    @property
+    def bench_plot(self) -> Path:
+        """The same as a plot; it has the name of the JSON, wherever that is written."""
+        return self.bench.with_suffix(".png")
 
     @property
     def tuned_steps(self) -> Path:
@@ -142,27 +161,52 @@ class Located:
     run: Run | None
 
 
+def require_text(path: Path) -> None:
+    """Refuse a name for models whose bytes are no text: safetensors and the runtimes need UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{path}: this name has bytes that are no text ({sys.getfilesystemencoding()}), and "
+            "the libraries that read models need text; rename it, or set PYTHONUTF8=1"
+        ) from error
+
+
 def locate(path: Path) -> Located:
     """Tell a run folder, an export folder and a model file apart."""
+    if path.exists():
+        require_text(path)
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():
-        hint = "; `lutdeploy import` reads it" if path.suffix in (".pth", ".pt") else ""
+        weights = path.suffix in (".pth", ".pt", ".ckpt", ".bin")
+        hint = "; `lutdeploy import` reads it" if weights else ""
         raise UsageError(f"{path} is neither a run, an export nor a model.safetensors{hint}")
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"{path} is a link to {os.readlink(path)}, which is not there")
     if not path.is_dir():
         names = sorted(str(found.parent) for found in RUNS.glob(f"*/{MODEL}"))
         there = f"there are {', '.join(names)}" if names else f"there is none under {RUNS}/"
         raise UsageError(f"{path}: no such run; {there}")
     if (path / MANIFEST).is_file():
-        run = Run(path.resolve().parent.parent)
-        found = run if run.model.is_file() else None
+        # Where it was named, else where its files are: exports and runs may be links.
+        places = (Path(os.path.abspath(path)), path.resolve())
+        runs = (Run(place.parent.parent) for place in places)
+        found = next((run for run in runs if run.model.is_file()), None)
         return Located(found.model if found else None, path, found)
     run = Run(path)
     if not run.model.is_file():
         started = run.settings.is_file()
         why = "its training has saved no checkpoint yet" if started else "it is no run"
+        if run.model.is_symlink():
+            why = f"it is a link to {os.readlink(run.model)}, which is not there"
         raise UsageError(f"{path} holds no {MODEL}: {why}")
     return Located(run.model, None, run)
+
+
+def decay_name(decay: float) -> str:
+    """The name of an average of the weights, in files and in the training state."""
+    return f"ema-{decay:g}"
 
 
 def tuned_steps_file(model: Path) -> Path:

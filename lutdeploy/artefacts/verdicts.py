@@ -8,6 +8,7 @@ the same engine takes the place of an earlier one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -116,6 +117,16 @@ def verdict_of(
 def store_verdict(run: Run, verdict: Verdict) -> None:
     """Keep a verdict, in the place of an earlier one on the same engine."""
     files.write_json(run.verdicts / f"{verdict.key}.json", verdict)
+
+
+def keep_verdict(run: Run, verdict: Verdict, note: Callable[[str], None]) -> None:
+    """Store a verdict; of a run that is not ours to write into, say so and go on."""
+    try:
+        store_verdict(run, verdict)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        note(f"warning: this verdict is not kept: {run.verdicts}: {error.strerror}")
 
 
 def read_verdicts(run: Run) -> list[Verdict]:

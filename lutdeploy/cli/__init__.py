@@ -15,18 +15,25 @@ from typing import Any
 import click
 
 from lutdeploy import __version__
-from lutdeploy.cli.console import interrupted_code, stop_with
-from lutdeploy.errors import LutDeployError, Terminated
+from lutdeploy.cli.console import (
+    discard_streams,
+    interrupted_code,
+    prepare_streams,
+    stop_with,
+)
+from lutdeploy.errors import LutDeployError, Terminated, ran_out_of_memory
+from lutdeploy.machine import limit_threads
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch"
 # Command → its short help; module lutdeploy.cli.NAME holds it, with - as _.
 COMMANDS = {
     "train": "Train a model on a folder of images.",
-    "import": "Turn an author's checkpoint (.pth) into a run.",
+    "import": "Turn a checkpoint (.pth, .safetensors) into a run.",
     "export": "Export a run to ONNX and check it against PyTorch.",
     "build": "Build TensorRT engines from an export and check them.",
     "parity": "Compare a backend with float32 PyTorch.",
     "tune-steps": "Fit schedules of few steps to a model.",
+    "distill": "Train a model that needs only a few steps.",
     "sample": "Sample images into a folder.",
     "evaluate": "Measure quality, diversity and memorisation.",
     "bench": "Measure images a second with every backend.",
@@ -87,9 +94,12 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        prepare_streams()
+        limit_threads()
         try:
             with _interrupts():
                 code = super().main(*args, **kwargs)
+            sys.stdout.flush()
         except click.ClickException as error:
             stop_with(error.format_message(), error.exit_code)
         except LutDeployError as error:
@@ -97,15 +107,13 @@ class LazyGroup(click.Group):
         except (click.Abort, KeyboardInterrupt) as stop:
             stop_with("interrupted", interrupted_code(stop))
         except BrokenPipeError:
-            sys.stderr.close()  # nobody reads; the interpreter would complain at exit
+            discard_streams()
             sys.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             stop_with(f"{where}{error.strerror or error}", 1)
-        except MemoryError:
-            stop_with(OUT_OF_MEMORY, 1)
-        except RuntimeError as error:  # PyTorch's allocators raise nothing more telling
-            if not ("memory" in str(error) and "allocate" in str(error)):
+        except Exception as error:
+            if not ran_out_of_memory(error):
                 raise
             stop_with(OUT_OF_MEMORY, 1)
         sys.exit(code if isinstance(code, int) else 0)

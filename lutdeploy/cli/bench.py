@@ -12,8 +12,9 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import locate
 from lutdeploy.artefacts.target import find
-from lutdeploy.artefacts.tuned_steps import fitted_schedules
-from lutdeploy.cli.console import interrupted_code, note, progress_bar, stop_with
+from lutdeploy.artefacts.tuned_steps import distilled_schedule, fitted_schedules
+from lutdeploy.cli.console import answer, console, interrupted_code, note, stop_with
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, RUN, THREADS, schedule_request
 from lutdeploy.config import PRESETS, SIZES
 from lutdeploy.errors import UsageError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lutdeploy.engines.benchmark.result import Result
 
 STDOUT = Path("-")
-WIDE = 160  # columns, where no terminal sets a limit
 
 
 @click.command("bench")
@@ -81,8 +81,9 @@ def command(
 
     random = RandomModel(preset or "static-tanh-64", size or "seed") if preset or size else None
     subject = random or find(run, note)
+    own = distilled_schedule(subject) if isinstance(subject, Path) else None
     settings = choose_settings(
-        schedule.resolve(fitted=lambda: _fitted(subject)),
+        schedule.resolve(own, lambda: _fitted(subject)),
         quick,
         threads=threads,
         batches=batches,
@@ -106,13 +107,13 @@ def command(
     if result.interrupted and not result.rows:
         stop_with("interrupted: nothing was measured yet", interrupted_code(benchmark.interrupt))
     if markdown == STDOUT:
-        click.echo(report.markdown(result), nl=False)
+        answer(report.markdown(result).rstrip())
     else:
         _show(result)
     written = report.write(result, json_file, plot, markdown_file, note)
     if markdown != STDOUT:
         for file in written:
-            click.echo(file)
+            answer(file)
     if result.interrupted:
         where = f"; what was measured is in {written[0]}" if written else ""
         stop_with(f"interrupted{where}", interrupted_code(benchmark.interrupt))
@@ -130,21 +131,17 @@ def _fitted(subject: Path | RandomModel) -> Sequence[Schedule]:
 
 
 def _show(result: Result) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from lutdeploy.engines.benchmark import report
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDE
     for table in report.tables(result):
         shown = Table(title=table.title, title_justify="left")
         for k, name in enumerate(table.header):
             shown.add_column(name, justify="right" if k else "left", no_wrap=True)
         for row in table.rows:
             shown.add_row(*map(escape, row))
-        console.print(shown)
+        console(stderr=False).print(shown)
     for remark in report.remarks(result):
-        click.echo(remark)
+        answer(remark)

@@ -10,7 +10,8 @@ import click
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.target import find, find_run
-from lutdeploy.cli.console import note, show_report
+from lutdeploy.cli.console import answer, note, show_report
+from lutdeploy.cli.progress import phases
 from lutdeploy.cli.requests import EXPORT, POSITIVE, RUN
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.library import MODULES, RTX, TENSORRT
@@ -117,10 +118,10 @@ def command(
     if dry_run:
         for name, types in show_types(manifest, options[0], place):
             counts = ", ".join(f"{count} {kind}" for kind, count in types.items())
-            click.echo(f"{name}: {counts}")
+            answer(f"{name}: {counts}")
         for option in options:
             for line in planned_engines(target, manifest, option, place, force):
-                click.echo(line)
+                answer(line)
         return
     if backend == RTX and (hardware_compatible or timing_cache is not None):
         note("--hardware-compatible and --timing-cache are for tensorrt; here they do nothing")
@@ -136,19 +137,14 @@ def command(
                     show=show_report,
                 )
             for file in plans:
-                click.echo(file)
+                answer(file)
 
 
 @contextlib.contextmanager
 def _progress(graphs: int) -> Iterator[Callable[[int, str], None]]:
     """The builder's phase and the time it has taken; gives what is to be told each phase."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("build")
+    with phases() as bar:
+        task = bar.add_task("build", total=None)
 
         def on_phase(k: int, phase: str) -> None:
             number = f" {k + 1} of {graphs}" if graphs > 1 else ""

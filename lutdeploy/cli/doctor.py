@@ -6,6 +6,7 @@ import json
 
 import click
 
+from lutdeploy.cli.console import answer
 from lutdeploy.errors import LutDeployError
 
 
@@ -22,11 +23,11 @@ def command(as_json: bool) -> None:
 
     findings = examine()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        answer(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
             mark = "ok" if finding.works else ("MISSING" if finding.required else "-")
-            click.echo(f"{mark:8}{finding.subject:39} {finding.detail}")
+            answer(f"{mark:8}{finding.subject:39} {finding.detail}")
     broken = [finding.subject for finding in findings if finding.required and not finding.works]
     if broken:
         raise LutDeployError(f"missing or broken: {', '.join(broken)}")

@@ -14,7 +14,8 @@ from lutdeploy.artefacts.run import locate
 from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
 from lutdeploy.artefacts.verdicts import require_passed
-from lutdeploy.cli.console import note, progress_bar, show_evaluation
+from lutdeploy.cli.console import answer, note, show_evaluation
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import PATH, POSITIVE, SEED, engine_request, schedule_request
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.errors import UsageError
@@ -130,4 +131,4 @@ def _finish(subject: Subject, extractor: Extractor, request: Request) -> None:
             *compared, request.seed, subject.notes, lambda what: bar.update(task, what=what)
         )
     show_evaluation(found, extractor)
-    click.echo(write_results(found, subject, extractor, request))
+    answer(write_results(found, subject, extractor, request))

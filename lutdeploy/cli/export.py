@@ -8,7 +8,8 @@ import click
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.target import find, find_run
-from lutdeploy.cli.console import note
+from lutdeploy.cli.console import answer, note
+from lutdeploy.cli.progress import phases
 from lutdeploy.cli.requests import RUN, schedule_request
 from lutdeploy.errors import UsageError
 from lutdeploy.schedule import ScheduleRequest
@@ -48,7 +49,11 @@ def command(
             "follows any"
         )
     from lutdeploy.artefacts.checkpoint import load_model, save_author_file
-    from lutdeploy.artefacts.tuned_steps import fitted_schedules, usable_schedules
+    from lutdeploy.artefacts.tuned_steps import (
+        distilled_schedule,
+        fitted_schedules,
+        usable_schedules,
+    )
     from lutdeploy.engines.export.check import export_checked
     from lutdeploy.engines.export.graphs import ExportPlan
 
@@ -56,16 +61,24 @@ def command(
     model = load_model(target.model)
     if author_format is not None:
         save_author_file(model, author_format)
-        click.echo(author_format)
+        if (own := distilled_schedule(target.path)) is not None:
+            note(f"that format has no place for {own.describe()}, which the model was distilled to")
+        answer(author_format)
         return
     sha256 = files.sha256(target.model)
     held = None
     if graph != "step":
-        held = schedule.resolve(None, lambda: fitted_schedules(target.path, sha256))
+        own = distilled_schedule(target.path)
+        held = schedule.resolve(own, lambda: fitted_schedules(target.path, sha256))
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", held)
     with files.lock(target.exports_folder, "`lutdeploy export`"):
         tuned = usable_schedules(target.path, sha256, note)
-        folder = export_checked(model, plan, target, sha256, tuned, note)
+        with phases() as bar:
+            task = bar.add_task("export", total=None)
+            folder = export_checked(
+                *(model, plan, target, sha256, tuned, note),
+                on_phase=lambda phase: bar.update(task, description=f"export: {phase}"),
+            )
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")
-    click.echo(folder)
+    answer(folder)

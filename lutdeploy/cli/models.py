@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lutdeploy.artefacts import shipped
+from lutdeploy.cli.console import answer, console
 
 
 @click.command("models")
@@ -20,9 +21,8 @@ def command(as_json: bool) -> None:
     """
     found = [_described(name) for name in shipped.names()]
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        answer(json.dumps(found, indent=1))
         return
-    from rich.console import Console
     from rich.table import Table
 
     heads = ("name", "parameters", "images seen", "sampled with", "Fréchet", "real", "precision")
@@ -39,9 +39,7 @@ def command(as_json: bool) -> None:
             f"{metrics['precision']:.2f}",
             f"{metrics['recall']:.2f}",
         )
-    # As wide as it needs where nobody looks at it.
-    console = Console()
-    Console(width=None if console.is_terminal else 160).print(table)
+    console(stderr=False).print(table)
 
 
 def _described(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lutdeploy.artefacts.target import find, find_run
-from lutdeploy.cli.console import note
+from lutdeploy.cli.console import answer, note
 from lutdeploy.cli.requests import PATH, RUN
 
 OUT = click.option("--out", type=PATH, required=True, help="Folder to write.")
@@ -36,4 +36,4 @@ def web(run: Path | None, out: Path, runtime: Path | None) -> None:
 
     size = package_web(find_run(find(run, note), note), out, runtime, note)
     note(f"{size / 1e6:.1f} MB; `python -m http.server --directory {out}` serves it")
-    click.echo(out)
+    answer(out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lutdeploy.cli.console import note, show_report
+from lutdeploy.cli.console import answer, note, show_report
 from lutdeploy.cli.requests import (
     ENGINE_BACKENDS,
     POSITIVE,
@@ -76,15 +76,15 @@ def command(
         failed = []
         for judged in judge_everything(judge, engine.threads):
             if judged.report is None:
-                click.echo(f"{judged.name}: not judged: {judged.refused}")
+                answer(f"{judged.name}: not judged: {judged.refused}")
                 continue
             report = judged.report
             verdict = f"PSNR {report.final.psnr:.1f} dB, {report.schedule.describe()}"
             if report.passed:
-                click.echo(f"{judged.name}: passed, {verdict}")
+                answer(f"{judged.name}: passed, {verdict}")
             else:
                 failed.append(judged.name)
-                click.echo(f"{judged.name}: FAILED, {verdict}; {report.failures()[0]}")
+                answer(f"{judged.name}: FAILED, {verdict}; {report.failures()[0]}")
         if failed:
             raise ParityError(f"parity failed: {', '.join(failed)}")
         return
@@ -94,11 +94,11 @@ def command(
         if wanted.backend == "torch":
             raise UsageError("--save-polygraphy is for an export; --backend torch runs none")
         for line in save_replay(judge, wanted, replay):
-            click.echo(line)
+            answer(line)
         return
     with open_engine(wanted, note) as denoiser:
         report = judge.judge(denoiser, judged_precision(wanted))
     show_report(report)
     if not report.passed:
         raise ParityError(f"parity failed: {'; '.join(report.failures()[:2])}")
-    click.echo("parity: passed")
+    answer("parity: passed")

@@ -10,7 +10,8 @@ import click
 from lutdeploy.artefacts import sample_folder
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
 from lutdeploy.artefacts.verdicts import require_passed
-from lutdeploy.cli.console import interrupted_code, note, progress_bar, stop_with
+from lutdeploy.cli.console import answer, interrupted_code, note, stop_with
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import PATH, POSITIVE, SEED, engine_request, schedule_request
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.errors import LutDeployError, UsageError
@@ -83,4 +84,4 @@ def command(
                 sample_folder.write_grid(folder, count)
             if gif or trajectory:
                 sample_folder.write_trajectory(folder, denoiser, followed, count, trajectory, gif)
-    click.echo(out)
+    answer(out)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import note, progress_bar
+from lutdeploy.cli.console import answer, note
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, SEED
 from lutdeploy.config import PRESETS, SIZES
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from lutdeploy.training.loop import Progress
 
 
 @click.command("train", context_settings={"show_default": True})
-@click.option("--data", help="Folder of images (nested PNG, JPEG, WebP), or 'synthetic'.")
+@click.option("--data", help="Folder of images of any common kind, nested, or 'synthetic'.")
 @click.option("--preset", type=click.Choice(tuple(PRESETS)), default="static-tanh-64")
 @click.option("--size", type=click.Choice(tuple(SIZES)), default="small")
 @click.option(
@@ -69,7 +73,7 @@ if TYPE_CHECKING:
     "--compile",
     type=click.Choice(("auto", "on", "off")),
     default="auto",
-    help="torch.compile; auto: from 1000 steps, where there is a C++ compiler.",
+    help="torch.compile; auto: from 1000 steps, where it works.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--checkpoint-every", type=POSITIVE, default=500)
@@ -98,7 +102,7 @@ def command(
     from lutdeploy.engines.benchmark.limits import product_peak
     from lutdeploy.engines.doctor import bf16_speedup
     from lutdeploy.training import session
-    from lutdeploy.training.data import load_images
+    from lutdeploy.training.data import load_once
     from lutdeploy.training.loop import Cadence, train
     from lutdeploy.training.processes import open_processes
 
@@ -110,17 +114,22 @@ def command(
     run = Run(out)
     with session.hold_folder(run, resume):
         processes = open_processes(session.choose_device(device))
+        place = str(processes.device)
         say: Callable[[str], None] = note if processes.writes else lambda text: None
         if resume:
-            settings = session.resumed_settings(run, request, say)
+            settings = session.resumed_settings(run, request, say, place)
         else:
-            settings = session.new_settings(request, say)
+            settings = session.new_settings(request, say, place)
         model = settings.model
-        data = load_images(settings.data, model.image_size, model.channels, scratch=out)
+        shape = model.image_size, model.channels
+        with progress_bar() if processes.writes else contextlib.nullcontext() as bar:
+            data = load_once(processes, settings.data, *shape, out, _reading(bar))
+        if resume:
+            check = partial(session.require_same_images, run, data, settings.data, say)
+            processes.by_first(check)  # which alone knows the files
         session.describe(settings, data, processes, bf16_speedup, say)
-        if settings.compile:  # deprecations inside the compiler, which a user cannot mend
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
+        if settings.compile:
+            session.quiet_compiler()
         with session.stoppable(run, processes) as requests:
             steps = train(
                 settings,
@@ -136,14 +145,27 @@ def command(
                 for _ in steps:
                     pass
                 return
-            reached = _follow(steps, settings.steps)
+            reached = follow(steps, settings.steps)
     if reached < settings.steps:
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(128 + (requests or [signal.SIGINT])[0])  # none: another process was asked
-    click.echo(run.model)
+    answer(run.model)
 
 
-def _follow(steps: Iterable[Progress], total: int) -> int:
+def _reading(bar: Bar | None) -> Callable[[int, int], None]:
+    """What shows in a progress bar how many images are read; nothing where there is no bar."""
+    tasks: list[Any] = []
+
+    def update(done: int, total: int) -> None:
+        if bar is not None:
+            if not tasks:
+                tasks.append(bar.add_task("data", total=total))
+            bar.update(tasks[0], completed=done)
+
+    return update
+
+
+def follow(steps: Iterable[Progress], total: int) -> int:
     """Show the steps in a progress bar; returns the last one."""
     reached = total  # where nothing is left to do
     with progress_bar("loss", "held_out", "rate") as bar:

@@ -12,10 +12,12 @@ import click
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_run
-from lutdeploy.artefacts.tuned_steps import Measured
-from lutdeploy.cli.console import note, progress_bar
+from lutdeploy.artefacts.tuned_steps import Measured, distilled_schedule
+from lutdeploy.cli.console import answer, console, note
+from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, engine_request
 from lutdeploy.engines import EngineRequest, open_engine
+from lutdeploy.errors import UsageError
 
 
 class StepList(click.ParamType[tuple[int, ...]]):
@@ -87,9 +89,12 @@ def command(
     from lutdeploy.training.few_steps.tune import TuneSettings, tune_schedules
 
     run = find_run(engine.path, note)
+    if distilled_schedule(run.path) is not None:
+        raise UsageError(f"{run.path} is distilled: it has a schedule of its own and no other")
+    files.require_writable(run.path)
     engine = replace(engine, path=run.path)
     if engine.backend == "auto" and engine.export is None:
-        engine = _float32(engine, run)
+        engine = float32_engine(engine, run)
     if engine.backend == "torch":
         engine = replace(engine, precision="fp32")  # also on a GPU
     settings = TuneSettings(steps, images, data, pictures, engine.batch or 64, seed)
@@ -102,14 +107,13 @@ def command(
             lambda share, state: bar.update(task, completed=share, state=state),
         )
     _show(found.rows, f"{images} images" + (f", {pictures} pictures" if data else ""))
-    for line in found.refusals:
+    for line in found.remarks:
         note(line)
-    click.echo(run.tuned_steps)
+    answer(run.tuned_steps)
 
 
 def _show(rows: Sequence[Measured], title: str) -> None:
     """The rows as a table on stderr."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("steps", "schedule", "RMS", "Fréchet", "sliced", title=f"unseen noise: {title}")
@@ -117,12 +121,12 @@ def _show(rows: Sequence[Measured], title: str) -> None:
         distances = (row.frechet, row.sliced_wasserstein)
         values = ["–" if value is None else f"{value:.1f}" for value in distances]
         table.add_row(str(row.schedule.steps), row.schedule.describe(), f"{row.rms:.4f}", *values)
-    Console(stderr=True).print(table)
+    console().print(table)
 
 
-def _float32(engine: EngineRequest, run: Run) -> EngineRequest:
+def float32_engine(engine: EngineRequest, run: Run | None) -> EngineRequest:
     """For --backend auto: less precise engines would put noise in the fit."""
-    folder = run.float32_step(files.sha256(run.model))
+    folder = run.float32_step(files.sha256(run.model)) if run else None
     if folder is None:
         return replace(engine, backend="torch")
     backend = "openvino" if find_spec("openvino") else "onnxruntime"

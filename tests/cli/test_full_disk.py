@@ -69,7 +69,7 @@ def full(artefacts: Path, tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs Linux and root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", disk]
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)]
     done = subprocess.run(mounted, check=False, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")

@@ -241,7 +241,7 @@ FOR_TENSORRT = r"use --backend tensorrt \(`lutdeploy build`\)"
         ("onnxruntime", "tensorrt", UsageError, FOR_TENSORRT),
         ("onnxruntime", "TensorrtExecutionProvider", UsageError, FOR_TENSORRT),
         pytest.param("torch", "cuda", BackendError, "no CUDA device 'cuda'.*none", marks=no_gpu),
-        ("torch", "mps", BackendError, "torch sees no mps device here"),
+        ("torch", "mps", BackendError, "no MPS device 'mps' here; torch sees none"),
         ("torch", "meta", UsageError, "'meta' is no device; write cpu, cuda, cuda:N or mps"),
         ("auto", "npu", UsageError, "'npu' is no device"),
     ],

@@ -14,7 +14,8 @@ import torch
 from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import BackendError, UsageError
-from lutdeploy.training.processes import Processes, open_processes
+from lutdeploy.training.processes import Launch, Processes, launch, open_processes
+from tests.command import fail
 
 SETTINGS = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--set", "warmup=3")
 LENGTH = ("--steps", "6", "--batch", "8", "--checkpoint-every", "3", "--ema", "0.5")
@@ -65,8 +66,52 @@ def test_a_batch_is_shared_evenly_or_not_at_all() -> None:
         several.part(8)
 
 
+def test_alone_is_alone_whatever_a_platform_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for alone in ({}, {"RANK": "1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "RANK": "3"}):
+        with monkeypatch.context() as patch:
+            for name, value in alone.items():
+                patch.setenv(name, value)
+            assert launch() == Launch(0, 1, 0) and launch().is_first
+            assert type(open_processes("cpu")) is Processes
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: it is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "RANK=1, WORLD_SIZE=2, LOCAL_RANK=: several"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK=2, WORLD_SIZE=2"),
+    ],
+)
+def test_processes_that_cannot_be_told_apart(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=words):
+        launch()
+
+
+def test_a_rank_of_a_platform_does_not_open_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Platforms set RANK for a process that is alone."""
+    run = Run(tmp_path)
+    run.model.write_bytes(b"weights")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    line = fail(2, "train", "--data", "synthetic", "--out", tmp_path)
+    assert "already holds a run" in line
+    assert run.model.read_bytes() == b"weights"
+
+
 def test_several_processes_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="--device cuda:1: torchrun gives each process a GPU"):
         open_processes("cuda:1")
     monkeypatch.setitem(sys.modules, "accelerate", None)

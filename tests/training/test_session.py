@@ -14,13 +14,26 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.checkpoint import save_model
 from lutdeploy.artefacts.run import Run
 from lutdeploy.config import ModelConfig
-from lutdeploy.errors import ArtefactError, LutDeployError, Terminated, UsageError
+from lutdeploy.errors import (
+    ArtefactError,
+    BackendError,
+    ConfigError,
+    LutDeployError,
+    Terminated,
+    UsageError,
+)
 from lutdeploy.model import LutTransformer
 from lutdeploy.training import session
 from lutdeploy.training.data import ImageSet, draw_set
 from lutdeploy.training.processes import Processes
-from lutdeploy.training.recipes import TrainSettings
-from lutdeploy.training.session import Request, extended, new_settings, resumed_settings
+from lutdeploy.training.recipes import RECIPE_FIELDS, TrainSettings, field_problem
+from lutdeploy.training.session import (
+    Request,
+    extended,
+    new_settings,
+    parse_overrides,
+    resumed_settings,
+)
 from lutdeploy.training.state import TrainingState
 
 DEFAULTS: dict[str, Any] = {
@@ -75,16 +88,68 @@ def test_options_and_overrides_make_the_settings(said: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "compiler", "compiles"),
-    [(999, "g++", False), (1000, "g++", True), (1000, None, False)],
+    ("steps", "problem", "compiles"),
+    [(999, None, False), (1000, None, True), (1000, "no Python.h", False)],
 )
-def test_long_runs_compile_where_there_is_a_compiler(
-    steps: int, compiler: str | None, compiles: bool, monkeypatch: pytest.MonkeyPatch
+def test_long_runs_compile_where_that_works(
+    steps: int,
+    problem: str | None,
+    compiles: bool,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: compiler)
-    said: list[str] = []
-    assert new_settings(request(compile="auto", steps=steps), said.append).compile == compiles
-    assert bool(said) == (compiler is None)
+    monkeypatch.setattr(session, "compile_problem", {"cuda:1": problem}.__getitem__)
+    asked = request(compile="auto", steps=steps)
+    assert new_settings(asked, said.append, "cuda:1").compile == compiles
+    assert said == (
+        [] if problem is None else ["no Python.h; training without it, which is slower"]
+    )
+
+
+def test_what_was_compiled_goes_on_as_it_can(
+    run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = new_settings(request(), print)
+    files.write_json(run.settings, stored.changed(compile=True))
+    monkeypatch.setattr(session, "compile_problem", lambda device: None)
+    assert resumed_settings(run, request(compile="auto"), print).compile
+    assert not resumed_settings(run, request(compile="off"), print).compile
+    monkeypatch.setattr(session, "compile_problem", lambda device: "no Python.h")
+    assert not resumed_settings(run, request(compile="auto"), said.append).compile
+    assert said == ["no Python.h; training without it, which is slower"]
+    with pytest.raises(BackendError, match=r"no Python.h; --compile off trains without it"):
+        resumed_settings(run, request(compile="on"), print)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("cosine=True", "cosine cannot be 'True': .*; write cosine=true or cosine=false"),
+        ("ema=0.99", r"ema cannot be 0.99: .*; write ema=\[0.99,0.998,0.9998\]"),
+        ("start=copied", "start cannot be 'copied': .*; write start=noise or start=copy"),
+        ("flip=2", "flip cannot be 2: .*; write flip=0.5"),
+        ("steps=5", "it has an option of its own, --steps 5"),
+        ("held-out=0.5", "it has an option of its own, --held-out 0.5"),
+        ("preset=dynamic-64", "it has an option of its own, --preset dynamic-64"),
+        ("nothing=1", "there is no field 'nothing'; there are betas, .*, width"),
+        ("Widht=96", r"there is no field 'Widht'; did you mean width=96\?"),
+        ("weight-decay=0", r"there is no field 'weight-decay'; did you mean weight_decay=0\?"),
+        ("width", "write FIELD=VALUE, such as --set width=96"),
+    ],
+)
+def test_overrides_say_what_to_write(pair: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^--set {pair}: {message}"):
+        new_settings(request(pair), print)
+
+
+def test_every_field_can_be_written_as_its_example() -> None:
+    """What a message advises is accepted."""
+    for name in RECIPE_FIELDS:
+        advice = field_problem(name, {})
+        assert advice is not None
+        for form in advice.partition("; write ")[2].split(" or "):
+            model, recipe = parse_overrides((form,), ())
+            assert not model and set(recipe) == {name}
 
 
 @pytest.fixture
@@ -95,6 +160,27 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def test_a_command_is_repeated_with_the_model_that_it_began_with(
+    run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.path.parent)
+    save_model(LutTransformer(new_settings(request(), print).model), Run(Path("other")).model)
+    settings = new_settings(request(init="other"), said.append)
+    assert settings.init == str(run.path.parent / "other")
+    for stored in (settings.init, "other"):  # the latter by an earlier version
+        files.write_json(run.settings, settings.changed(init=stored))
+        assert resumed_settings(run, request(init="other"), print).init == stored
+        with pytest.raises(UsageError, match=r"--init .*third: .* was started with"):
+            resumed_settings(run, request(init="third"), print)
+
+
+def test_averages_have_names_of_their_own() -> None:
+    """Of decays that print alike, one average would overwrite the other."""
+    with pytest.raises(ConfigError, match=r"needs a name of its own in six digits"):
+        new_settings(request(ema=(0.99999991, 0.99999992)), print)
+    assert new_settings(request(ema=(0.99999, 0.999999)), print).ema == (0.99999, 0.999999)
+
+
 def test_a_resumed_run_keeps_its_settings(run: Run, said: list[str]) -> None:
     stored = new_settings(request("width=32"), print)
     assert resumed_settings(run, request(), said.append) == stored
@@ -102,11 +188,9 @@ def test_a_resumed_run_keeps_its_settings(run: Run, said: list[str]) -> None:
     with pytest.raises(UsageError, match=r"depth 8: .*run was started with 2"):
         resumed_settings(run, same, said.append)
     moved = resumed_settings(run, request("width=32", "ema=[0.99,0.998,0.9998]", data="b"), print)
-    assert moved == stored.changed(data="b")
+    assert moved == stored.changed(data=str(Path("b").absolute()))
     with pytest.raises(UsageError, match=r"--batch 4: .*run was started with 8"):
         resumed_settings(run, request(batch=4), said.append)
-    with pytest.raises(UsageError, match=r"--compile on: .*run was started with off"):
-        resumed_settings(run, request(compile="on"), said.append)
     assert said == []
 
 
@@ -191,9 +275,9 @@ def test_devices_have_the_same_words_as_everywhere(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, device in (("auto", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         assert session.choose_device(name) == device
-    with pytest.raises(UsageError, match=r"cuda:2: no such .* torch sees cuda:0, cuda:1"):
+    with pytest.raises(BackendError, match=r"no CUDA device 'cuda:2' .* sees cuda:0, cuda:1;"):
         session.choose_device("cuda:2")
-    with pytest.raises(UsageError, match="--device mps: torch sees no such device here"):
+    with pytest.raises(BackendError, match="no MPS device 'mps' here; torch sees none"):
         session.choose_device("mps")
     with pytest.raises(UsageError, match="'gpu' is no device; write cpu, cuda, cuda:N or mps"):
         session.choose_device("gpu")
@@ -221,11 +305,10 @@ def test_a_signal_is_a_request_and_a_second_an_interrupt(run: Run) -> None:
         with pytest.raises(Terminated):
             handler(signal.SIGTERM, None)
     assert signal.getsignal(signal.SIGTERM) is before
+    new = Run(run.path.with_name("new"))
     with pytest.raises(LutDeployError, match="x: No space; nothing was saved yet"):
-        with session.stoppable(run, Processes("cpu")):
+        with session.stoppable(new, Processes("cpu")):
             raise OSError(28, "No space", "x")
-    run.path.mkdir(exist_ok=True)
-    run.settings.touch()
     with pytest.raises(LutDeployError, match="x: No space; what was saved before is kept"):
         with session.stoppable(run, Processes("cpu")):
             raise OSError(28, "No space", "x")

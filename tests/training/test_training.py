@@ -21,18 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import load_model, read_metadata
+from lutdeploy.artefacts.checkpoint import load_model
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.config import PRESETS, model_config
 from lutdeploy.errors import ArtefactError, BackendError, ConfigError, UsageError
 from lutdeploy.lut import StaticLut, image_to_tiles, outer_entries
+from lutdeploy.machine import compile_problem
 from lutdeploy.model import LutTransformer, position_tables, rotate
 from lutdeploy.training.data import (
     ImageSet,
     batch_indices,
     decode,
     draw_set,
-    find_images,
     load_folder,
 )
 from lutdeploy.training.loop import Cadence, Progress, held_out_loss, mirror, train
@@ -92,7 +93,7 @@ def test_every_kind_of_file_is_decoded(tmp_path: Path) -> None:
     assert found.images.shape == (8, 3, 16, 16)
     assert found.images.dtype == np.uint8
     assert found.skipped == ()
-    by_name = dict(zip([p.name for p in find_images(tmp_path)], found.images, strict=True))
+    by_name = {Path(name).name: x for name, x in zip(found.names, found.images, strict=True)}
     for name in ("wide.png", "tall.jpg", "upper.WEBP", "palette.png"):
         colour = by_name[name].reshape(3, -1).mean(1)
         assert np.abs(colour - (200, 30, 30)).max() < 4, name
@@ -107,7 +108,7 @@ def test_images_are_cropped_to_the_centre(tmp_path: Path) -> None:
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:, 16:48] = 255
     Image.fromarray(picture).save(tmp_path / "wide.png")
-    pixels = decode(tmp_path / "wide.png", 16)
+    pixels = decode(tmp_path / "wide.png", 16).pixels
     assert pixels[:, :, 1:-1].min() > 250  # Lanczos rings by a level or two
 
 
@@ -117,7 +118,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(picture).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels = decode(tmp_path / "turned.jpg", 16)
+    pixels = decode(tmp_path / "turned.jpg", 16).pixels
     assert pixels[:, :6].max() < 10
     assert pixels[:, 10:].min() > 245
 
@@ -689,8 +690,8 @@ def test_least_rotated_channels_are_what_the_position_turns_least() -> None:
 
 @pytest.mark.slow
 def test_compiled_training_learns(drawn: ImageSet, tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile on a CPU needs a C++ compiler; there is none here")
+    if problem := compile_problem():
+        pytest.skip(problem)
     progress = run_all(tiny_settings(steps=2, compile=True), drawn, tmp_path)
     plain = run_all(tiny_settings(steps=2), drawn, tmp_path / "plain")
     assert math.isclose(progress[0].loss, plain[0].loss, rel_tol=1e-4)

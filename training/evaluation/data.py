@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -11,28 +12,35 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from lutdeploy import images
+from lutdeploy import decoding, images
 from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.picture_files import FACTS, MANIFEST, NPZ, pictures_in
 from lutdeploy.artefacts.run import MODEL, Run, locate
-from lutdeploy.artefacts.sample_folder import EXTRAS
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.sampling import Denoiser, ahead, finished_batches, noise_batches
 from lutdeploy.schedule import Schedule
 from lutdeploy.training.data import (
+    SYNTHETIC,
     ImageSet,
     OnProgress,
-    find_images,
+    by_remark,
+    decode_or_say,
     load_images,
     no_progress,
+    read_list,
+    read_regular,
+    split,
+    unreadable,
 )
 from lutdeploy.training.evaluation.distances import Pixels
+from lutdeploy.training.picture_folder import find_pictures, printable, some
+from lutdeploy.training.recipes import DataSplit
 from lutdeploy.training.state import read_position
 
 SPLIT = 0.05  # held out where nothing says what was
-NAMED_FILES = 5  # unreadable files that a message names
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class RealImages:
     held_out: Pixels
     split: str  # how they were told apart, for people
     warnings: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()  # names and sizes of images that were enlarged
 
 
 @dataclass(frozen=True)
@@ -54,51 +63,73 @@ class Samples:
     warnings: tuple[str, ...] = ()
 
 
-def _skipped(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """A warning that names the files that could not be read, if there are any."""
-    if not paths:
-        return ()
-    named = "; ".join(paths[:NAMED_FILES]) + ("; …" if len(paths) > NAMED_FILES else "")
-    return (f"{len(paths)} unreadable files skipped: {named}",)
-
-
-class Trained(msgspec.Struct, frozen=True):
+class Trained(DataSplit, frozen=True):
     """What a model's training says of its images."""
 
-    held_out: float  # fraction and
-    seed: int  # seed of their split
-    data: str | None = None  # their folder or "synthetic"; None where only the images can tell
-    images: int | None = msgspec.field(name="training_images", default=None)  # trained on, if known
+    sha256: tuple[str, ...] = ()  # of all image files, held-out ones included, if known
 
     @classmethod
     def of_model(cls, path: Path) -> Trained | None:
         """From the facts of a model of the package, or a run's settings; None without either."""
         if shipped.is_shipped(path):
-            return msgspec.convert(shipped.facts(path.stem)["training"], cls)
+            facts = shipped.facts(path.stem)["training"]
+            teacher = msgspec.convert(facts, _Origin).distilled
+            return teacher.images if teacher else msgspec.convert(facts, cls)
         run = locate(path).run
         return cls.of_run(run) if run else None
 
     @classmethod
     def of_run(cls, run: Run) -> Trained | None:
-        """From a run's settings and state; None when it was not trained here."""
+        """From a run's settings, images and state; None when it was not trained here.
+
+        A distilled model's images are its teacher's.
+        """
         if not run.settings.is_file():
             return None
-        trained = files.read_record(run.settings, cls, f"evaluate {run.model} with --data")
-        with contextlib.suppress(ArtefactError):  # without a state the split is unverified
-            trained = msgspec.structs.replace(trained, images=read_position(run).images)
+        origin = files.read_record(run.settings, _Origin, f"evaluate {run.model} with --data")
+        if origin.distilled is not None:
+            trained = origin.distilled.images
+        else:
+            trained = files.read_record(run.settings, cls, f"evaluate {run.model} with --data")
+            with contextlib.suppress(ArtefactError):  # without a state the split is unverified
+                trained = msgspec.structs.replace(trained, images=read_position(run).images)
+        if trained is not None and run.images.is_file():
+            trained = msgspec.structs.replace(trained, sha256=read_list(run.images))
         return trained
 
     def is_from(self, data: str) -> bool | None:
         """Whether the images are those of ``data``; None where nothing says."""
         if self.data is None:
             return None
-        if "synthetic" in (self.data, data):
+        if SYNTHETIC in (self.data, data):
             return self.data == data
         return Path(self.data).resolve() == Path(data).resolve()
 
     def fits(self, found: ImageSet) -> bool:
         """Whether a set has as many images for training as the model was trained on."""
         return self.images in (None, len(found.split(self.held_out, self.seed)[0]))
+
+    def saw(self, found: ImageSet) -> NDArray[np.bool_] | None:
+        """Which images of a set the model was trained on, by their files; None if unknown."""
+        if not self.sha256 or not found.sha256:
+            return None
+        chosen, _ = split(len(self.sha256), self.held_out, self.seed)
+        if found.sha256 == self.sha256:  # also where a file is there twice
+            saw = np.zeros(len(found.sha256), bool)
+            saw[chosen] = True
+            return saw
+        known = {self.sha256[index] for index in chosen}
+        return np.array([digest in known for digest in found.sha256])
+
+
+class _Teacher(msgspec.Struct, frozen=True):
+    images: Trained | None
+
+
+class _Origin(msgspec.Struct, frozen=True):
+    """What of a run's settings tells whether it was distilled."""
+
+    distilled: _Teacher | None = None
 
 
 def load_real(
@@ -111,46 +142,80 @@ def load_real(
 ) -> RealImages:
     """Training and held-out images of ``data``, a folder or "synthetic".
 
-    Held out is what the folder ``held_out`` holds; else what the model's own training held out
-    of the same ``data``; else 5 %, with a warning that the model may have seen them.
+    Held out is what the folder ``held_out`` holds; else what the model was not trained on, by the
+    files' hashes or, where those are not known, by the split of its training; else 5 %.
+
+    Raises:
+        UsageError: images that are to be held out were trained on, or may have been.
     """
     found = load_images(data, size, channels, on_progress=on_progress)
-    if held_out is None:
-        fraction, seed, split, warnings = _choose_split(data, found, trained)
-        chosen, held = found.split(fraction, seed)
-        skipped = _skipped(found.skipped)
-        return RealImages(found.images[chosen], found.images[held], split, skipped + warnings)
-    other = load_images(str(held_out), size, channels, on_progress=on_progress)
-    training = found.images
-    if trained is not None:
-        same = trained.is_from(data)
-        if trained.fits(found) if same is None else same:
-            training = training[found.split(trained.held_out, trained.seed)[0]]
-    warnings = _skipped(found.skipped) + _skipped(other.skipped)
-    return RealImages(training, other.images, f"held out: {held_out}", warnings)
+    saw = trained.saw(found) if trained else None
+    if held_out is not None:
+        other = load_images(
+            str(held_out), size, channels, on_progress=on_progress, option="--held-out"
+        )
+        _require_unseen(held_out, other, trained)
+        training = found.images
+        if saw is not None:
+            training = training[saw] if saw.any() else training
+        elif trained is not None:
+            same = trained.is_from(data)
+            if trained.fits(found) if same is None else same:
+                training = training[found.split(trained.held_out, trained.seed)[0]]
+        told = found.all_remarks() + other.all_remarks()
+        words, small = f"held out: {held_out}", found.small + other.small
+        return RealImages(training, other.images, words, told, small)
+    chosen, held, words, doubts = _divide(data, found, trained, saw)
+    told = found.all_remarks() + doubts
+    return RealImages(found.images[chosen], found.images[held], words, told, found.small)
 
 
-def _choose_split(
-    data: str, found: ImageSet, trained: Trained | None
-) -> tuple[float, int, str, tuple[str, ...]]:
-    """Fraction and seed of the split of a set, the same in words, and warnings."""
+def _require_unseen(folder: Path, held_out: ImageSet, trained: Trained | None) -> None:
+    saw = trained.saw(held_out) if trained else None
+    if saw is not None and saw.any():
+        names = [printable(Path(held_out.names[index])) for index in np.flatnonzero(saw)]
+        raise UsageError(
+            f"--held-out {folder}: the model was trained on {len(names)} of its {len(saw)} images "
+            f"({some(names)})"
+        )
+
+
+def _divide(
+    data: str, found: ImageSet, trained: Trained | None, saw: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.intp], NDArray[np.intp], str, tuple[str, ...]]:
+    """Indices of the training images and of the held-out ones, how, and warnings.
+
+    ``saw``: which the model was trained on, where the files tell. Of a run of an earlier version
+    the name of the folder, the number of images and the seed of their split have to.
+    """
+    here = found.split(SPLIT, 0)
     ours = f"held out: {SPLIT:.0%} of {data}, seed 0, split here"
     unknown = "the held-out images may have been trained on; --held-out names others"
     if trained is None:
-        return SPLIT, 0, ours, (f"no training settings tell the split: {unknown}",)
-    if trained.is_from(data) is False:
-        return SPLIT, 0, f"{ours}; the model was trained on {trained.data}", ()
+        return *here, ours, (f"no training settings tell the split: {unknown}",)
     fraction, seed = trained.held_out, trained.seed
-    if fraction == 0:
-        return SPLIT, 0, ours, (f"the training held nothing out: {unknown}",)
-    split = f"held out: {fraction:.1%} of {data}, seed {seed}, as in the model's training"
+    told = f"held out: {fraction:.1%} of {data}, seed {seed}, as in the model's training"
+    nothing = (
+        *(np.arange(len(found.images)), np.empty(0, np.intp)),
+        f"held out: none of {data}",
+        (f"the model was trained on all of {data}; --held-out names images it never saw",),
+    )
+    same = trained.is_from(data) if saw is None else bool(saw.any())
+    if same is False:
+        return *here, f"{ours}; the model was trained on {trained.data}", ()
+    if saw is not None:
+        if found.sha256 != trained.sha256:
+            told = f"held out: what the model was not trained on of {data}, by the files' hashes"
+        return nothing if saw.all() else (np.flatnonzero(saw), np.flatnonzero(~saw), told, ())
+    chosen, held = found.split(fraction, seed)
     if trained.fits(found):
-        return fraction, seed, split, ()
-    count = len(found.split(fraction, seed)[0])
-    other = f"{data} gives {count} images for training, the model saw {trained.images}: {unknown}"
-    if trained.data is None:  # nothing says that this is the folder it was trained on
-        return SPLIT, 0, ours, (other,)
-    return fraction, seed, split, (other,)
+        return (chosen, held, told, ()) if fraction else nothing
+    differ = f"{data} gives {len(chosen)} images for training, the model saw {trained.images}"
+    if same:
+        raise UsageError(
+            f"{differ}: which of them it saw cannot be told; --held-out names images it never saw"
+        )
+    return *here, ours, (f"{differ}: {unknown}",)  # a model of the package, another folder
 
 
 def draw_samples(
@@ -172,15 +237,14 @@ def draw_samples(
     return pixels
 
 
-def _read_picture(path: Path) -> Pixels:
-    """A PNG, JPEG, WebP or an npz of lutdeploy 0.1, as uint8 [C, H, W], never resized."""
+def _read_picture(path: Path) -> decoding.Picture:
+    """A picture, or an npz of lutdeploy 0.1; never resized."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             made: Pixels = images.to_uint8(arrays["image"])
-        return np.moveaxis(made, -1, 0)
-    with Image.open(path) as file:
-        pixels: Pixels = np.asarray(file if file.mode == "L" else file.convert("RGB"), np.uint8)
-    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+        image = Image.fromarray(made[..., 0] if made.shape[-1] == 1 else made)
+        return decoding.Picture(image, image.size, ())
+    return decoding.decode(read_regular(path))
 
 
 def _read_origin(folder: Path) -> dict[str, Any]:
@@ -207,55 +271,56 @@ def read_samples(folder: Path, n: int, on_progress: OnProgress = no_progress) ->
         pixels = np.moveaxis(np.stack(list(islice(found, n))), -1, 1)
         on_progress(len(pixels), len(pixels))
         return Samples(pixels, {"folder": str(folder), **_read_origin(folder)})
-    paths = sorted(path for path in folder.glob("*.npz") if path.stem.isdigit())
+    paths = tuple(sorted(path for path in folder.glob("*.npz") if path.stem.isdigit()))
+    left_out: tuple[str, ...] = ()
     if not paths:
-        with contextlib.suppress(UsageError):
-            paths = [path for path in find_images(folder) if path.name not in EXTRAS]
-    if not paths:
-        raise UsageError(f"{folder} holds neither a {MODEL} nor pictures to judge")
-    kept: list[Pixels] = []
-    skipped: list[str] = []
-    for done, path in enumerate(paths[:n], start=1):
         try:
-            picture = _read_picture(path)
-        except Exception as error:  # the decoders raise almost anything on bad bytes
-            skipped.append(f"{path}: {type(error).__name__}")
-            continue
-        if kept and picture.shape != kept[0].shape:
+            found_files = find_pictures(folder, "DIR")
+        except UsageError as error:
             raise UsageError(
-                f"{path} is {_size(picture)}, the pictures before it {_size(kept[0])}: pictures "
-                "of one size are compared"
-            )
-        if picture.shape[1] != picture.shape[2]:
-            raise UsageError(f"{path} is {_size(picture)}; square pictures are compared")
-        kept.append(picture)
-        on_progress(done, min(n, len(paths)))
+                f"{folder} holds neither a {MODEL} nor pictures to judge: {error}"
+            ) from error
+        paths, left_out = found_files.files, found_files.lines()
+    kept: list[Image.Image] = []
+    skipped: list[str] = []
+    remarks: defaultdict[str, list[str]] = defaultdict(list)
+    with decoding.warnings_as_remarks():
+        for done, path in enumerate(paths[:n], start=1):
+            on_progress(done, min(n, len(paths)))
+            picture = decode_or_say(path, _read_picture)
+            if isinstance(picture, str):
+                skipped.append(picture)
+                continue
+            size, first = picture.image.size, (kept or [picture.image])[0].size
+            if size != first:
+                raise UsageError(
+                    f"{path} is {_sides(size)}, the pictures before it {_sides(first)}: pictures "
+                    "of one size are compared"
+                )
+            if size[0] != size[1]:
+                raise UsageError(f"{path} is {_sides(size)}; square pictures are compared")
+            kept.append(picture.image)
+            for remark in picture.remarks:
+                remarks[remark].append(printable(path.relative_to(folder)))
     if not kept:
         raise UsageError(f"{folder}: no picture is readable; first: {skipped[0]}")
+    grey = all(image.mode == "L" for image in kept)
+    pixels = np.stack([np.asarray(i if grey else i.convert("RGB"), np.uint8) for i in kept])
+    pixels = pixels[:, None] if grey else np.moveaxis(pixels, -1, 1)
     origin = {"folder": str(folder), **_read_origin(folder)}
-    return Samples(np.stack(kept), origin, _skipped(tuple(skipped)))
+    told = left_out + by_remark(remarks) + unreadable(skipped)
+    return Samples(pixels, origin, told)
 
 
-def _size(picture: Pixels) -> str:
-    channels, height, width = picture.shape
-    return f"{width}×{height}" + (" in grey" if channels == 1 else "")
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
 
 
-def require_resolution(source: str, side: int) -> None:
-    """Refuse real images smaller than ``side`` pixels: enlarged, they would be blurred.
-
-    Looks at the first image of the folder ``source``, if it is not "synthetic".
-    """
-    if source == "synthetic":
-        return
-    first = find_images(Path(source))[0]
-    try:
-        with Image.open(first) as file:
-            width, height = file.size
-    except OSError:  # it will be skipped and named
-        return
-    if min(width, height) < side:
+def require_resolution(real: RealImages, side: int) -> None:
+    """Refuse real images most of which were enlarged to ``side`` pixels, and so are blurred."""
+    count = len(real.training) + len(real.held_out)
+    if 2 * len(real.small) > count:
         raise UsageError(
-            f"{first} is {width}×{height}, the pictures are {side}×{side}: real images must not "
-            "be smaller than the pictures"
+            f"{len(real.small)} of {count} real images are smaller than the pictures, which are "
+            f"{side}×{side} ({some(real.small)}): enlarged, they would be blurred"
         )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lutdeploy.artefacts import files
-from lutdeploy.errors import ArtefactError
+from lutdeploy.errors import ArtefactError, ran_out_of_memory
 
 WEIGHTS = Path(__file__).parent / "models" / "features.safetensors"
 # Of the file that comes with the package; other weights would give other numbers.
@@ -98,5 +98,7 @@ def load_network(path: Path = WEIGHTS, sha256: str = SHA256) -> FeatureNetwork:
         state = {name: value.float() for name, value in load_file(path).items()}
         network.load_state_dict(counts | state)
     except (SafetensorError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            raise
         raise ArtefactError(f"{path} does not hold the feature network: {error}") from error
     return network.eval().requires_grad_(False)

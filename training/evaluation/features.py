@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import read_author_file
-from lutdeploy.errors import ArtefactError, BackendError, NonFiniteError, UsageError, first_line
+from lutdeploy.artefacts.state_dicts import read_mapping
+from lutdeploy.device import find_device
+from lutdeploy.errors import ArtefactError, NonFiniteError
 from lutdeploy.reference import full_float32
 from lutdeploy.training.evaluation.distances import Features, Pixels
 from lutdeploy.training.evaluation.feature_network import (
@@ -59,22 +58,17 @@ class Extractor:
 
 def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
     """The extractor of a file of Inception weights, or lutdeploy's own for None."""
-    try:
-        if path is None:
-            return Extractor(
-                network=partial(_own_features, load_network().to(device)),
-                device=device,
-                name="lutdeploy features",
-                sha256=SHA256,
-                frechet_name="Fréchet distance (lutdeploy features)",
-                kernel_name="kernel distance (lutdeploy features)",
-            )
-        state = {name: value.to(device) for name, value in _read_state(path).items()}
-    except (AssertionError, RuntimeError) as error:  # of a torch without CUDA, and of one with it
-        reason = first_line(error)
-        raise BackendError(
-            f"device {device}: torch cannot use it ({reason}); see `lutdeploy doctor`"
-        ) from error
+    find_device(device)
+    if path is None:
+        return Extractor(
+            network=partial(_own_features, load_network().to(device)),
+            device=device,
+            name="lutdeploy features",
+            sha256=SHA256,
+            frechet_name="Fréchet distance (lutdeploy features)",
+            kernel_name="kernel distance (lutdeploy features)",
+        )
+    state = {name: value.to(device) for name, value in _read_state(path).items()}
     try:
         network = Inception(state)
     except ArtefactError as error:
@@ -105,11 +99,8 @@ def _own_features(network: FeatureNetwork, pixels: Tensor) -> Tensor:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch.save file; no pickled code is executed."""
-    if path.suffix != ".safetensors":
-        return read_author_file(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    try:
-        return load_tensors(path.read_bytes())
-    except SafetensorError as error:
-        raise ArtefactError(f"{path} is damaged or no safetensors file: {error}") from error
+    state = dict(read_mapping(path))
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ArtefactError(f"{path}: entry {key!r} is no tensor: not a plain state dict")
+    return state

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lutdeploy.errors import ArtefactError
+from lutdeploy.errors import ArtefactError, ran_out_of_memory
 
 SIDE = 299  # pixels of its input
 FEATURES = 2048
@@ -58,6 +58,8 @@ class Inception:
         except KeyError as error:
             raise ArtefactError(f"key {error.args[0]} is missing") from error
         except RuntimeError as error:
+            if ran_out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0]
             raise ArtefactError(f"the shapes do not fit together: {reason}") from error
         if classifier != CLASSIFIER:

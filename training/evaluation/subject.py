@@ -17,7 +17,7 @@ from lutdeploy.artefacts.manifest import MANIFEST
 from lutdeploy.artefacts.run import EVALUATION, EVALUATION_PAGE, Run
 from lutdeploy.errors import UsageError
 from lutdeploy.sampling import Denoiser
-from lutdeploy.schedule import Schedule
+from lutdeploy.schedule import DISTILLED, Schedule
 from lutdeploy.training.evaluation import report
 from lutdeploy.training.evaluation.data import (
     RealImages,
@@ -74,9 +74,8 @@ def read_pictures(folder: Path, request: Request, on_progress: OnProgress, note:
     samples = read_samples(folder, request.count, partial(on_progress, "read"))
     require_size(str(folder), len(samples.pixels))
     shape = samples.pixels.shape[1:]
-    for source in {request.data, str(request.held_out or request.data)}:
-        require_resolution(source, shape[-1])
     real = _real_images(request, shape, None, on_progress, note)
+    require_resolution(real, shape[-1])
     return Subject(str(folder), samples.pixels, real, samples.origin, samples.warnings)
 
 
@@ -96,6 +95,9 @@ def sample_pictures(
     require_images(real)
     how = request.count, schedule, request.seed, request.batch
     pixels = draw_samples(denoiser, *how, partial(on_progress, "sample"))
+    if schedule.solver == DISTILLED:
+        notes = ("a distilled model has learnt its own timesteps alone: no x0 error curve",)
+        return Subject(title, pixels, real, origin, notes)
     return Subject(title, pixels, real, origin, denoiser=denoiser)
 
 
@@ -144,5 +146,5 @@ def write_results(
     title = f"Evaluation of {subject.title}"
     page = report.page(found, extractor, subject.pixels, subject.real.training, title, facts)
     path = request.folder / EVALUATION_PAGE
-    files.write_atomic(path, page.encode())
+    files.write_atomic(path, page.encode("utf-8", "backslashreplace"))  # names of files
     return path

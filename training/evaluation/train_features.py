@@ -171,6 +171,8 @@ def main(data: Path, out: Path, steps: int, batch: int, seed: int, threads: int)
         found = load_folder(data, SIDE)
     except LutDeployError as error:
         raise click.ClickException(str(error)) from error
+    for line in found.all_remarks():
+        click.echo(line, err=True)
     chosen, _ = found.split(HELD_OUT, HELD_OUT_SEED)
     settings = FeatureSettings(steps=steps, batch=batch, seed=seed)
     save_network(train_network(found.images[chosen], settings), out)

@@ -15,7 +15,7 @@ from lutdeploy.artefacts.tuned_steps import Entry, KnownDenoiser, Measured, Tune
 from lutdeploy.errors import ArtefactError, ConfigError, NonFiniteError, UsageError
 from lutdeploy.sampling import batch_noise
 from lutdeploy.schedule import SOLVERS, Schedule, solver_schedule
-from lutdeploy.training.data import load_images
+from lutdeploy.training.data import OnProgress, load_images
 from lutdeploy.training.evaluation.data import draw_samples
 from lutdeploy.training.evaluation.distances import (
     Pixels,
@@ -49,10 +49,10 @@ class TuneSettings:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured, and what was not worth storing."""
+    """What was measured, and what a person should know: of the data, and what was not stored."""
 
     rows: list[Measured]
-    refusals: list[str]
+    remarks: list[str]
 
 
 def tune_schedules(
@@ -69,13 +69,14 @@ def tune_schedules(
         settings: what is asked for.
         on_progress: told which share is done, and what is done now.
     """
-    if engine.schedule is not None:
-        raise UsageError(
-            f"export {engine.identity['export']} holds {engine.schedule.describe()} alone; "
-            "name a step export with --export, or use --backend torch"
-        )
+    fitting.require_steps(engine)
     shape, n = engine.config.image_shape, settings.images
-    distances = _distances(settings, shape) if settings.data else None
+    distances: Distances | None = None
+    about_data: tuple[str, ...] = ()
+    if settings.data:
+        distances, about_data = _distances(
+            settings, shape, lambda read, of: on_progress(0.0, f"data {read}/{of}")
+        )
     done, doing, total = 0, "reference", _work(settings)
 
     def on_work(images: int) -> None:
@@ -101,7 +102,7 @@ def tune_schedules(
         how = settings.pictures, schedule, settings.seed + 1, settings.batch
         return Measured(schedule, rms, *distances(draw_samples(engine, *how, on_drawn)))
 
-    entries, rows, refusals = [], [], []
+    entries, rows, remarks = [], [], list(about_data)
     for steps in settings.steps:
         doing = f"{steps} steps, formulas"
         formula = measure(best_formula(fitted_on.first(FORMULA_IMAGES), steps))
@@ -112,7 +113,7 @@ def tune_schedules(
             rows.append(fitted)
             entries.append(Entry(fitted, formula))
         except (ConfigError, NonFiniteError) as error:
-            refusals.append(f"{steps} steps, not stored: {error}")
+            remarks.append(f"{steps} steps, not stored: {error}")
     doing = YARDSTICK.describe()
     rows.append(Measured(YARDSTICK, unseen.error(YARDSTICK)))
     model = str(engine.identity["model_sha256"])
@@ -122,7 +123,7 @@ def tune_schedules(
     TunedSteps(model, settings.seed, n, pictures, REFERENCE.describe(), tuple(entries)).write(
         run.tuned_steps
     )
-    return Tuned(rows, refusals)
+    return Tuned(rows, remarks)
 
 
 def best_formula(problem: Problem, steps: int) -> Schedule:
@@ -139,11 +140,13 @@ def best_formula(problem: Problem, steps: int) -> Schedule:
     return best[0]
 
 
-def _distances(settings: TuneSettings, shape: tuple[int, int, int]) -> Distances:
-    """What measures pictures against real ones, whose features are taken once."""
+def _distances(
+    settings: TuneSettings, shape: tuple[int, int, int], on_progress: OnProgress
+) -> tuple[Distances, tuple[str, ...]]:
+    """What measures pictures against real ones, whose features are taken once; remarks on these."""
     require_torchmetrics()
-    images = load_images(str(settings.data), shape[-1], shape[0]).images
-    n = settings.pictures
+    found = load_images(str(settings.data), shape[-1], shape[0], on_progress=on_progress)
+    images, n = found.images, settings.pictures
     if len(images) < n:
         raise UsageError(
             f"--data {settings.data} has {len(images)} images; --pictures {n} needs as many"
@@ -156,7 +159,7 @@ def _distances(settings: TuneSettings, shape: tuple[int, int, int]) -> Distances
         sliced = sliced_wasserstein(made, real)
         return frechet_distance(extractor(made), features), sliced[max(sliced)]
 
-    return distances
+    return distances, found.all_remarks()
 
 
 def _work(settings: TuneSettings) -> int:

@@ -101,7 +101,7 @@ function save(index) {
 /** The command that makes the same pictures. */
 function command() {
   const { seed, count, schedule } = asked;
-  return `lutdeploy sample ${page.source} -n ${count} --seed ${seed} ${schedule.options}`;
+  return `lutdeploy sample ${page.source} -n ${count} --seed ${seed} ${schedule.options}`.trim();
 }
 
 function start() {

@@ -24,7 +24,7 @@ from lutdeploy.artefacts.run import MODEL, Run
 from lutdeploy.artefacts.tuned_steps import Entry, Measured, TunedSteps
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.engines.packaging import exports, web
-from lutdeploy.schedule import fitted_schedule, solver_schedule
+from lutdeploy.schedule import DISTILLED, Schedule, fitted_schedule, solver_schedule
 from tests.command import fail, succeed
 
 Exports = Callable[..., Path]
@@ -191,6 +191,12 @@ def test_schedules_of_other_weights_are_left_out(make_run: MakeRun, tmp_path: Pa
     result = succeed("package", "web", run.path, "--out", tmp_path / "site")
     assert "left out" in result.stderr
     assert facts(tmp_path / "site")["schedules"][0]["name"] == "euler-64"
+
+
+def test_a_distilled_model_has_its_own_schedule_alone() -> None:
+    own = Schedule(DISTILLED, 1.0, solver_schedule("euler", 2).rows, "tuned")
+    assert web.offered([own]) == [own]
+    assert web.schedule_facts(own)["options"] == "", "`sample` follows it without being told"
 
 
 def test_a_foreign_folder_is_refused(make_run: MakeRun, tmp_path: Path) -> None:

@@ -271,6 +271,25 @@ def test_an_engine_that_fails_its_first_run_is_refused_unless_told(
 
 
 @one_version
+def test_a_first_run_whose_verdict_cannot_be_kept(
+    tensorrt: TensorRT,
+    exported_run: Runs,
+    read_only: Callable[[Path], Path],
+    tmp_path: Path,
+) -> None:
+    run = exported_run()
+    write_plans(run, tensorrt.backend)
+    read_only(run.path)
+    command = ("sample", run.path, "--backend", tensorrt.backend, *FEW)
+    said = succeed(*command, "--out", tmp_path / "a").stderr
+    assert said.count(FIRST_RUN) == 1 and "warning: this verdict is not kept: " in said
+    tensorrt.controls.perturb = 0.05
+    assert "the engine failed parity" in told(*command, "--out", tmp_path / "b")
+    line = invoke("build", run.path, "--backend", tensorrt.backend).stderr.splitlines()[-1]
+    assert line == f"error: {run.engines} is not writable; work on a copy of it elsewhere"
+
+
+@one_version
 def test_an_engine_that_fails_gives_way_to_the_next_which_is_judged_too(
     tensorrt: TensorRT, exported_run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

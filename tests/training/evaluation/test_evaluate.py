@@ -203,7 +203,7 @@ def test_pictures_that_do_not_fit(drawn: Path, data: Path, tmp_path: Path) -> No
     assert "000000.png is 32×64; square" in fail(2, "evaluate", drawn, "--data", data)
     small = write_pictures(tmp_path / "small", faces(32)[..., ::2, ::2])
     line = fail(2, "evaluate", data, "--data", small)
-    assert "000000.png is 32×32, the pictures are 64×64: real images must not be smaller" in line
+    assert "32 of 32 real images are smaller than the pictures, which are 64×64 (000000" in line
 
 
 def test_unreadable_pictures_are_skipped_and_named(drawn: Path, data: Path) -> None:
@@ -225,7 +225,9 @@ def test_folders_without_pictures_and_files_without_features(
     line = fail(2, "evaluate", empty, "--data", data)
     assert f"{empty} holds neither a model.safetensors nor pictures" in line
     Image.new("RGB", (64, 64)).save(empty / "grid.png")  # a picture about pictures
-    assert "holds neither" in fail(2, "evaluate", empty, "--data", data)
+    (empty / "manifest.jsonl").write_text('{"solver": "euler", "steps": 4, "seed": 0}\n')
+    line = fail(2, "evaluate", empty, "--data", data)
+    assert "holds neither" in line and "1 of lutdeploy's own pictures left out (grid.png)" in line
     assert "no such folder of images" in fail(2, "evaluate", drawn, "--data", tmp_path / "no")
     assert "no such run" in fail(2, "evaluate", tmp_path / "no", "--data", data)
     assert "--data is needed" in fail(2, "evaluate", drawn)
@@ -306,19 +308,64 @@ def test_the_split_is_the_one_of_the_training(trained: Path, data: Path) -> None
     assert real.warnings == ()
 
 
-def test_a_split_that_nothing_vouches_for_warns(trained: Path, data: Path, tmp_path: Path) -> None:
+def test_what_was_trained_on_is_never_held_out(trained: Path, data: Path, tmp_path: Path) -> None:
+    """By the files' hashes: their names and their folder may be others, and images new."""
+    known = Trained.of_run(Run(trained))
+    chosen, held = load_folder(data, 64).split(0.33, 5)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    paths = sorted(data.iterdir())
+    for place, path in enumerate(paths):
+        shutil.copy(path, moved / f"{(place * 37) % 64:03d}.png")
+    write_pictures(moved / "more", faces(70)[64:])
+    real = split_of(moved, known)
+    assert (len(real.training), len(real.held_out)) == (len(chosen), len(held) + 6)
+    seen = {image.tobytes() for image in load_folder(data, 64).images[chosen]}
+    assert {image.tobytes() for image in real.training} == seen
+    assert not any(image.tobytes() in seen for image in real.held_out)
+    assert real.split.endswith("by the files' hashes") and real.warnings == ()
+
+    only_seen = tmp_path / "seen"
+    only_seen.mkdir()
+    for index in chosen:
+        shutil.copy(paths[index], only_seen)
+    real = split_of(only_seen, known)
+    assert len(real.held_out) == 0 and "was trained on all of" in real.warnings[0]
+    with pytest.raises(UsageError, match=r"--held-out .*: the model was trained on 43 of its 43"):
+        load_real(str(data), only_seen, 64, 3, known)
+    other = write_pictures(tmp_path / "other", faces(20, seed=1))
+    real = split_of(other, known)
+    assert f"the model was trained on {data}" in real.split and real.warnings == ()
+
+
+def test_a_split_that_nothing_vouches_for_is_refused(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    """Runs of earlier versions do not list their images: the number has to tell."""
     run = Run(shutil.copytree(trained, tmp_path / "run"))
+    run.images.unlink()
+    chosen, held = load_folder(data, 64).split(0.33, 5)
+    real = split_of(data, Trained.of_run(run))
+    assert (len(real.training), len(real.held_out)) == (len(chosen), len(held))
     values = files.read_json(run.settings)
     more = write_pictures(tmp_path / "more", faces(70))
     files.write_json(run.settings, {**values, "data": str(more)})
-    real = split_of(more, Trained.of_run(run))
-    assert "the model saw 43" in real.warnings[0]
-    files.write_json(run.settings, {**values, "held_out": 0.0})
-    real = split_of(data, Trained.of_run(run))
-    assert "held nothing out" in real.warnings[0] and len(real.held_out) == 3
+    with pytest.raises(UsageError, match=r"the model saw 43: which of them it saw cannot be told"):
+        split_of(more, Trained.of_run(run))
     files.write_json(run.settings, {**values, "data": "synthetic"})
     real = split_of(data, Trained.of_run(run))
     assert real.warnings == () and "the model was trained on synthetic" in real.split
+
+
+def test_a_run_that_held_nothing_out_has_no_held_out_images(data: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "all")
+    small = ("--size", "tiny", "--steps", 1, "--batch", 2)
+    succeed("train", "--data", data, "--held-out", 0, "--out", run.path, *small)
+    for _ in range(2):  # with the list of its images, and without it, as of an earlier version
+        real = split_of(data, Trained.of_run(run))
+        assert (len(real.training), len(real.held_out)) == (64, 0)
+        assert "was trained on all of" in real.warnings[0]
+        run.images.unlink(missing_ok=True)
 
 
 def test_a_model_of_the_package_knows_its_split(

@@ -162,7 +162,7 @@ def test_views_stay_images(faces: Pixels) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(BackendError, match="device cuda:7: torch cannot use it"):
+    with pytest.raises(BackendError, match="no CUDA device 'cuda:7' here"):
         open_extractor(device="cuda:7")
 
 
@@ -220,15 +220,15 @@ def test_files_that_hold_no_inception(tmp_path: Path) -> None:
         with pytest.raises(ArtefactError, match="FID is defined by .*" + message):
             open_extractor(path)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ArtefactError, match="damaged or no safetensors file"):
+    with pytest.raises(ArtefactError, match="is cut off: it has"):
         open_extractor(path)
     for name in ("none.safetensors", "none.pth"):
         with pytest.raises(UsageError, match="no such file"):
             open_extractor(tmp_path / name)
     pickled = tmp_path / "code.pth"
     torch.save({"a": print}, pickled)
-    with pytest.raises(ArtefactError, match="not executed"):
+    with pytest.raises(ArtefactError, match=r"holds more than tensors \(print\)"):
         open_extractor(pickled)
     pickled.write_bytes(b"nothing")
-    with pytest.raises(ArtefactError, match=r"refused|damaged"):
+    with pytest.raises(ArtefactError, match="is text that begins with 'nothing'"):
         open_extractor(pickled)

@@ -22,6 +22,7 @@ from lutdeploy.artefacts.tuned_steps import read_tuned_steps
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.schedule import FITTED, solver_schedule
+from lutdeploy.training.data import draw_set
 from lutdeploy.training.few_steps import fit, tune
 from tests.command import fail, invoke, succeed
 
@@ -289,8 +290,13 @@ def test_shipped_schedules_belong_to_the_shipped_models() -> None:
         assert 4 in {schedule.steps for schedule in known.schedules}
 
 
-def test_real_images_decide_where_they_are_given(run: Run) -> None:
-    options = ("--steps", 3, "--data", "synthetic", *QUICK)
+def test_real_images_decide_where_they_are_given(run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "faces"
+    data.mkdir()
+    for index, picture in enumerate(np.moveaxis(draw_set(64, count=20).images, 1, -1)):
+        (data / f"{index}.png").write_bytes(images.encode_png(picture))
+    (data / "notes.txt").write_text("no picture")
+    options = ("--steps", 3, "--data", data, *QUICK)
     result = succeed("tune-steps", run.path, *options, "--pictures", 16)
     known = read_tuned_steps(run.tuned_steps)
     assert known.pictures == 16
@@ -298,5 +304,6 @@ def test_real_images_decide_where_they_are_given(run: Run) -> None:
         assert entry.fitted.error == entry.fitted.frechet
         assert entry.fitted.sliced_wasserstein is not None
     assert "16 pictures" in result.stderr
+    assert "1 file of other kinds left out (.txt 1)" in result.stderr
     line = fail(2, "tune-steps", run.path, *options, "--pictures", 10**6)
     assert "--pictures 1000000 needs as many" in line

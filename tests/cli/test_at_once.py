@@ -1,0 +1,55 @@
+"""Commands that work on one run at the same time: each ends well or says who is in its way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.command import invoke, succeed
+
+SHORT = ("--solver", "euler", "--steps", "2")
+COMMANDS = {
+    "train": ("train", "--resume", "--out", "run", "--data", "faces", "--steps", "12"),
+    "export": ("export", "run"),
+    "tune-steps": ("tune-steps", "run", "--backend", "torch", "--steps", "2", "--images", "2"),
+    "sample": ("sample", "run", "--backend", "torch", *SHORT, "-n", "8", "--out", "out"),
+    "sample too": ("sample", "run", "--backend", "torch", *SHORT, "-n", "8", "--out", "out"),
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(arguments: tuple[str, ...]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lutdeploy.cli", *arguments]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_many_commands_on_one_run(
+    artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, copy in (("trained", "run"), ("faces", "faces")):
+        shutil.copytree(artefacts / name, tmp_path / copy)
+    monkeypatch.chdir(tmp_path)
+    running = {name: start(arguments) for name, arguments in COMMANDS.items()}
+    looks = []
+    while any(process.poll() is None for process in running.values()):
+        looks.append(invoke("inspect", "run"))  # a reader sees whole files at every moment
+        time.sleep(0.2)
+    for name, process in running.items():
+        last = (process.communicate()[1].splitlines() or [""])[-1]
+        assert process.returncode in (0, 1, 2), (name, last)
+        assert process.returncode == 0 or last.startswith("error: "), (name, last)
+    assert running["train"].returncode == 0
+    for look in looks:
+        assert isinstance(look.exception, SystemExit | None), look.exception
+        assert look.exit_code == 0, look.stderr
+    assert [p.name for p in Path("run").rglob(".*") if not p.name.endswith(".lock")] == []
+    succeed("export", "run")  # whatever the others left, the same commands complete it
+    succeed("sample", "run", "--overwrite", *SHORT, "-n", "8", "--out", "out")
+    succeed("inspect", "run")
