@@ -153,6 +153,8 @@ const heard = {
   opened({ engine, threads, note }) {
     loads = "";
     const how = engine === "webgpu" ? "WebGPU" : `WebAssembly, ${plural(threads, "thread")}`;
+    element("within").textContent =
+      engine === "webgpu" ? ", as closely as float16 computes" : ", each pixel within 2 of 255";
     element("engine").textContent = note ? `${how}. ${note}` : `${how}.`;
     say("Painting.");
   },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import http.server
@@ -133,7 +134,7 @@ def make(page: Any) -> str:
     """Press the button; what the page says in the end."""
     page.wait_for_selector("#pictures canvas")
     page.press("#make", "Enter")
-    page.wait_for_selector("#make:has-text('Make pictures')", timeout=60_000)
+    page.wait_for_selector("#make:has-text('Make pictures')", timeout=120_000)
     return str(page.inner_text("#status"))
 
 
@@ -251,6 +252,12 @@ def test_files_that_are_missing_or_cut_off(
     assert page.is_disabled("#make")
 
 
+def require_gpu(page: Any) -> None:
+    page.wait_for_selector("#pictures canvas")
+    if not page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):
+        pytest.skip("this Chromium has no WebGPU, not even in software")
+
+
 def test_a_gpu_that_fails_gives_way_and_says_so(
     site: Path, run: Run, serve: Serve, page: Any, tmp_path: Path
 ) -> None:
@@ -259,14 +266,42 @@ def test_a_gpu_that_fails_gives_way_and_says_so(
         facts["engines"][0]["files"]["graph"]["url"] = "missing.onnx"
 
     page.goto(serve(edited(site, tmp_path / "site", break_webgpu)) + ADDRESS)
-    if not page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):
-        pytest.skip("this Chromium has no WebGPU, not even in software")
-    page.wait_for_selector("#pictures canvas")
+    require_gpu(page)
     page.fill("#count", "2")
     assert make(page).startswith("2 pictures in ")
     engine = page.inner_text("#engine")
     assert engine.startswith("WebAssembly, 1 thread. Not with webgpu: The model is missing")
     assert abs(drawn(page) - painted(run, 2)).max() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+def test_a_gpu_must_paint_a_known_picture(
+    right: bool, site: Path, run: Run, serve: Serve, page: Any, tmp_path: Path
+) -> None:
+    """In float32, which the GPU in software has, in two steps, which it makes soon."""
+    schedule = solver_schedule("euler", 2)
+    denoiser = lutdeploy.load(run.export_folder("step-fp32"), "onnxruntime")
+    expected = images.to_uint8(lutdeploy.sample(denoiser, 1, schedule=schedule))
+    known = expected if right else 255 - expected
+
+    def in_float32(facts: Any) -> None:
+        webgpu, wasm = facts["engines"]
+        webgpu["features"] = []
+        for kind in ("graph", "weights"):
+            webgpu["files"][kind] = wasm["files"][kind]
+        facts["schedules"] = [web.schedule_facts(schedule)]
+        facts["check"] = base64.b64encode(known.tobytes()).decode()
+
+    page.goto(serve(edited(site, tmp_path / "site", in_float32)) + "#pictures=1")
+    require_gpu(page)
+    assert make(page).startswith("1 picture in ")
+    engine = page.inner_text("#engine")
+    if right:
+        assert engine == "WebGPU."
+    else:
+        assert engine.startswith("WebAssembly, 1 thread. Not with webgpu: its pictures differ")
+    assert abs(drawn(page) - expected.astype(np.int16)).max() <= 2
 
 
 def test_what_cannot_be_asked_for(site: Path, serve: Serve, page: Any) -> None:
