@@ -258,7 +258,7 @@ function readAddress() {
 }
 
 try {
-  const response = await fetch("page.json");
+  const response = await fetch("page.json", { cache: "no-cache" });
   if (!response.ok) throw new Error(`the server answered ${response.status}`);
   page = await response.json();
   fillPage();

@@ -7,7 +7,8 @@ export class PageError extends Error {}
 async function download({ url, integrity }, what, signal) {
   const place = new URL(url, self.location);
   try {
-    const response = await fetch(place, { integrity, signal });
+    // The cache asks the server first: a model that was packaged again has the old names.
+    const response = await fetch(place, { integrity, signal, cache: "no-cache" });
     if (response.ok) return new Uint8Array(await response.arrayBuffer());
   } catch {
     // It does not say whether the network failed or the hash.

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import http.server
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -337,4 +338,27 @@ def test_stop(site: Path, serve: Serve, page: Any) -> None:
     assert page.inner_text("#status") == "Stopped."
     page.fill("#count", "1")
     page.select_option("#schedule", "dpmpp-2m-16")
+    assert make(page).startswith("1 picture in ")
+
+
+def test_a_model_that_was_packaged_again_is_not_taken_from_the_cache(
+    site: Path, serve: Serve, page: Any, tmp_path: Path
+) -> None:
+    """Its files have the old names, and an age at which a browser would not ask for news."""
+    folder = tmp_path / "site"
+    shutil.copytree(site, folder)
+    for path in folder.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    page.goto(serve(folder) + f"#pictures=1&steps={SOLVER}-{STEPS}")
+    assert make(page).startswith("1 picture in ")
+    weights = folder / "step-fp32" / "weights.bin"
+    data = weights.read_bytes() + bytes(4096)  # as good, under another hash
+    weights.write_bytes(data)
+    facts = json.loads((folder / web.FACTS).read_text())
+    file = facts["engines"][1]["files"]["weights"]
+    file |= {"bytes": len(data), "integrity": web.integrity(data)}
+    facts["model"]["name"] = "again"
+    (folder / web.FACTS).write_text(json.dumps(facts))
+    page.reload()
+    page.wait_for_selector("h1:has-text('again')")
     assert make(page).startswith("1 picture in ")
