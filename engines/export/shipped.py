@@ -48,7 +48,7 @@ def export_shipped(
 
     Args:
         path: the weights, float16, in the model's folder of the package.
-        tuned: the schedules that were fitted to them, for the manifest.
+        tuned: the schedules that were fitted to them, the best first, for the manifest.
         note: told what the comparison found.
 
     Returns:
@@ -68,7 +68,8 @@ def export_shipped(
         check_graph(stage / name)
         describe_export(stage, model, PLAN, files.sha256(path), (name,), tuned=tuned).write()
         with OnnxRuntimeDenoiser(read_manifest(stage)) as engine:
-            report = compare(model, engine, PLAN.precision)
+            # as `sample` follows it
+            report = compare(model, engine, PLAN.precision, next(iter(tuned), None))
             verdict = verdict_of(report, engine.identity, "parity")
         if not report.passed:
             raise ParityError(f"{path.stem}: its export differs: {report.failures()[0]}")

@@ -33,10 +33,12 @@ COMMANDS = {
     "build": "Build TensorRT engines from an export and check them.",
     "parity": "Compare a backend with float32 PyTorch.",
     "tune-steps": "Fit schedules of few steps to a model.",
+    "distill": "Train a model that needs only a few steps.",
     "sample": "Sample images into a folder.",
     "evaluate": "Measure quality, diversity and memorisation.",
     "bench": "Measure images a second with every backend.",
     "inspect": "Describe a run, an export or a model file.",
+    "package": "Package a model for Triton, browsers or the Hub.",
     "models": "List the trained models of the package.",
     "doctor": "Check what is installed and what runs here.",
 }

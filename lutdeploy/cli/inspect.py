@@ -58,6 +58,12 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
         )
         if found["unverified"]:
             yield f"{indent}  not verified: {found['unverified']}"
+        if origin := found["distilled"]:
+            yield (
+                f"{indent}  distilled to {len(origin['schedule']['rows'])} steps from "
+                f"{origin['teacher']} ({origin['teacher_steps']} steps), sha256 "
+                f"{origin['teacher_sha256'][:12]}…"
+            )
     else:
         solver = f", {found['solver']}" if found["solver"] else ""
         stale = "; STALE: the model has changed since" if found.get("stale") else ""
