@@ -185,6 +185,14 @@ def test_inspect_and_doctor_say_what_is_missing(fresh: Path, tmp_path: Path) -> 
         assert "pip install 'lutdeploy[train]'" in words[name]
 
 
+def test_an_export_is_packaged(fresh: Path, tmp_path: Path) -> None:
+    done = run(fresh, tmp_path, "lutdeploy", "package", "web", "--out", "page")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "page" / "page.json").read_text())
+    assert "step-fp32/step.onnx" in facts["contents"]
+    assert "warning: a float16 export, which is not there yet, needs PyTorch" in done.stderr
+
+
 def test_commands_that_need_more_say_so_in_one_line(fresh: Path, tmp_path: Path) -> None:
     without = ("--model", next(name for name in shipped.names() if name != shipped.DEFAULT))
     default = ("--model", shipped.DEFAULT)
@@ -197,6 +205,7 @@ def test_commands_that_need_more_say_so_in_one_line(fresh: Path, tmp_path: Path)
         ("tune-steps", *default),
         ("evaluate", *default, "--data", "synthetic"),
         ("bench", *default, "--quick"),
+        ("distill", *default, "--out", "runs/new", "--steps", "2"),
         ("sample", *default, "--backend", "torch"),
         ("sample", *without),
         *((command, "--help") for command in COMMANDS),
