@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": "Measure quality, diversity and memorisation.",
     "bench": "Measure images a second with every backend.",
     "inspect": "Describe a run, an export or a model file.",
+    "package": "Package a model for Triton, browsers or the Hub.",
     "models": "List the trained models of the package.",
     "doctor": "Check what is installed and what runs here.",
 }
