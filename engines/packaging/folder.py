@@ -1,4 +1,4 @@
-"""The folders that `lutdeploy package` writes. Each lists its files, and only those are replaced."""
+"""Folders that `lutdeploy package` writes: each lists its files, and only those are replaced."""
 
 from __future__ import annotations
 

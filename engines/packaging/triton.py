@@ -6,8 +6,8 @@
       NAME_stream/    SEED, INDEX → STEP, IMAGE after every step, as a stream
       NAME_denoiser/  for GPUs: one step, in Triton's ONNX Runtime or TensorRT, asked by the others
 
-Each has its config.pbtxt, and those in Python triton_model.py as ``1/model.py``. PNGs are a model of
-their own because Triton's response cache knows a request by its inputs alone: a request for one
+Each has its config.pbtxt, and those in Python triton_model.py as ``1/model.py``. PNGs are a model
+of their own because Triton's response cache knows a request by its inputs alone: a request for one
 output would be answered with another that was cached.
 """
 
@@ -268,8 +268,8 @@ def _readme(name: str, manifest: Manifest, schedule: Schedule, denoiser: Denoise
     return f"""\
 # {name}
 
-A model repository for Triton, written by lutdeploy {lutdeploy.__version__}: {manifest.name} of model
-{manifest.source_sha256[:12]}…, {schedule.describe()}. {needs}.
+A model repository for Triton, written by lutdeploy {lutdeploy.__version__}: {manifest.name} of
+model {manifest.source_sha256[:12]}…, {schedule.describe()}. {needs}.
 
 ```sh
 docker run {gpus}--rm --shm-size 1g -p 8000:8000 -p 8001:8001 -v "$PWD:/models" \\

@@ -10,9 +10,8 @@ import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
-        file = config["default_model_filename"]
         folder = Path(args["model_repository"], args["model_version"])
-        self.session = onnxruntime.InferenceSession(str(folder / "graph" / file))
+        self.session = onnxruntime.InferenceSession(str(folder / "step.onnx"))
         # As that backend does: an input with an empty reshape loses its axis of one.
         self.inputs = {given["name"]: "reshape" in given for given in config["input"]}
 

@@ -1,8 +1,8 @@
 """`lutdeploy package triton`: the repository, and the real server's answers from it.
 
 The server is that of the nvidia-pytriton wheel, in an environment of its own, which the first run
-makes from tests/data/triton/requirements.txt. It has Triton's Python backend and response cache, and
-neither the ONNX Runtime nor the TensorRT backend.
+makes from tests/data/triton/requirements.txt. It has Triton's Python backend and response cache,
+and neither the ONNX Runtime nor the TensorRT backend.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import pytest
 
 import lutdeploy
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.manifest import MANIFEST
 from lutdeploy.artefacts.run import Run
 from lutdeploy.engines.packaging.model_config import Enum, InstanceGroup, ModelConfig, Tensor
 from lutdeploy.images import Pixels, encode_pictures, to_uint8
@@ -48,7 +47,7 @@ STEPS = ("--solver", "dpmpp-3m", "--steps", "5")
 
 @pytest.fixture
 def run(artefacts: Path, tmp_path: Path) -> Run:
-    """A run of the test's own: a step and a loop export, a verdict, a fitted schedule of 2 steps."""
+    """A run of the test's own: step and loop exports, a verdict, a fitted schedule of 2 steps."""
     shutil.copytree(artefacts / "run", tmp_path / "cats")
     return Run(tmp_path / "cats")
 
