@@ -30,12 +30,19 @@ def require_ours(out: Path, record: str) -> None:
     if (out / record).is_file():
         with contextlib.suppress(ArtefactError, KeyError, TypeError):
             ours = set(files.read_json(out / record)["contents"])
-    there = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
-    foreign = sorted(there - ours)
+    there = (path.relative_to(out) for path in out.rglob("*") if not path.is_dir())
+    foreign = sorted(str(path) for path in there if str(_source(path)) not in ours)
     if foreign:
         raise UsageError(
             f"{out} holds {foreign[0]}, which this command did not make; choose another --out"
         )
+
+
+def _source(path: Path) -> Path:
+    """The file that Python compiled into ``path``, such as a server's; else ``path`` itself."""
+    if path.parent.name != "__pycache__":
+        return path
+    return path.parent.parent / f"{path.name.partition('.')[0]}.py"
 
 
 def write_folder(

@@ -258,13 +258,15 @@ def _python_configs(
 
 def _readme(name: str, manifest: Manifest, schedule: Schedule, denoiser: Denoiser | None) -> str:
     """How to start a server on the repository and ask it."""
-    gpus, needs = "", "Its Python needs lutdeploy with ONNX Runtime"
+    gpus, needs = "", "The server's Python needs lutdeploy"
     if denoiser is not None:
         told = denoiser.config.parameters
-        gpus, needs = "--gpus all ", "Its Python needs lutdeploy, and the server a GPU"
+        gpus, needs = "--gpus all ", "The server needs lutdeploy in its Python, and a GPU"
         if "tensorrt" in told:
-            needs += f" of compute capability {told['compute_capability']} and "
-            needs += f"TensorRT {told['tensorrt']}, for which {denoiser.config.name} was built"
+            needs += (
+                f" of compute capability {told['compute_capability']} with "
+                f"TensorRT {told['tensorrt']}, which {denoiser.config.name} was built for"
+            )
     return f"""\
 # {name}
 
@@ -272,19 +274,20 @@ A model repository for Triton, written by lutdeploy {lutdeploy.__version__}: {ma
 model {manifest.source_sha256[:12]}…, {schedule.describe()}. {needs}.
 
 ```sh
-docker run {gpus}--rm --shm-size 1g -p 8000:8000 -p 8001:8001 -v "$PWD:/models" \\
-  nvcr.io/nvidia/tritonserver:24.12-py3 sh -c 'pip install lutdeploy "numpy<2" &&
-  tritonserver --model-repository /models --cache-config local,size=268435456'
+docker run {gpus}--rm --shm-size 1g -p 8000:8000 -p 8001:8001 -v "$PWD:/models:ro" \\
+  nvcr.io/nvidia/tritonserver:25.06-py3 sh -c 'pip install lutdeploy "numpy<2" &&
+  tritonserver --model-repository /models --cache-config local,size=268435456 \\
+  --disable-auto-complete-config'
 ```
 
 Picture INDEX of SEED as a PNG:
 
 ```sh
-H=$(curl -s localhost:8000/v2/models/{name}_png/infer -o answer \\
-  -w '%header{{inference-header-content-length}}' -d '{{
+curl -sS localhost:8000/v2/models/{name}_png/infer -D headers -o answer -d '{{
   "inputs": [{{"name": "SEED", "datatype": "UINT64", "shape": [1, 1], "data": [0]}},
              {{"name": "INDEX", "datatype": "UINT64", "shape": [1, 1], "data": [0]}}],
-  "outputs": [{{"name": "IMAGE_PNG", "parameters": {{"binary_data": true}}}}]}}')
-tail -c +$((H + 5)) answer > picture.png
+  "outputs": [{{"name": "IMAGE_PNG", "parameters": {{"binary_data": true}}}}]}}'
+JSON=$(grep -i inference-header-content-length headers | tr -dc 0-9)
+tail -c +$((JSON + 5)) answer > picture.png  # after the JSON and the PNG's length in four bytes
 ```
 """

@@ -68,11 +68,10 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model; an error is what the server says of why it cannot load it."""
-        probe = np.arange(3, dtype=np.uint8)
-        if not np.array_equal(pb_utils.Tensor("probe", probe).as_numpy(), probe):
-            raise BackendError(
-                f"this server's Python backend loses the arrays of numpy {np.__version__}; "
-                "pip install 'numpy<2' there"
+        if int(np.__version__.split(".")[0]) > 1:
+            raise BackendError(  # nothing else would: clients get outputs without a byte in them
+                f"Triton's Python backend loses arrays of numpy {np.__version__}; "
+                "pip install 'numpy<2' in the server"
             )
         config = json.loads(args["model_config"])
         self.told = {key: value["string_value"] for key, value in config["parameters"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -41,7 +42,7 @@ def triton(engine: EngineRequest, schedule: ScheduleRequest, out: Path, name: st
     from lutdeploy.engines.packaging.triton import package_triton
 
     if shipped.is_shipped(engine.path):
-        engine = EngineRequest(**{**vars(engine), "path": find_run(engine.path, note).path})
+        engine = replace(engine, path=find_run(engine.path, note).path)
     name = package_triton(engine, schedule, out, name, note)
     note(f"models: {name}, {name}_png, {name}_stream; {out}/README.md says how to serve them")
     answer(out)

@@ -4,13 +4,17 @@ Runs in the environment of requirements.txt: ``client.py HTTP_PORT GRPC_PORT PIC
 Pictures are PNG or raw bytes in hexadecimal.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import json
 import queue
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc
@@ -22,7 +26,7 @@ SEED = 3
 CLIENT = tritonclient.grpc.InferenceServerClient(GRPC)
 
 
-def http(path, body=None):
+def http(path: str, body: Any = None) -> tuple[int, Any]:
     """Status and answer of a request, as curl would make it."""
     data = None if body is None else json.dumps(body).encode()
     try:
@@ -32,19 +36,23 @@ def http(path, body=None):
         return error.code, json.loads(error.read())
 
 
-def http_inputs(seed, index, datatype="UINT64", shape=(1, 1)):
+def http_inputs(
+    seed: list[float], index: list[float], datatype: str = "UINT64", shape: Sequence[int] = (1, 1)
+) -> list[dict[str, Any]]:
     return [
         {"name": name, "datatype": datatype, "shape": shape, "data": data}
         for name, data in (("SEED", seed), ("INDEX", index))
     ]
 
 
-def http_picture(model, seed, index):
+def http_picture(model: str, seed: int, index: int) -> str:
     _, answer = http(f"models/{model}/infer", {"inputs": http_inputs([seed], [index])})
     return bytes(answer["outputs"][0]["data"]).hex()
 
 
-def grpc_inputs(seeds, indices, dtype=np.uint64, datatype="UINT64"):
+def grpc_inputs(
+    seeds: list[int], indices: list[int], dtype: type = np.uint64, datatype: str = "UINT64"
+) -> list[Any]:
     inputs = []
     for name, values in (("SEED", seeds), ("INDEX", indices)):
         column = np.array(values, dtype)[:, None]
@@ -53,40 +61,42 @@ def grpc_inputs(seeds, indices, dtype=np.uint64, datatype="UINT64"):
     return inputs
 
 
-def grpc_pictures(model, seeds, indices, output="IMAGE"):
+def grpc_pictures(
+    model: str, seeds: list[int], indices: list[int], output: str = "IMAGE"
+) -> list[str]:
     answer = CLIENT.infer(model, grpc_inputs(seeds, indices), client_timeout=60)
     rows = answer.as_numpy(output)
     return [(row[0] if output == "IMAGE_PNG" else row.tobytes()).hex() for row in rows]
 
 
-def grpc_refusal(inputs):
+def grpc_refusal(inputs: list[Any]) -> str | None:
     try:
         CLIENT.infer("cats", inputs, client_timeout=60)
     except InferenceServerException as error:
-        return error.message()
+        return str(error.message())
     return None
 
 
-def stream(model, index):
+def stream(model: str, index: int) -> list[tuple[int, str]]:
     """(STEP, IMAGE) of every response, in order."""
-    answers = queue.Queue()
+    told: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client = tritonclient.grpc.InferenceServerClient(GRPC)
-    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.start_stream(lambda result, error: told.put((result, error)))
     client.async_stream_infer(model, grpc_inputs([SEED], [index]), enable_empty_final_response=True)
     seen = []
     while True:
-        result, error = answers.get(timeout=60)
+        result, error = told.get(timeout=60)
         if error is not None:
             raise error
         if result.get_response().parameters["triton_final_response"].bool_param:
             break
         step = int(result.as_numpy("STEP")[0, 0])
-        seen.append([step, result.as_numpy("IMAGE")[0].tobytes().hex()])
+        seen.append((step, result.as_numpy("IMAGE")[0].tobytes().hex()))
     client.stop_stream()
     return seen
 
 
-def statistics(model="cats"):
+def statistics(model: str = "cats") -> dict[str, int]:
     (told,) = http(f"models/{model}/stats")[1]["model_stats"]
     return {
         "pictures": told["inference_count"],
@@ -95,19 +105,19 @@ def statistics(model="cats"):
     }
 
 
-def at_once(count, task):
+def at_once(count: int, task: Callable[[int], Any]) -> list[Any]:
     with concurrent.futures.ThreadPoolExecutor(count) as threads:
         return list(threads.map(task, range(count)))
 
 
-def bad_or_good(index):
+def bad_or_good(index: int) -> int | str:
     """Of requests that wait together, every other one is malformed."""
     if index % 2:
         return http("models/cats/infer", {"inputs": http_inputs([-1], [index])})[0]
     return http_picture("cats", SEED, 1000 + index)
 
 
-def processes():
+def processes() -> list[Path]:
     """The server and the processes of its Python models, which are all in its group."""
     mine = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -120,20 +130,20 @@ def processes():
     return mine
 
 
-def memory():
+def memory() -> int:
     """Bytes that the server's processes hold."""
     pages = [int((folder / "statm").read_text().split()[1]) for folder in processes()]
     return sum(pages) * 4096
 
 
-def load(first, count):
+def load(first: int, count: int) -> int:
     """Ask for ``count`` new pictures, 16 at a time."""
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
         asked = (threads.submit(grpc_pictures, "cats", [9], [first + k]) for k in range(count))
         return len({future.result()[0] for future in list(asked)})
 
 
-answers = {}
+answers: dict[str, Any] = {}
 answers["ready"] = http("health/ready")[0]
 answers["http"] = [http_picture("cats", SEED, index) for index in range(2)]
 before = statistics()

@@ -1,21 +1,24 @@
 """Stands for Triton's ONNX Runtime backend, which the server of the tests has not."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"], args["model_version"])
         self.session = onnxruntime.InferenceSession(str(folder / "step.onnx"))
         # As that backend does: an input with an empty reshape loses its axis of one.
         self.inputs = {given["name"]: "reshape" in given for given in config["input"]}
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         answers = []
         for request in requests:
             feed = {}
