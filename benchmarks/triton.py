@@ -2,8 +2,8 @@
 
     python benchmarks/triton.py cats --requests 256 --at-once 16
 
-It needs NumPy and `tritonclient[grpc]`, and no lutdeploy. Every request is for another picture, so that
-none comes from the cache; --again asks for them a second time.
+It needs NumPy and `tritonclient[grpc]`, and no lutdeploy. Every request is for another picture, so
+that none comes from the cache; --again asks for them a second time.
 """
 
 from __future__ import annotations

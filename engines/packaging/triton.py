@@ -83,9 +83,9 @@ def package_triton(
     name = run.path.resolve().name if name is None else name
     if not re.fullmatch(NAMES, name, re.ASCII):
         raise UsageError(f"{name!r} is no name for a model in Triton; --name takes A-Z a-z 0-9 _.-")
+    denoiser = _denoiser(run, manifest, request, f"{name}_denoiser")
     with OnnxRuntimeDenoiser(manifest) as engine:  # verifies the files, and that they load
         followed = resolve_schedule(schedule, request.path, engine, note)
-    denoiser = _denoiser(run, manifest, request, f"{name}_denoiser")
     configs = _python_configs(name, manifest, followed, request.batch or 64, denoiser)
     contents = {README: _readme(name, manifest, followed, denoiser).encode()}
     for config in configs:
@@ -151,7 +151,10 @@ def _denoiser(run: Run, manifest: Manifest, request: EngineRequest, name: str) -
     if device.kind == "cpu" and not tensorrt:
         return None
     if device.kind != "cuda":
-        raise UsageError(f"--device {device}: a server computes with {request.backend} elsewhere")
+        raise UsageError(
+            f"--device {device}: Triton computes with {request.backend} on "
+            f"{'cuda' if tensorrt else 'cpu or cuda'}"
+        )
     if manifest.precision == "int8":
         raise UsageError(f"{manifest.name} is an int8 export, which is for CPUs, not {device}")
     (graph,) = manifest.graphs

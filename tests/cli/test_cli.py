@@ -393,7 +393,7 @@ def test_doctor_fails_when_something_needed_does_not_import(
 def test_every_command_has_help(command: str) -> None:
     text = run(command, "--help").stdout
     assert f"Usage: cli {command} " in text
-    assert "..." not in text
+    assert "..." not in text.replace("COMMAND [ARGS]...", "")  # of a group
 
 
 def test_the_short_help_is_whole() -> None:

@@ -22,7 +22,7 @@ import sysconfig
 import time
 import types
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ def test_what_is_not_packaged(run: Run, tmp_path: Path) -> None:
     assert "is a loop export" in refused(2, "--export", "loop-fp32-dpmpp-3m-5")
     assert "is no name for a model" in refused(2, "--name", "my cats")
     assert "no fitted schedule of 7 steps" in refused(2, "--solver", "fitted", "--steps", 7)
-    assert "--device mps" in refused(2, "--device", "mps")
+    assert "on cpu or cuda" in refused(2, "--device", "mps")
+    assert "is no device" in refused(2, "--device", "banana")
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -156,6 +157,16 @@ def test_an_export_without_a_passed_verdict_is_refused(run: Run, tmp_path: Path)
     verdict.unlink()
     assert "export step-fp32 has no verdict" in fail(1, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_step_export_is_refused(run: Run, tmp_path: Path) -> None:
+    shutil.rmtree(run.export_folder("step-fp32"))
+    line = fail(2, "package", "triton", run.path, "--out", tmp_path / "out")
+    assert f"has no step export; run `lutdeploy export {run.path}` first" in line
+    loop = run.export_folder("loop-fp32-dpmpp-3m-5")
+    assert "lies in no run folder" in fail(
+        2, "package", "triton", shutil.copytree(loop, tmp_path / "loop"), "--out", tmp_path / "out"
+    )
 
 
 def test_a_damaged_export_is_refused(run: Run, tmp_path: Path) -> None:
@@ -261,15 +272,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def answers(
-    environment: Path, artefacts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Any]]:
-    """What tests/data/triton/client.py was answered.
+def answers(environment: Path, artefacts: Path, shared_folder: Path) -> dict[str, Any]:
+    """What one server answered, whose answers all processes of pytest-xdist share."""
+    folder = shared_folder / "triton"
+    with filelock.FileLock(shared_folder / "triton.lock"):
+        if not (folder / "answers.json").is_file():
+            files.write_json(folder / "answers.json", ask_server(environment, artefacts, folder))
+    found: dict[str, Any] = files.read_json(folder / "answers.json")
+    return found
+
+
+def ask_server(environment: Path, artefacts: Path, folder: Path) -> dict[str, Any]:
+    """What tests/data/triton/client.py and the README's commands were answered.
 
     Models "cats" compute within the Python backend. Models "gpu" ask "gpu_denoiser", in which
     tests/data/triton/denoiser.py stands for Triton's ONNX Runtime backend, and a CPU for the GPU.
     """
-    folder = tmp_path_factory.mktemp("triton")
     package(artefacts / "run", folder / "cats", "--name", "cats", *STEPS)
     package(artefacts / "run", folder / "gpu", "--name", "gpu", "--device", "cuda", *STEPS)
     asked = folder / "gpu" / "gpu_denoiser"
@@ -310,13 +328,22 @@ def answers(
         done = subprocess.run(client, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
         assert started.poll() is None, "the server lives"
-        yield {**json.loads(done.stdout), "http_port": http}
+        readme = (folder / "cats" / "README.md").read_text()
+        return {**json.loads(done.stdout), "readme": follow(readme, http, folder)}
     finally:
         started.send_signal(signal.SIGTERM)
         try:
             started.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(started.pid, signal.SIGKILL)
+
+
+def follow(readme: str, port: int, folder: Path) -> str:
+    """The picture, in hexadecimal, that the README's curl command gets."""
+    *_, curl = readme.split("```sh\n")
+    script = curl.partition("```")[0].replace("localhost:8000", f"localhost:{port}")
+    subprocess.run(["sh", "-e", "-c", script], cwd=folder, check=True, timeout=60)
+    return (folder / "picture.png").read_bytes().hex()
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
@@ -388,17 +415,10 @@ def test_png(answers: dict[str, Any], expected: Callable[..., list[Pixels]]) -> 
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme(
-    answers: dict[str, Any],
-    expected: Callable[..., list[Pixels]],
-    artefacts: Path,
-    tmp_path: Path,
+    answers: dict[str, Any], expected: Callable[..., list[Pixels]]
 ) -> None:
-    package(artefacts / "run", tmp_path / "models", "--name", "cats", *STEPS)
-    *_, curl = (tmp_path / "models" / "README.md").read_text().split("```sh\n")
-    script = curl.partition("```")[0].replace("localhost:8000", f"localhost:{answers['http_port']}")
-    subprocess.run(["sh", "-e", "-c", script], cwd=tmp_path, check=True, timeout=60)
     wanted = encode_pictures(np.stack(expected((0, 0))))
-    assert (tmp_path / "picture.png").read_bytes() == wanted[0]
+    assert bytes.fromhex(answers["readme"]) == wanted[0]
 
 
 @pytest.mark.slow
