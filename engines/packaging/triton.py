@@ -1,14 +1,17 @@
 """A model repository for NVIDIA's Triton Inference Server: `lutdeploy package triton`.
 
     DIR/
-      NAME/           SEED, INDEX → IMAGE; batched and cached
-      NAME_png/       SEED, INDEX → IMAGE_PNG, by asking NAME; cached
+      NAME/           SEED, INDEX → IMAGE, in batches
+      NAME_png/       SEED, INDEX → IMAGE_PNG, by asking NAME
       NAME_stream/    SEED, INDEX → STEP, IMAGE after every step, as a stream
       NAME_denoiser/  for GPUs: one step, in Triton's ONNX Runtime or TensorRT, asked by the others
 
-Each has its config.pbtxt, and those in Python triton_model.py as ``1/model.py``. PNGs are a model
-of their own because Triton's response cache knows a request by its inputs alone: a request for one
-output would be answered with another that was cached.
+Each has its config.pbtxt, and those in Python triton_model.py as ``1/model.py``.
+
+Two things about Triton's response cache, seen in 2.51, shape this. It knows a request by its inputs
+alone: of two outputs in one model, a request for one would be answered with the other that was
+cached, so PNGs are a model of their own. And it keeps failures, as answers without any output: only
+models that fail by nothing but their own inputs are open to it, and not those that ask a GPU.
 """
 
 from __future__ import annotations
@@ -222,7 +225,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
 def _python_configs(
     name: str, manifest: Manifest, schedule: Schedule, batch: int, denoiser: Denoiser | None
 ) -> list[ModelConfig]:
-    """NAME, NAME_png and NAME_stream."""
+    """NAME, NAME_png and NAME_stream; ``batch`` is the most pictures at once."""
     if denoiser is not None:
         batch = min(batch, denoiser.config.max_batch_size)
     facts = {**_facts(manifest), "schedule": schedule.describe()}
@@ -237,7 +240,7 @@ def _python_configs(
         outputs=[image],
         instances=ON_CPU,
         dynamic_batching=True,
-        response_cache=True,
+        response_cache=denoiser is None,
         parameters={**computes, "makes": "pictures"},
     )
     png = replace(

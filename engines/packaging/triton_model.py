@@ -41,7 +41,9 @@ def ask(model: str, inputs: dict[str, Any], outputs: Sequence[str]) -> list[Any]
     response = request.exec()
     if response.has_error():
         raise BackendError(f"{model}: {response.error().message()}")
-    tensors = (pb_utils.get_output_tensor_by_name(response, name) for name in outputs)
+    tensors = [pb_utils.get_output_tensor_by_name(response, name) for name in outputs]
+    if None in tensors:  # a failure that the server's cache kept, see triton.py
+        raise BackendError(f"{model} answered without {', '.join(outputs)}")
     return [np.array(tensor.as_numpy()) for tensor in tensors]
 
 

@@ -7,6 +7,7 @@ Pictures are PNG or raw bytes in hexadecimal.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import queue
 import sys
@@ -55,7 +56,7 @@ def grpc_inputs(
 ) -> list[Any]:
     inputs = []
     for name, values in (("SEED", seeds), ("INDEX", indices)):
-        column = np.array(values, dtype)[:, None]
+        column: Any = np.array(values, dtype)[:, None]
         inputs.append(tritonclient.grpc.InferInput(name, column.shape, datatype))
         inputs[-1].set_data_from_numpy(column)
     return inputs
@@ -69,9 +70,26 @@ def grpc_pictures(
     return [(row[0] if output == "IMAGE_PNG" else row.tobytes()).hex() for row in rows]
 
 
-def grpc_refusal(inputs: list[Any]) -> str | None:
+def grpc_refusal(inputs: list[Any], model: str = "cats") -> str | None:
     try:
-        CLIENT.infer("cats", inputs, client_timeout=60)
+        CLIENT.infer(model, inputs, client_timeout=60)
+    except InferenceServerException as error:
+        return str(error.message())
+    return None
+
+
+def unlucky() -> int:
+    """The first picture of SEED whose noise tests/data/triton/denoiser.py refuses."""
+    for index in itertools.count():
+        generator = np.random.Generator(np.random.Philox(key=SEED | index << 64))
+        if generator.standard_normal(1, np.float32)[0] > 3:
+            return index
+    raise AssertionError
+
+
+def stream_refusal(model: str, index: int) -> str | None:
+    try:
+        stream(model, index)
     except InferenceServerException as error:
         return str(error.message())
     return None
@@ -175,6 +193,14 @@ answers["stream"] = stream("cats_stream", 0)
 answers["asked"] = grpc_pictures("gpu", [SEED], [0])
 answers["asked_statistics"] = statistics("gpu_denoiser")
 answers["asked_stream"] = stream("gpu_stream", 0)
+failing = unlucky()
+answers["failures"] = [
+    grpc_refusal(grpc_inputs([SEED], [failing]), "gpu"),
+    grpc_refusal(grpc_inputs([SEED], [failing]), "gpu"),
+    grpc_refusal(grpc_inputs([SEED], [failing]), "gpu_png"),
+    stream_refusal("gpu_stream", failing),
+]
+answers["asked_after"] = grpc_pictures("gpu", [SEED], [1])
 load(0, 500)
 answers["memory"] = [memory()]
 answers["different"] = load(500, LOAD)

@@ -101,7 +101,8 @@ def test_on_a_gpu_the_steps_are_a_model_of_their_own(run: Run, tmp_path: Path) -
     config = (out / "faces_denoiser" / "config.pbtxt").read_text()
     for line in ('platform: "onnxruntime_onnx"', "max_batch_size: 16", "  gpus: 1"):
         assert f"{line}\n" in config
-    assert "faces_denoiser" in (out / "faces" / "config.pbtxt").read_text()
+    for model in ("faces", "faces_stream"):
+        assert "faces_denoiser" in (out / model / "config.pbtxt").read_text()
 
 
 @one_version
@@ -451,6 +452,19 @@ def test_a_denoiser_that_is_a_model_of_its_own(
 ) -> None:
     assert largest_difference(answers["asked"], expected((SEED, 0))) == 0
     assert answers["asked_statistics"]["batches"] == SCHEDULE.steps
+
+
+@pytest.mark.slow
+def test_a_denoiser_that_fails_is_an_error_and_not_the_end(
+    answers: dict[str, Any], expected: Callable[..., list[Pixels]]
+) -> None:
+    assert answers["failures"] == [
+        "gpu_denoiser: unlucky",
+        "gpu_denoiser: unlucky",  # again, and no answer without outputs from the cache
+        "gpu: gpu_denoiser: unlucky",
+        "gpu_denoiser: unlucky",
+    ]
+    assert largest_difference(answers["asked_after"], expected((SEED, 1))) == 0
 
 
 @pytest.mark.slow
