@@ -15,7 +15,7 @@ from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run, locate
-from lutdeploy.artefacts.tuned_steps import fitted_schedules
+from lutdeploy.artefacts.tuned_steps import distilled_from, fitted_schedules
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.tensorrt import plan
@@ -74,6 +74,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "model_sha256": files.sha256(path),
         "about": about,
+        "distilled": msgspec.to_builtins(distilled_from(about, path)),
         **_about_model(config),
     }
 

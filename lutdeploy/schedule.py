@@ -20,6 +20,7 @@ from lutdeploy.errors import ConfigError, UsageError
 
 GRIDS = ("uniform", "tuned")  # equal steps, warped by a shift; times found for one model
 FITTED = "fitted"  # the "solver" whose rows were fitted to a model
+DISTILLED = "distilled"  # the "solver" whose rows a model learnt to follow, and no others
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -69,7 +70,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         Exports of earlier versions may hold a solver over tuned times: ``dpmpp-2m-16-tuned``.
         """
         suffix = "" if self.shift == 1 else f"-shift{self.shift:g}"
-        if self.grid != "uniform" and self.solver != FITTED:
+        if self.grid != "uniform" and self.solver not in (FITTED, DISTILLED):
             suffix = f"-{self.grid}"
         return f"{self.solver}-{self.steps}{suffix}"
 
@@ -206,17 +207,24 @@ class ScheduleRequest:
         """Find the schedule; what was not said is as in ``held``, else 64 steps of "euler".
 
         Args:
-            held: the only schedule that a denoiser can follow, if that is so.
+            held: the only schedule that a denoiser can follow, if that is so, or that its model
+                was distilled to.
             fitted: gives the model's fitted schedules, the best first; called only when one
                 is asked for.
 
         Raises:
-            UsageError: no such fitted schedule, with those there are; a shift of a fitted one.
+            UsageError: no such fitted schedule, with those there are; a shift of a fitted one;
+                another one than a distilled model's.
             ConfigError: as :func:`solver_schedule`.
         """
         if held is not None and held.grid == "tuned" and self.shift is None:
             if self.solver in (None, held.solver) and self.steps in (None, held.steps):
                 return held
+        if held is not None and held.solver == DISTILLED:
+            raise UsageError(
+                f"the model was distilled to {held.steps} steps and has learnt no other times: "
+                "leave out --solver, --steps and --shift, or take the model it was distilled from"
+            )
         solver = self.solver or (held.solver if held else "euler")
         if solver == FITTED:
             return self._choose(fitted())

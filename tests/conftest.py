@@ -38,7 +38,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # The suite tries the same inputs each time; HYPOTHESIS_PROFILE=fuzz tries many, always others.
 hypothesis.settings.register_profile("suite", max_examples=20, derandomize=True, database=None)
-hypothesis.settings.register_profile("fuzz", max_examples=3000, database=None, deadline=None)
+hypothesis.settings.register_profile("fuzz", max_examples=1000, database=None, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 

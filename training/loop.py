@@ -1,5 +1,8 @@
 """The training loop: a generator of progress, with checkpoints that survive kill −9.
 
+:func:`learn` is the loop for whatever is learnt, a :class:`Task`; :func:`train` is that for
+denoising images.
+
 All randomness of a step is a function of (seed, step), so the state to resume from is the
 weights, their averages, what the optimisers keep and the step number.
 """
@@ -11,18 +14,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lutdeploy import images
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import NonFiniteError, UsageError
 from lutdeploy.model import LutTransformer
+from lutdeploy.schedule import Schedule
 from lutdeploy.training import pictures
 from lutdeploy.training.data import ImageSet, batch_indices
 from lutdeploy.training.losses import Objective, Perceptual, load_perceptual, sample_timesteps
@@ -57,7 +62,7 @@ class Progress(msgspec.Struct, omit_defaults=True):
     held_out_loss: float | None = None  # of the chosen average, where it was computed
 
 
-def _step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     words = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
 
@@ -91,7 +96,7 @@ def held_out_loss(
 ) -> float:
     """The objective on held-out images, uint8 [n, C, S, S], with fixed timesteps and noise."""
     objective = Objective(model, settings, perceptual).to(device)
-    generator = _step_generator(HELD_OUT_SEED, 0, device)
+    generator = step_generator(HELD_OUT_SEED, 0, device)
     total, pixels = 0.0, pixels[:HELD_OUT_IMAGES]
     for start in range(0, len(pixels), HELD_OUT_BATCH):
         x = _floats(torch.from_numpy(pixels[start : start + HELD_OUT_BATCH]), device)
@@ -101,14 +106,71 @@ def held_out_loss(
     return total / len(pixels)
 
 
-def write_pictures(state: TrainingState, run: Run) -> None:
+class Task(Protocol):
+    """What a run learns. Batches are functions of (seed, step) and the model alone."""
+
+    count: int  # of what it learns from; a resumed run needs as many
+    schedule: Schedule  # of the pictures made while training
+
+    def record(self, run: Run) -> None:
+        """Note in the run what it learns from."""
+
+    def objective(self, model: LutTransformer, settings: TrainSettings) -> nn.Module:
+        """The module around the model that computes the loss of a batch."""
+
+    def batches(self, model: LutTransformer, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """What the objective takes, from a step on: whole batches, [B, …] each."""
+
+    def held_out(self, model: LutTransformer) -> float | None:
+        """How far off a model is on what is never trained on; None where nothing is held out."""
+
+
+class Denoising:
+    """Images, noise and timesteps, as the recipe draws them."""
+
+    schedule = pictures.REFERENCE
+
+    def __init__(self, settings: TrainSettings, data: ImageSet, device: torch.device) -> None:
+        self._settings, self._data, self._device = settings, data, device
+        self.chosen, held = data.split(settings.held_out, settings.seed)
+        self.count = len(self.chosen)
+        self._pixels = on_device(data.images, device)
+        self._held = data.images[held[:HELD_OUT_IMAGES]]
+        lpips = settings.perceptual == "lpips"
+        self._perceptual = load_perceptual(device) if lpips else None
+
+    def record(self, run: Run) -> None:
+        if self._data.sha256:
+            self._data.write_list(run.images)
+
+    def objective(self, model: LutTransformer, settings: TrainSettings) -> nn.Module:
+        return Objective(model, settings, self._perceptual)
+
+    def batches(self, model: LutTransformer, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """Clean images x, noise, timesteps t [B]."""
+        settings, place = self._settings, self._device
+        indices = batch_indices(self.count, settings.batch, settings.seed, start)
+        for step, index in enumerate(indices, start):
+            generator = step_generator(settings.seed, step, place)
+            pixels = self._pixels[torch.from_numpy(self.chosen[index])]
+            x = mirror(_floats(pixels, place), settings.flip, generator)
+            t = sample_timesteps(len(x), settings, generator)
+            yield x, torch.randn(x.shape, generator=generator, device=place), t
+
+    def held_out(self, model: LutTransformer) -> float | None:
+        if not len(self._held):
+            return None
+        return held_out_loss(model, self._held, self._settings, self._device, self._perceptual)
+
+
+def write_pictures(state: TrainingState, run: Run, schedule: Schedule) -> None:
     """Pictures of the chosen average at the current step."""
-    for name, picture in pictures.of_model(state.ema).items():
+    for name, picture in pictures.of_model(state.ema, schedule).items():
         path = run.pictures / f"{name}-{state.step:06d}.png"
         files.write_atomic(path, images.encode_png(picture))
 
 
-def _begin(run: Run, state: TrainingState, data: ImageSet) -> None:
+def _begin(run: Run, state: TrainingState) -> None:
     """Clear what a kill left, and bring the run's files to the state's step."""
     for path in (run.settings, run.images, run.model, run.training_state, run.log):
         files.clear_leftovers(run.path, path.name)
@@ -116,8 +178,6 @@ def _begin(run: Run, state: TrainingState, data: ImageSet) -> None:
     files.clear_leftovers(run.averages, "*.safetensors")
     if state.step:
         state.save_models(run)  # a kill between the files leaves them one checkpoint behind
-    if data.sha256:
-        data.write_list(run.images)
     files.write_json(run.settings, state.settings)
     if run.log.is_file():
         lines = []
@@ -139,34 +199,63 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     peak: float | None = None,
 ) -> Iterator[Progress]:
-    """Train, yielding after every step.
+    """Learn to denoise images, yielding after every step; see :func:`learn`."""
+    processes = processes or Processes("cpu")
+    task = Denoising(settings, data, processes.device)
+    first = None  # images for the first weights; a state that is read needs none
+    if settings.start == "copy" and settings.init is None and not _resumes(run, resume):
+        first = torch.from_numpy(data.images[evenly_spaced(task.chosen)])
+    yield from learn(
+        settings,
+        task,
+        run,
+        processes=processes,
+        resume=resume,
+        cadence=cadence or Cadence(),
+        should_stop=should_stop,
+        peak=peak,
+        images=first,
+    )
+
+
+def _resumes(run: Run, resume: bool) -> bool:
+    return resume and run.training_state.is_file()
+
+
+def learn(
+    settings: TrainSettings,
+    task: Task,
+    run: Run,
+    *,
+    processes: Processes,
+    resume: bool,
+    cadence: Cadence,
+    should_stop: Callable[[], bool],
+    peak: float | None = None,
+    images: Tensor | None = None,
+) -> Iterator[Progress]:
+    """Learn a task, yielding after every step.
 
     Args:
         run: where everything is written; the caller holds its lock.
-        processes: those that train together; this one alone, on the CPU, by default.
+        processes: those that train together.
         resume: continue from the run's training state, if it has one yet.
         should_stop: asked after every step; true in any process saves and ends.
         peak: FLOP/s of matrix products in the settings' precision, of all processes together.
+        images: for a start as a copy, uint8 [n, C, S, S].
     """
-    cadence = cadence or Cadence()
-    processes = processes or Processes("cpu")
     place, part = processes.device, processes.part(settings.batch)
-    perceptual = load_perceptual(place) if settings.perceptual == "lpips" else None
-    chosen, held = data.split(settings.held_out, settings.seed)
-    resumes = resume and run.training_state.is_file()
-    first = None  # images for the first weights; a state that is read needs none
-    if settings.start == "copy" and settings.init is None and not resumes:
-        first = torch.from_numpy(data.images[evenly_spaced(chosen)])
-    state = TrainingState(settings, place, perceptual, first, resumes)
+    resumes = _resumes(run, resume)
+    state = TrainingState(settings, place, task.objective, images, resumes)
     if resumes:
-        state.restore(run, len(chosen))
+        state.restore(run, task.count)
         if settings.steps < state.step:
             raise UsageError(f"--steps {settings.steps}: {run.path} has {state.step} steps already")
     processes.wait()  # until all have read what the first writes next
     if processes.writes:
-        _begin(run, state, data)
-    pixels, held_pixels = on_device(data.images, place), data.images[held[:HELD_OUT_IMAGES]]
-    batches = batch_indices(len(chosen), settings.batch, settings.seed, state.step)
+        task.record(run)  # first, since the settings make it a run
+        _begin(run, state)
+    batches = task.batches(state.model, state.step)
     compute = processes.join(state.objective)
     if settings.compile:
         compute = torch.compile(compute, dynamic=False)  # type: ignore[assignment]
@@ -174,14 +263,11 @@ def train(
 
     while state.step < settings.steps:
         step = state.step
-        generator = _step_generator(settings.seed, step, place)
-        index = torch.from_numpy(chosen[next(batches)])
-        x = mirror(_floats(pixels[index], place), settings.flip, generator)
-        t = sample_timesteps(len(x), settings, generator)
-        noise = torch.randn(x.shape, generator=generator, device=place)
+        batch = next(batches)
         if settings.dropout:  # its masks depend on the step and the process alone
-            torch.manual_seed(generator.initial_seed() + processes.rank)
-        loss_tensor = compute(x[part], noise[part], t[part])
+            seed = step_generator(settings.seed, step, place).initial_seed()
+            torch.manual_seed(seed + processes.rank)
+        loss_tensor = compute(*(of_all[part] for of_all in batch))
         loss_tensor.backward()
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(state.parameters, settings.clip_norm)
@@ -194,17 +280,14 @@ def train(
         ends = bool(stop) or state.step == settings.steps
         held_out = None
         with clock.paused():
-            if len(held) and (ends or state.step % cadence.held_out == 0):
-                losses = (
-                    held_out_loss(average, held_pixels, settings, place, perceptual)
-                    for average in state.averages
-                )
-                held_out = state.choose(list(losses))
+            if ends or state.step % cadence.held_out == 0:
+                losses = [task.held_out(average) for average in state.averages]
+                held_out = state.choose([loss for loss in losses if loss is not None])
             if processes.writes:
                 if ends or state.step % cadence.checkpoint == 0:
-                    state.save(run, len(chosen))
+                    state.save(run, task.count)
                 if ends or state.step % cadence.picture == 0:
-                    write_pictures(state, run)
+                    write_pictures(state, run, task.schedule)
         logged = ends or held_out is not None or state.step % cadence.log == 0
         if logged:
             clock.read(state.step)

@@ -9,20 +9,22 @@ from lutdeploy.images import Pixels
 from lutdeploy.model import LutTransformer
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.sampling import batch_noise, trajectory
-from lutdeploy.schedule import solver_schedule
+from lutdeploy.schedule import Schedule, solver_schedule
 
 PICTURE_IMAGES = 8
+REFERENCE = solver_schedule("euler", 64)
 
 
-def of_model(model: LutTransformer) -> dict[str, Pixels]:
-    """``trajectory`` of 64 Euler steps, ``lut`` and ``gram``; each uint8 [H, W, C]."""
+def of_model(model: LutTransformer, schedule: Schedule = REFERENCE) -> dict[str, Pixels]:
+    """``trajectory`` of a schedule, ``lut`` and ``gram``; each uint8 [H, W, C]."""
     device = next(model.parameters()).device
     denoiser = TorchDenoiser(model, str(device))
     noise = batch_noise(0, range(PICTURE_IMAGES), model.config.image_shape)
-    states = [s.x for s in trajectory(denoiser, noise, solver_schedule("euler", 64))]
-    at = torch.full((1,), 0.5, device=device)
+    states = [s.x for s in trajectory(denoiser, noise, schedule)]
+    half = schedule.steps // 2
+    at = torch.full((1,), schedule.times[half], device=device)
     with torch.no_grad():  # a dynamic LUT is drawn as computed half-way to the first sample
-        entries = model.lut_patches(torch.from_numpy(states[32][:1]).to(device), at)
+        entries = model.lut_patches(torch.from_numpy(states[half][:1]).to(device), at)
     lut = entries.detach().float().cpu().numpy()
     return {
         "trajectory": images.trajectory_rows(states),

@@ -13,8 +13,10 @@ from msgspec import Meta
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run, decay_name
+from lutdeploy.artefacts.tuned_steps import Origin
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, ConfigError
+from lutdeploy.schedule import Schedule, Step
 
 Count = Annotated[int, Meta(ge=1)]
 Weight = Annotated[float, Meta(ge=0)]
@@ -24,6 +26,28 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 # Fields of earlier versions. Both lost their comparison (docs/training.md, "Recipes side by side").
 REMOVED = ("affine", "dct_weight")
+
+
+class DataSplit(msgspec.Struct, frozen=True):
+    """The images that a model was trained on, and which of them were held out."""
+
+    held_out: float  # fraction and
+    seed: int  # seed of their split
+    data: str | None = None  # their folder or "synthetic"; None where only the images can tell
+    images: int | None = msgspec.field(name="training_images", default=None)  # trained on, if known
+
+
+class Distilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a student learns from (:mod:`lutdeploy.training.few_steps.distill`)."""
+
+    teacher: str  # a name, for people; path and hash are the settings' init
+    engine: dict[str, Any]  # the identity of what walks the teacher's paths
+    rows: tuple[Step, ...]  # the teacher's, as many for each row of the student's
+    schedule: Schedule  # the student's
+    paths: Count  # learnt from
+    held_out: Count  # paths that the averages are compared on
+    on_policy: Share  # of the steps, at the end, in which the student's own states are learnt from
+    images: DataSplit | None  # the teacher's; None where it does not say
 
 
 class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,6 +88,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     init: str | None = None  # run or model whose weights come first, in place of ``start``
     init_sha256: str | None = None  # of those weights
     restart: Annotated[int, Meta(ge=0)] = 0  # step at which warm-up and decay last began
+    distilled: Distilled | None = None  # of a student, which learns from no images
 
     def __post_init__(self) -> None:
         if len(set(map(decay_name, self.ema))) < len(self.ema):
@@ -87,6 +112,14 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def changed(self, **values: Any) -> TrainSettings:
         """The same settings with other values."""
         return _checked({**msgspec.to_builtins(self), **values})
+
+    def origin(self) -> dict[str, Any]:
+        """What the metadata of the model say of where it comes from."""
+        if self.distilled is None:
+            return {"origin": "lutdeploy train"}
+        of = self.distilled
+        origin = Origin(of.teacher, str(self.init_sha256), len(of.rows), of.schedule)
+        return {"origin": "lutdeploy distill", "distilled": msgspec.to_builtins(origin)}
 
     def learning_rate(self, step: int) -> float:
         """The rate at a step counted from 0: linear warm-up, then constant or cosine."""

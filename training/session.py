@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def choose_device(name: str) -> str:
 
 
 @contextlib.contextmanager
-def hold_folder(run: Run, resume: bool) -> Iterator[None]:
+def hold_folder(run: Run, resume: bool, command: str = "train") -> Iterator[None]:
     """Hold the folder of a new or a resumed run; of several processes the first does so."""
     if not launch().is_first:
         yield
@@ -77,7 +78,7 @@ def hold_folder(run: Run, resume: bool) -> Iterator[None]:
         raise UsageError(f"{run.path} holds no training run to resume")
     new = not run.path.exists()
     files.output_folder(run.path)
-    with files.lock(run.path, "`lutdeploy train`"):
+    with files.lock(run.path, f"`lutdeploy {command}`"):
         try:
             yield
         except BaseException:
@@ -125,6 +126,12 @@ def _other_name(name: str, text: str, options: Collection[str]) -> str:
     return f"there is no field {name!r}; {known}"
 
 
+def quiet_compiler() -> None:
+    """Hide what torch.compile says that a user cannot mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
+
+
 def new_settings(request: Request, note: Note, device: str = "cpu") -> TrainSettings:
     """The settings of a new run."""
     fields = request.fields
@@ -149,7 +156,7 @@ def new_settings(request: Request, note: Note, device: str = "cpu") -> TrainSett
         note(f"first weights: {path}")
     settings = train_settings(model, **fields).changed(**of_recipe)
     long = fields["steps"] >= COMPILES_FROM
-    return settings.changed(compile=compiles(request, long, device, note))
+    return settings.changed(compile=compiles(request.compile, long, device, note))
 
 
 def absolute(data: str) -> str:
@@ -167,18 +174,18 @@ def absolute_model(name: str) -> str:
     return name if name in shipped.names() else os.path.abspath(name)
 
 
-def compiles(request: Request, worth_it: bool, device: str, note: Note) -> bool:
-    """Whether to use torch.compile, where --compile auto would if it is ``worth_it``.
+def compiles(asked: str, worth_it: bool, device: str, note: Note) -> bool:
+    """Whether to use torch.compile, for "auto", "on" or "off"; "auto" does if it is ``worth_it``.
 
     Raises:
         BackendError: --compile on, and it does not work on the device.
     """
-    if request.compile == "off" or (request.compile == "auto" and not worth_it):
+    if asked == "off" or (asked == "auto" and not worth_it):
         return False
     problem = compile_problem(device)
     if problem is None:
         return True
-    if request.compile == "on":
+    if asked == "on":
         raise BackendError(f"{problem}; --compile off trains without it, which is slower")
     note(f"{problem}; training without it, which is slower")
     return False
@@ -190,6 +197,8 @@ def resumed_settings(run: Run, request: Request, note: Note, device: str = "cpu"
     The path of the data, the steps, and whether to compile may differ.
     """
     settings = read_settings(run)
+    if settings.distilled is not None:
+        raise UsageError(f"{run.path} was distilled; `lutdeploy distill --resume` continues it")
     values = json.loads(json.dumps(msgspec.to_builtins(settings)))
     of_model, of_recipe = parse_overrides(request.overrides, request.fields)
     of_preset = PRESETS[request.preset] if "preset" in request.given else {}
@@ -209,7 +218,7 @@ def resumed_settings(run: Run, request: Request, note: Note, device: str = "cpu"
         if value != held:
             raise UsageError(f"{name} {value}: {run.path} was started with {held}")
     reached = read_position(run).step if run.training_state.is_file() else 0
-    compiled = compiles(request, settings.compile, device, note)
+    compiled = compiles(request.compile, settings.compile, device, note)
     settings = msgspec.structs.replace(settings, data=data, compile=compiled)
     return extended(settings, steps, reached, request.warm_restart, note)
 

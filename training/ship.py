@@ -24,11 +24,11 @@ from lutdeploy import images
 from lutdeploy.artefacts import checkpoint, files, shipped
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run, tuned_steps_file
-from lutdeploy.artefacts.tuned_steps import stored_tuned_steps
+from lutdeploy.artefacts.tuned_steps import distilled_schedule, stored_tuned_steps
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import ArtefactError, LutDeployError
 from lutdeploy.reference import TorchDenoiser
-from lutdeploy.schedule import Schedule, solver_schedule
+from lutdeploy.schedule import DISTILLED, Schedule, solver_schedule
 from lutdeploy.training import pictures
 from lutdeploy.training.evaluation.data import RealImages, Trained, draw_samples, load_real
 from lutdeploy.training.evaluation.evaluate import Evaluation, Metrics, evaluate
@@ -52,15 +52,21 @@ def write_weights(run: Run, name: str) -> Path:
     return path
 
 
-def best_schedule(path: Path) -> Schedule:
-    """The best fitted schedule of the weights, else the reference."""
+def schedules(path: Path) -> tuple[Schedule, Schedule]:
+    """What the weights are sampled with: their best schedule, and the reference.
+
+    A distilled model's only schedule is both.
+    """
+    own = distilled_schedule(path)
+    if own is not None:
+        return own, own
     try:
         known = stored_tuned_steps(path, files.sha256(path))
     except ArtefactError as error:
         click.echo(f"{error}; removed", err=True)
         tuned_steps_file(path).unlink()
         known = None
-    return (known.best if known else None) or REFERENCE
+    return (known.best if known else None) or REFERENCE, REFERENCE
 
 
 def facts(
@@ -68,22 +74,26 @@ def facts(
     about: dict[str, Any],
     sampled: dict[str, Evaluation],
     best: str,
+    reference: str,
     real: RealImages,
     extractor: Extractor,
 ) -> dict[str, Any]:
     """What NAME.json holds of the training and of an evaluation for each schedule."""
     training = msgspec.to_builtins(settings)
-    del training["data"]  # a path of this machine
+    del training["data"], training["init"]  # paths of this machine
+    if settings.distilled is not None and settings.distilled.images is not None:
+        del training["distilled"]["images"]["data"]
     training |= {name: about[name] for name in ("step", "images_seen", "ema")}
     training |= {"training_images": len(real.training), "held_out_images": len(real.held_out)}
-    first, reference = (msgspec.to_builtins(sampled[k]) for k in (best, REFERENCE.describe()))
+    first, other = (msgspec.to_builtins(sampled[name]) for name in (best, reference))
     return {
         "training": training,
         "sampling": {"steps": best, "seed": 0},
         "features": {"name": extractor.name, "sha256": extractor.sha256},
         "metrics": first["rows"][0]["metrics"],
         "floor": first["rows"][1]["metrics"],
-        "reference_metrics": reference["rows"][0]["metrics"],
+        "reference": reference,
+        "reference_metrics": other["rows"][0]["metrics"],
         "x0_errors": first["errors"],
         "memorisation": first["memorisation"],
         "likeness": first["likeness"],
@@ -95,15 +105,17 @@ def card(name: str, values: dict[str, Any]) -> str:
     """NAME.md, for people."""
     rows: list[tuple[str, Metrics]] = [
         (values["sampling"]["steps"], Metrics(**values["metrics"])),
-        (REFERENCE.describe(), Metrics(**values["reference_metrics"])),
+        (values["reference"], Metrics(**values["reference_metrics"])),
         ("real faces (floor)", Metrics(**values["floor"])),
     ]
-    if values["sampling"]["steps"] == REFERENCE.describe():
+    if values["sampling"]["steps"] == values["reference"]:
         del rows[1]
     preset = ModelConfig.from_dict(values["training"]["model"]).preset()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(name=name, rows=rows, preset=preset, **values)
+    training = values["training"]
+    split = (training["distilled"] or {}).get("images") or training
+    return template.render(name=name, rows=rows, preset=preset, split=split, **values)
 
 
 @click.command()
@@ -136,20 +148,22 @@ def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: 
     real = load_real(data or settings.data, None, size, channels, Trained.of_run(run))
     extractor = open_extractor()
     denoiser = TorchDenoiser(model, "cpu")
-    best = best_schedule(path)
+    best, reference = schedules(path)
     sampled = {}
-    for schedule in dict.fromkeys((REFERENCE, best)):
+    for schedule in dict.fromkeys((reference, best)):
         click.echo(f"{count} samples with {schedule.describe()}", err=True)
         samples = draw_samples(denoiser, count, schedule)
-        judged = denoiser if schedule == best else None  # x0 errors need no schedule
+        # x0 errors need no schedule; a distilled model has none of use
+        judged = denoiser if schedule == best and best.solver != DISTILLED else None
         sampled[schedule.describe()] = evaluate(samples, real, extractor, judged)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    found = facts(settings, about, sampled, best.describe(), real, extractor)
+    names = best.describe(), reference.describe()
+    found = facts(settings, about, sampled, *names, real, extractor)
     values = {"parameters": parameters, **found, "remark": remark}
     files.write_json(path.with_suffix(".json"), values)
     files.write_atomic(docs / f"{name}.md", card(name, values).encode())
     grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))
-    for kind, picture in {"samples": grid, **pictures.of_model(model)}.items():
+    for kind, picture in {"samples": grid, **pictures.of_model(model, reference)}.items():
         files.write_atomic(docs / f"{name}.{kind}.png", images.encode_png(picture))
     click.echo(path)
 

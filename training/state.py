@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from lutdeploy.artefacts import checkpoint, files
 from lutdeploy.artefacts.run import Run, decay_name
 from lutdeploy.artefacts.target import find_model
 from lutdeploy.errors import ArtefactError, NonFiniteError, UsageError, ran_out_of_memory
 from lutdeploy.model import LutTransformer
-from lutdeploy.training.losses import Objective, Perceptual
+from lutdeploy.training.losses import Objective
 from lutdeploy.training.optimizers import open_optimizers, restore, state_tensors
 from lutdeploy.training.recipes import TrainSettings
 from lutdeploy.training.start import start_as_copy
@@ -63,13 +64,14 @@ class TrainingState:
         self,
         settings: TrainSettings,
         device: torch.device,
-        perceptual: Perceptual | None = None,
+        objective: Callable[[LutTransformer, TrainSettings], nn.Module] = Objective,
         images: Tensor | None = None,
         resumes: bool = False,
     ) -> None:
         """Make the first weights, unless they are restored later (``resumes``).
 
-        ``images`` are for a start as a copy, uint8 [n, C, S, S].
+        ``objective`` makes the module around the model that computes a batch's loss; ``images``
+        are for a start as a copy, uint8 [n, C, S, S].
         """
         torch.manual_seed(settings.seed)
         self.settings = settings
@@ -83,7 +85,7 @@ class TrainingState:
             copy.deepcopy(self.model).to(device).eval().requires_grad_(False) for _ in settings.ema
         ]
         self.chosen = 0  # index of the average that is the run's model
-        self.objective = Objective(self.model, settings, perceptual).to(device)
+        self.objective = objective(self.model, settings).to(device)
         self.optimizers = open_optimizers(self.objective, settings)
         # Looked up once: walking the modules takes its time in every step.
         self.parameters: list[Tensor] = list(self.model.parameters())
@@ -108,8 +110,10 @@ class TrainingState:
             )
         self.step += 1
 
-    def choose(self, held_out: list[float]) -> float:
-        """Take the average of the lowest held-out loss, which is returned."""
+    def choose(self, held_out: list[float]) -> float | None:
+        """Take the average of the lowest held-out loss, which is returned; None of none."""
+        if not held_out:
+            return None
         self.chosen = min(range(len(held_out)), key=held_out.__getitem__)
         return held_out[self.chosen]
 
@@ -138,7 +142,7 @@ class TrainingState:
     def save_models(self, run: Run) -> None:
         """Write the chosen average as the run's model and, if there are several, each."""
         data = Path(self.settings.data).name  # not its path, as models are given away
-        about = {"origin": "lutdeploy train", "step": self.step, "data": data}
+        about = {**self.settings.origin(), "step": self.step, "data": data}
         if len(self.averages) > 1:
             for decay, average in zip(self.settings.ema, self.averages, strict=True):
                 checkpoint.save_model(average, run.average(decay), about={**about, "ema": decay})

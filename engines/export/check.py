@@ -9,7 +9,7 @@ from pathlib import Path
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import Verdict, read_verdicts, store_verdict, verdict_of
-from lutdeploy.engines.export.graphs import ExportPlan, export_model
+from lutdeploy.engines.export.graphs import ExportPlan, OnPhase, export_model
 from lutdeploy.engines.export.int8 import export_int8
 from lutdeploy.engines.onnxruntime import OnnxRuntimeDenoiser
 from lutdeploy.errors import ParityError
@@ -26,6 +26,7 @@ def export_checked(
     source_sha256: str,
     tuned: Sequence[Schedule],
     note: Callable[[str], None],
+    on_phase: OnPhase = lambda phase: None,
 ) -> Path:
     """Export into the run folder and keep the export where it passes :func:`check_export`.
 
@@ -36,6 +37,7 @@ def export_checked(
         source_sha256: of the model file, for the manifest.
         tuned: the model's tuned schedules, for the manifest.
         note: told what is measured, tried and found.
+        on_phase: told what is done now.
 
     Returns:
         The export folder.
@@ -48,7 +50,9 @@ def export_checked(
     def check(folder: Path) -> None:
         verdicts.append(check_export(model, plan, folder, note))
 
-    export = partial(export_model, model, plan, run, source_sha256, check, tuned=tuned)
+    export = partial(
+        export_model, model, plan, run, source_sha256, check, tuned=tuned, on_phase=on_phase
+    )
     folder = export_int8(model, export, note) if plan.precision == "int8" else export()
     verdict = verdicts[-1]
     # Where the same bytes were judged before, `lutdeploy parity` may have asked more of them.

@@ -70,6 +70,8 @@ INT8_ISLANDS = (
     "head: product, tanh or softmax",
 )
 
+OnPhase = Callable[[str], None]  # told what is done now
+
 
 @dataclass(frozen=True)
 class ExportPlan:
@@ -339,7 +341,9 @@ def _graphs(model: LutTransformer, plan: ExportPlan) -> Iterator[tuple[str, ir.M
         yield "loop.onnx", _unroll(steps, plan.schedule, loop_signature(model.config))
 
 
-def write_graphs(model: LutTransformer, plan: ExportPlan, folder: Path) -> tuple[str, ...]:
+def write_graphs(
+    model: LutTransformer, plan: ExportPlan, folder: Path, on_phase: OnPhase
+) -> tuple[str, ...]:
     """Write the graphs of a plan and their weights file into an empty folder.
 
     Returns:
@@ -349,9 +353,11 @@ def write_graphs(model: LutTransformer, plan: ExportPlan, folder: Path) -> tuple
     with WeightsFile(folder / WEIGHTS) as weights:
         for name, graph in _graphs(model, plan):
             weights.move(graph)
+            on_phase(f"write {name}")
             ir.save(graph, folder / name)
             names.append(name)
     for name in names:
+        on_phase(f"check {name}")
         check_graph(folder / name)
     return tuple(names)
 
@@ -372,6 +378,7 @@ def export_model(
     verify: Callable[[Path], Any] = lambda folder: None,
     quantize: Callable[[Path], Quantization] | None = None,
     tuned: Sequence[Schedule] = (),
+    on_phase: OnPhase = lambda phase: None,
 ) -> Path:
     """Export into the run folder, beside its other exports; one of the same name is replaced.
 
@@ -385,6 +392,7 @@ def export_model(
         quantize: for int8, is called with the float32 graph's file before the manifest is written.
             It quantises the graph in place and returns the record for the manifest.
         tuned: the model's tuned schedules, for the manifest.
+        on_phase: told what is done now, of what may take a minute.
 
     Returns:
         The export folder.
@@ -393,7 +401,7 @@ def export_model(
         raise ValueError(f"precision {plan.precision} does not go with quantize={quantize}")
     target = run.export_folder(plan.name)
     with files.staged(target) as stage:
-        graphs = write_graphs(model, plan, stage)
+        graphs = write_graphs(model, plan, stage, on_phase)
         quantization = None
         if quantize is not None:
             quantization = quantize(stage / graphs[0])
@@ -421,5 +429,6 @@ def export_model(
             tuned=tuple(tuned),
         )
         manifest.write()
+        on_phase("compare with PyTorch")
         verify(stage)
     return target

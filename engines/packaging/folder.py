@@ -64,8 +64,10 @@ def write_folder(
     files.output_folder(out.parent)
     lock = f".{out.name}-lock"  # beside it: whoever serves the folder should not see it
     with files.lock(out.parent, "`lutdeploy package`", name=lock):
-        with files.staged(out) as stage:
-            for name, data in contents.items():
-                files.write_atomic(stage / name, data)
-            files.write_json(stage / record, {**facts, "contents": sorted([*contents, record])})
-        (out.parent / lock).unlink(missing_ok=True)
+        try:
+            with files.staged(out) as stage:
+                for name, data in contents.items():
+                    files.write_atomic(stage / name, data)
+                files.write_json(stage / record, {**facts, "contents": sorted([*contents, record])})
+        finally:
+            (out.parent / lock).unlink(missing_ok=True)

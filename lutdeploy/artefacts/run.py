@@ -5,6 +5,7 @@
       train.json train.jsonl   settings and log of the training
       images.sha256            the images of the training, as sha256sum lists files
       training-state.safetensors   all that --resume needs
+      paths.f16                the teacher's paths, of a distilled model
       samples/                 pictures made while training
       onnx/EXPORT/             graphs, one weights file, manifest.json
       verdicts/                what the checks of exports and engines found, a file each
@@ -61,6 +62,11 @@ class Run:
     @property
     def training_state(self) -> Path:
         return self.path / "training-state.safetensors"
+
+    @property
+    def paths(self) -> Path:
+        """What a distilled model learns from (:mod:`lutdeploy.training.few_steps.distill`)."""
+        return self.path / "paths.f16"
 
     @property
     def averages(self) -> Path:
@@ -168,7 +174,8 @@ def require_text(path: Path) -> None:
 
 def locate(path: Path) -> Located:
     """Tell a run folder, an export folder and a model file apart."""
-    require_text(path)
+    if path.exists():
+        require_text(path)
     if path.is_file() and path.suffix == ".safetensors":
         return Located(path, None, None)
     if path.is_file():

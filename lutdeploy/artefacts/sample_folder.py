@@ -41,7 +41,7 @@ from lutdeploy.sampling import (
     noise_batches,
     trajectory,
 )
-from lutdeploy.schedule import FITTED, Schedule
+from lutdeploy.schedule import DISTILLED, FITTED, Schedule
 
 FORMATS = tuple(WRITERS)
 EXTRAS = ("grid.png", "trajectory.png", "trajectory.gif")
@@ -66,7 +66,7 @@ def settings(
         "format": file_format,
     }
     if schedule.grid != "uniform":  # without the key, as in the folders of earlier versions
-        told = schedule.rows if schedule.solver == FITTED else schedule.times
+        told = schedule.rows if schedule.solver in (FITTED, DISTILLED) else schedule.times
         times = ",".join(map(repr, told)).encode()
         made |= {"grid": schedule.grid, "times_sha256": hashlib.sha256(times).hexdigest()}
     return made

@@ -3,12 +3,14 @@
 The file stands beside its model and names it by hash, so that schedules are never used with
 weights they were not fitted to. Each stands beside the best formula of as many steps, and both
 were measured on noise that no fit has seen.
+
+A distilled model has one schedule, in its own metadata, and follows no other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +18,17 @@ import msgspec
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import MODEL, locate, tuned_steps_file
 from lutdeploy.errors import ArtefactError, ConfigError
 from lutdeploy.sampling import Denoiser, check_schedule
-from lutdeploy.schedule import FITTED, Schedule, ScheduleRequest, fitted_schedule
+from lutdeploy.schedule import (
+    DISTILLED,
+    FITTED,
+    Schedule,
+    ScheduleRequest,
+    fitted_schedule,
+)
 
 FORMAT = 2  # 1 held solvers over searched times
 REMEDY = "run `lutdeploy tune-steps` again"
@@ -148,17 +157,66 @@ def stored_tuned_steps(path: Path, model_sha256: str) -> TunedSteps | None:
     return known
 
 
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a distilled model learnt from: in its metadata, as ``distilled``."""
+
+    teacher: str  # a name, for people
+    teacher_sha256: str
+    teacher_steps: int
+    schedule: Schedule  # the student's
+
+
+def distilled_from(about: Mapping[str, Any], path: Path) -> Origin | None:
+    """The origin of a distilled model, from what the metadata of ``path`` say; None of others."""
+    if "distilled" not in about:
+        return None
+    try:
+        return msgspec.convert(about["distilled"], Origin)
+    except (msgspec.ValidationError, ConfigError) as error:
+        raise ArtefactError(f"{path}: unreadable metadata of a distilled model: {error}") from error
+
+
+def distilled_schedule(path: Path) -> Schedule | None:
+    """The only schedule of a distilled model; None of any other.
+
+    ``path``: as :func:`lutdeploy.artefacts.run.locate` takes it. An export that belongs to no
+    model file has it in its manifest.
+    """
+    located = locate(path)
+    if located.model is not None:
+        origin = distilled_from(read_metadata(located.model)[1], located.model)
+        return origin.schedule if origin else None
+    assert located.export is not None
+    brought = read_manifest(located.export).tuned
+    return next((schedule for schedule in brought if schedule.solver == DISTILLED), None)
+
+
 def fitted_schedules(path: Path, model_sha256: str) -> Sequence[Schedule]:
     """The fitted schedules of a run, a model file or an export folder, the best first.
 
-    An export that belongs to no model file brings those of its manifest.
+    An export that belongs to no model file brings those of its manifest. A distilled model has its
+    own alone.
     """
+    own = distilled_schedule(path)
+    if own is not None:
+        return (own,)
     known = stored_tuned_steps(path, model_sha256)
     if known is not None:
         return known.schedules
     export = locate(path).export
     brought = read_manifest(export).tuned if export else ()
     return [schedule for schedule in brought if schedule.solver == FITTED]
+
+
+def usable_schedules(
+    path: Path, model_sha256: str, note: Callable[[str], None]
+) -> Sequence[Schedule]:
+    """:func:`fitted_schedules`; none, and a note, where they are of no use."""
+    try:
+        return fitted_schedules(path, model_sha256)
+    except ArtefactError as error:
+        note(f"{error}; left out")
+        return ()
 
 
 def resolve_schedule(
@@ -175,15 +233,20 @@ def resolve_schedule(
         denoiser: must be able to follow it.
         note: told of the choice where nothing was asked for, which then is the model's best
             fitted schedule, if it has one. None keeps to 64 Euler steps.
+
+    A distilled model's own schedule is the only one.
     """
     model = denoiser.identity["model_sha256"]
-    held = denoiser.schedule
+    own = distilled_schedule(path)
+    held = own or denoiser.schedule
     if note is not None and held is None and request == ScheduleRequest():
         best = _best(path, model, note)
         if best is not None:
             return best
     schedule = request.resolve(held, lambda: fitted_schedules(path, model))
     check_schedule(denoiser, schedule)
+    if own is not None and note is not None:
+        note(f"schedule: {own.describe()}, which this model was distilled to")
     return schedule
 
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "build": "Build TensorRT engines from an export and check them.",
     "parity": "Compare a backend with float32 PyTorch.",
     "tune-steps": "Fit schedules of few steps to a model.",
+    "distill": "Train a model that needs only a few steps.",
     "sample": "Sample images into a folder.",
     "evaluate": "Measure quality, diversity and memorisation.",
     "bench": "Measure images a second with every backend.",

@@ -12,7 +12,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import locate
 from lutdeploy.artefacts.target import find
-from lutdeploy.artefacts.tuned_steps import fitted_schedules
+from lutdeploy.artefacts.tuned_steps import distilled_schedule, fitted_schedules
 from lutdeploy.cli.console import answer, console, interrupted_code, note, stop_with
 from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, RUN, THREADS, schedule_request
@@ -81,8 +81,9 @@ def command(
 
     random = RandomModel(preset or "static-tanh-64", size or "seed") if preset or size else None
     subject = random or find(run, note)
+    own = distilled_schedule(subject) if isinstance(subject, Path) else None
     settings = choose_settings(
-        schedule.resolve(fitted=lambda: _fitted(subject)),
+        schedule.resolve(own, lambda: _fitted(subject)),
         quick,
         threads=threads,
         batches=batches,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import answer, note
+from lutdeploy.cli.progress import phases
 from lutdeploy.cli.requests import RUN, schedule_request
-from lutdeploy.errors import ArtefactError, UsageError
-from lutdeploy.schedule import Schedule, ScheduleRequest
+from lutdeploy.errors import UsageError
+from lutdeploy.schedule import ScheduleRequest
 from lutdeploy.signature import GRAPHS
 
 
@@ -50,7 +49,11 @@ def command(
             "follows any"
         )
     from lutdeploy.artefacts.checkpoint import load_model, save_author_file
-    from lutdeploy.artefacts.tuned_steps import fitted_schedules
+    from lutdeploy.artefacts.tuned_steps import (
+        distilled_schedule,
+        fitted_schedules,
+        usable_schedules,
+    )
     from lutdeploy.engines.export.check import export_checked
     from lutdeploy.engines.export.graphs import ExportPlan
 
@@ -58,27 +61,24 @@ def command(
     model = load_model(target.model)
     if author_format is not None:
         save_author_file(model, author_format)
+        if (own := distilled_schedule(target.path)) is not None:
+            note(f"that format has no place for {own.describe()}, which the model was distilled to")
         answer(author_format)
         return
     sha256 = files.sha256(target.model)
     held = None
     if graph != "step":
-        held = schedule.resolve(None, lambda: fitted_schedules(target.path, sha256))
+        own = distilled_schedule(target.path)
+        held = schedule.resolve(own, lambda: fitted_schedules(target.path, sha256))
     plan = ExportPlan(graph, "int8" if int8 else "fp16" if fp16 else "fp32", held)
     with files.lock(target.exports_folder, "`lutdeploy export`"):
-        tuned = _fresh(target, sha256)
-        folder = export_checked(model, plan, target, sha256, tuned, note)
+        tuned = usable_schedules(target.path, sha256, note)
+        with phases() as bar:
+            task = bar.add_task("export", total=None)
+            folder = export_checked(
+                *(model, plan, target, sha256, tuned, note),
+                on_phase=lambda phase: bar.update(task, description=f"export: {phase}"),
+            )
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")
     answer(folder)
-
-
-def _fresh(target: Run, model: str) -> Sequence[Schedule]:
-    """The run's fitted schedules for the manifest; none, and a note, where they are of no use."""
-    from lutdeploy.artefacts.tuned_steps import fitted_schedules
-
-    try:
-        return fitted_schedules(target.path, model)
-    except ArtefactError as error:
-        note(f"{error}; left out of the export")
-        return ()

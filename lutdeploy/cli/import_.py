@@ -61,9 +61,7 @@ def command(
             f"pictures without an error; {options} say otherwise"
         )
     files.output_folder(out)
-    save_model(
-        found.model,
-        run.model,
-        about={"origin": "import", "file": file.name, "key": found.state.name},
-    )
+    about = {"origin": "import", "file": file.name, "key": found.state.name}
+    with files.lock(out, "command"):  # a training that goes on would replace the model again
+        save_model(found.model, run.model, about=about)
     answer(run.model)

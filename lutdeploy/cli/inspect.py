@@ -56,6 +56,12 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
             f"{indent}  {found['preset']}, {found['parameters'] / 1e6:.3f} M parameters, "
             f"{'/'.join(found['dtypes'])}, {found['bytes'] / 1e6:.1f} MB"
         )
+        if origin := found["distilled"]:
+            yield (
+                f"{indent}  distilled to {len(origin['schedule']['rows'])} steps from "
+                f"{origin['teacher']} ({origin['teacher_steps']} steps), sha256 "
+                f"{origin['teacher_sha256'][:12]}…"
+            )
     else:
         solver = f", {found['solver']}" if found["solver"] else ""
         stale = "; STALE: the model has changed since" if found.get("stale") else ""

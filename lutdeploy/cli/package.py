@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from lutdeploy.artefacts.target import find_run
+from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import answer, note
-from lutdeploy.cli.requests import PATH, engine_request, schedule_request
+from lutdeploy.cli.requests import PATH, RUN, engine_request, schedule_request
 from lutdeploy.engines import EngineRequest
 from lutdeploy.schedule import ScheduleRequest
 
@@ -45,4 +45,25 @@ def triton(engine: EngineRequest, schedule: ScheduleRequest, out: Path, name: st
         engine = replace(engine, path=find_run(engine.path, note).path)
     name = package_triton(engine, schedule, out, name, note)
     note(f"models: {name}, {name}_png, {name}_stream; {out}/README.md says how to serve them")
+    answer(out)
+
+
+@command.command("web")
+@RUN
+@OUT
+@click.option(
+    "--runtime",
+    type=PATH,
+    metavar="DIR",
+    help="Copy the files of onnxruntime-web from here, for offline use, instead of a CDN.",
+)
+def web(run: Path | None, out: Path, runtime: Path | None) -> None:
+    """Write a static page that makes the model's pictures in browsers.
+
+    Any web server can serve the folder; `python -m http.server` will do.
+    """
+    from lutdeploy.engines.packaging.web import package_web
+
+    size = package_web(find_run(find(run, note), note), out, runtime, note)
+    note(f"{size / 1e6:.1f} MB; `python -m http.server --directory {out}` serves it")
     answer(out)

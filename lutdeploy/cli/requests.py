@@ -109,6 +109,7 @@ def engine_request(
     default: str | None = "auto",
     backend_help: str = AUTO,
     leave_out: Sequence[str] = (),
+    look: bool = True,
 ) -> Callable[[F], Callable[..., Any]]:
     """Options that say which engine; the function gets one request as ``engine``.
 
@@ -117,6 +118,7 @@ def engine_request(
         backends, default, backend_help: of --backend. Where nothing is given and ``default``
             is None, the request is for onnxruntime.
         leave_out: options that the command does not have.
+        look: whether the newest run is taken where no RUN is given; else the path is then ".".
     """
     names = [name for name in _ENGINE_OPTIONS if name not in leave_out]
     backend = click.option(
@@ -142,7 +144,7 @@ def engine_request(
                 if backend not in ("auto", "onnxruntime", None):
                     raise UsageError(f"--provider belongs to --backend onnxruntime, not {backend}")
                 given["device"], backend = provider, "onnxruntime"
-            path = find(run, note)
+            path = find(run, note) if look else run or Path()
             engine = EngineRequest(path, backend or "onnxruntime", **given)
             return function(engine=engine, **options)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -129,9 +128,8 @@ def command(
             check = partial(session.require_same_images, run, data, settings.data, say)
             processes.by_first(check)  # which alone knows the files
         session.describe(settings, data, processes, bf16_speedup, say)
-        if settings.compile:  # deprecations inside the compiler, which a user cannot mend
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use it
+        if settings.compile:
+            session.quiet_compiler()
         with session.stoppable(run, processes) as requests:
             steps = train(
                 settings,
@@ -147,7 +145,7 @@ def command(
                 for _ in steps:
                     pass
                 return
-            reached = _follow(steps, settings.steps)
+            reached = follow(steps, settings.steps)
     if reached < settings.steps:
         note(f"stopped at a step's end and saved; --resume --out {run.path} continues")
         sys.exit(128 + (requests or [signal.SIGINT])[0])  # none: another process was asked
@@ -167,7 +165,7 @@ def _reading(bar: Bar | None) -> Callable[[int, int], None]:
     return update
 
 
-def _follow(steps: Iterable[Progress], total: int) -> int:
+def follow(steps: Iterable[Progress], total: int) -> int:
     """Show the steps in a progress bar; returns the last one."""
     reached = total  # where nothing is left to do
     with progress_bar("loss", "held_out", "rate") as bar:

@@ -12,11 +12,12 @@ import click
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.target import find_run
-from lutdeploy.artefacts.tuned_steps import Measured
+from lutdeploy.artefacts.tuned_steps import Measured, distilled_schedule
 from lutdeploy.cli.console import answer, console, note
 from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, engine_request
 from lutdeploy.engines import EngineRequest, open_engine
+from lutdeploy.errors import UsageError
 
 
 class StepList(click.ParamType[tuple[int, ...]]):
@@ -88,10 +89,12 @@ def command(
     from lutdeploy.training.few_steps.tune import TuneSettings, tune_schedules
 
     run = find_run(engine.path, note)
+    if distilled_schedule(run.path) is not None:
+        raise UsageError(f"{run.path} is distilled: it has a schedule of its own and no other")
     files.require_writable(run.path)
     engine = replace(engine, path=run.path)
     if engine.backend == "auto" and engine.export is None:
-        engine = _float32(engine, run)
+        engine = float32_engine(engine, run)
     if engine.backend == "torch":
         engine = replace(engine, precision="fp32")  # also on a GPU
     settings = TuneSettings(steps, images, data, pictures, engine.batch or 64, seed)
@@ -121,9 +124,9 @@ def _show(rows: Sequence[Measured], title: str) -> None:
     console().print(table)
 
 
-def _float32(engine: EngineRequest, run: Run) -> EngineRequest:
+def float32_engine(engine: EngineRequest, run: Run | None) -> EngineRequest:
     """For --backend auto: less precise engines would put noise in the fit."""
-    folder = run.float32_step(files.sha256(run.model))
+    folder = run.float32_step(files.sha256(run.model)) if run else None
     if folder is None:
         return replace(engine, backend="torch")
     backend = "openvino" if find_spec("openvino") else "onnxruntime"

@@ -370,6 +370,14 @@ def test_import_with_impossible_heads(checkpoint: Path, tmp_path: Path) -> None:
     assert "width 64 is not divisible by heads 7; see --heads" in fail(2, *arguments)
 
 
+def test_import_into_a_run_that_is_trained(checkpoint: Path, model_run: Path) -> None:
+    before = Run(model_run).model.read_bytes()
+    with files.lock(model_run, "`lutdeploy train`"):
+        line = fail(2, "import", checkpoint, "--out", model_run, "--overwrite")
+    assert f"{model_run} is in use by another command; wait for it to end" in line
+    assert Run(model_run).model.read_bytes() == before
+
+
 def test_import_into_an_existing_run(checkpoint: Path, model_run: Path) -> None:
     before = contents(model_run)
     arguments = ("import", checkpoint, "--heads", 4, "--out", model_run)

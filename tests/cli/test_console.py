@@ -123,4 +123,6 @@ def test_a_model_cannot_be_where_no_library_finds_it(tmp_path: Path) -> None:
     line = fail(2, "train", "--data", "synthetic", "--out", out)
     assert "bytes that are no text" in line and "rename it" in line
     assert not out.exists()
+    assert "no such run" in fail(2, "sample", out)
+    out.mkdir()
     assert "bytes that are no text" in fail(2, "sample", out)

@@ -602,4 +602,4 @@ def test_an_error_of_the_first_process_ends_all(begun: Run) -> None:
 
 def test_reading_is_shown(begun: Run) -> None:
     result = succeed("train", "--resume", "--out", begun.path, "--steps", 2)
-    assert re.search(r"^data .*4/4", result.stderr, re.MULTILINE)
+    assert re.search(r"^data 4 of 4, 100%", result.stderr, re.MULTILINE)

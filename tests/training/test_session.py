@@ -305,11 +305,10 @@ def test_a_signal_is_a_request_and_a_second_an_interrupt(run: Run) -> None:
         with pytest.raises(Terminated):
             handler(signal.SIGTERM, None)
     assert signal.getsignal(signal.SIGTERM) is before
+    new = Run(run.path.with_name("new"))
     with pytest.raises(LutDeployError, match="x: No space; nothing was saved yet"):
-        with session.stoppable(run, Processes("cpu")):
+        with session.stoppable(new, Processes("cpu")):
             raise OSError(28, "No space", "x")
-    run.path.mkdir(exist_ok=True)
-    run.settings.touch()
     with pytest.raises(LutDeployError, match="x: No space; what was saved before is kept"):
         with session.stoppable(run, Processes("cpu")):
             raise OSError(28, "No space", "x")

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lutdeploy.artefacts import shipped
+from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.checkpoint import load_model, save_model
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run
-from lutdeploy.artefacts.tuned_steps import TunedSteps
+from lutdeploy.artefacts.tuned_steps import TunedSteps, distilled_schedule
 from lutdeploy.config import model_config
+from lutdeploy.schedule import solver_schedule
 from lutdeploy.training.data import draw_set, no_progress
+from lutdeploy.training.evaluation.data import Trained
+from lutdeploy.training.few_steps.distill import student_settings
 from lutdeploy.training.loop import Cadence, train
 from lutdeploy.training.recipes import train_settings
 from lutdeploy.training.ship import main
@@ -33,6 +37,55 @@ def trained(path: Path) -> Run:
     for _ in train(settings, draw_set(64), run, cadence=Cadence(10, 10, 10, 1)):
         pass
     return run
+
+
+def distilled(path: Path) -> Run:
+    """A run with the settings and the metadata of a distilled model."""
+    teacher = trained(path.parent / "teacher")
+    rows = solver_schedule("euler", 4).rows
+    settings = student_settings(
+        teacher.model,
+        {"backend": "torch", "model_sha256": files.sha256(teacher.model)},
+        rows,
+        2,
+        100,
+        Trained.of_model(teacher.path),
+        steps=5,
+        batch=4,
+        seed=9,
+    )
+    run = Run(path)
+    files.write_json(run.settings, settings)
+    about = {**settings.origin(), "step": 5, "data": settings.data, "ema": 0.99}
+    save_model(load_model(teacher.model), run.model, about=about)
+    return run
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_distilled_run_is_shipped_with_its_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled with it alone; the split is its teacher's."""
+    pytest.importorskip("torchmetrics", reason="the distances are torchmetrics'")
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setattr(shipped, "FOLDER", folder)
+    run = distilled(tmp_path / "run")
+    arguments = [str(run.path), "--name", "drawn", "-n", "16", "--docs", str(tmp_path)]
+    result = CliRunner().invoke(main, [*arguments, "--data", "synthetic"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    model = shipped.model_path("drawn")
+    assert distilled_schedule(model) == distilled_schedule(run.path)
+    facts = shipped.facts("drawn")
+    assert facts["sampling"]["steps"] == facts["reference"] == "distilled-2"
+    assert facts["x0_errors"] is None
+    found = Trained.of_model(model)
+    assert found is not None
+    assert (found.held_out, found.seed, found.images, found.data) == (0.3, 0, 42, None)
+    card = (tmp_path / "drawn.md").read_text()
+    assert "Distilled from `teacher`" in card
+    assert "the split of seed 0 and fraction 0.3" in card
+    assert str(tmp_path) not in json.dumps(facts) + card, "no paths of this machine"
 
 
 @pytest.mark.usefixtures("few_images")

@@ -37,6 +37,7 @@ from lutdeploy.training.data import (
 )
 from lutdeploy.training.evaluation.distances import Pixels
 from lutdeploy.training.picture_folder import find_pictures, printable, some
+from lutdeploy.training.recipes import DataSplit
 from lutdeploy.training.state import read_position
 
 SPLIT = 0.05  # held out where nothing says what was
@@ -62,33 +63,38 @@ class Samples:
     warnings: tuple[str, ...] = ()
 
 
-class Trained(msgspec.Struct, frozen=True):
+class Trained(DataSplit, frozen=True):
     """What a model's training says of its images."""
 
-    held_out: float  # fraction and
-    seed: int  # seed of their split
-    data: str | None = None  # their folder or "synthetic"; None where only the images can tell
-    images: int | None = msgspec.field(name="training_images", default=None)  # trained on, if known
     sha256: tuple[str, ...] = ()  # of all image files, held-out ones included, if known
 
     @classmethod
     def of_model(cls, path: Path) -> Trained | None:
         """From the facts of a model of the package, or a run's settings; None without either."""
         if shipped.is_shipped(path):
-            return msgspec.convert(shipped.facts(path.stem)["training"], cls)
+            facts = shipped.facts(path.stem)["training"]
+            teacher = msgspec.convert(facts, _Origin).distilled
+            return teacher.images if teacher else msgspec.convert(facts, cls)
         run = locate(path).run
         return cls.of_run(run) if run else None
 
     @classmethod
     def of_run(cls, run: Run) -> Trained | None:
-        """From a run's settings, images and state; None when it was not trained here."""
+        """From a run's settings, images and state; None when it was not trained here.
+
+        A distilled model's images are its teacher's.
+        """
         if not run.settings.is_file():
             return None
-        trained = files.read_record(run.settings, cls, f"evaluate {run.model} with --data")
-        if run.images.is_file():
+        origin = files.read_record(run.settings, _Origin, f"evaluate {run.model} with --data")
+        if origin.distilled is not None:
+            trained = origin.distilled.images
+        else:
+            trained = files.read_record(run.settings, cls, f"evaluate {run.model} with --data")
+            with contextlib.suppress(ArtefactError):  # without a state the split is unverified
+                trained = msgspec.structs.replace(trained, images=read_position(run).images)
+        if trained is not None and run.images.is_file():
             trained = msgspec.structs.replace(trained, sha256=read_list(run.images))
-        with contextlib.suppress(ArtefactError):  # without a state the split is unverified
-            trained = msgspec.structs.replace(trained, images=read_position(run).images)
         return trained
 
     def is_from(self, data: str) -> bool | None:
@@ -114,6 +120,16 @@ class Trained(msgspec.Struct, frozen=True):
             return saw
         known = {self.sha256[index] for index in chosen}
         return np.array([digest in known for digest in found.sha256])
+
+
+class _Teacher(msgspec.Struct, frozen=True):
+    images: Trained | None
+
+
+class _Origin(msgspec.Struct, frozen=True):
+    """What of a run's settings tells whether it was distilled."""
+
+    distilled: _Teacher | None = None
 
 
 def load_real(

@@ -17,7 +17,7 @@ from lutdeploy.artefacts.manifest import MANIFEST
 from lutdeploy.artefacts.run import EVALUATION, EVALUATION_PAGE, Run
 from lutdeploy.errors import UsageError
 from lutdeploy.sampling import Denoiser
-from lutdeploy.schedule import Schedule
+from lutdeploy.schedule import DISTILLED, Schedule
 from lutdeploy.training.evaluation import report
 from lutdeploy.training.evaluation.data import (
     RealImages,
@@ -95,6 +95,9 @@ def sample_pictures(
     require_images(real)
     how = request.count, schedule, request.seed, request.batch
     pixels = draw_samples(denoiser, *how, partial(on_progress, "sample"))
+    if schedule.solver == DISTILLED:
+        notes = ("a distilled model has learnt its own timesteps alone: no x0 error curve",)
+        return Subject(title, pixels, real, origin, notes)
     return Subject(title, pixels, real, origin, denoiser=denoiser)
 
 

@@ -21,6 +21,7 @@ precision or int8 would multiply its errors.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lutdeploy.errors import ConfigError
+from lutdeploy.artefacts.tuned_steps import KnownDenoiser
+from lutdeploy.errors import ConfigError, UsageError
 from lutdeploy.sampling import Denoiser, Images, State, history, in_batches, trajectory
 from lutdeploy.schedule import Schedule, Step, fitted_schedule, solver_schedule, time_grid
 
@@ -38,6 +40,7 @@ PREDICTION_ERROR = 0.01  # RMS of one x0, about what bfloat16 makes of the embed
 WHITENING = 0.5  # power of the amplitude that divides a frequency's difference
 SHARPNESS = 0.5  # weight of the energies against the difference
 FIRST_LOGITS, LAST_LOGITS = (-4.0, -3.0, -2.0), (2.0, 3.0, 4.0, 5.0)  # of the inner times
+SEGMENT_LOGITS = (4.0, 5.0, 6.0)  # of the times next to 0 and 1, where a fit is in segments
 START_IMAGES = 6  # for choosing among those
 TIME_PROBE = 0.05  # of the smaller neighbouring increment; finite differences over rounding noise
 PROBE = 3e-3  # of a coefficient
@@ -122,6 +125,19 @@ class Problem:
         return float(np.sqrt(np.square(last.x - self.end, dtype=np.float64).mean()))
 
 
+def require_steps(engine: KnownDenoiser) -> None:
+    """Refuse an engine that cannot take any step.
+
+    Raises:
+        UsageError: says what to do.
+    """
+    if engine.schedule is not None:
+        raise UsageError(
+            f"export {engine.identity['export']} holds {engine.schedule.describe()} alone; "
+            "name a step export with --export, or use --backend torch"
+        )
+
+
 def advance(row: Step, state: State, x0: Images) -> State:
     """The state after a row, whose prediction is ``x0``."""
     x = np.float32(row.a) * state.x + np.float32(row.b) * x0
@@ -131,10 +147,21 @@ def advance(row: Step, state: State, x0: Images) -> State:
     return State(state.step + 1, x, x0, state.x0)
 
 
-def free(k: int, steps: int) -> str:
-    """The coefficients of row k that are fitted; the last keeps nothing of the noise in x."""
-    history_terms = "cd"[: min(k, 2)]
+def free(k: int, steps: int, segment: int | None = None) -> str:
+    """The coefficients of row k that are fitted; the last keeps nothing of the noise in x.
+
+    The history begins anew every ``segment`` rows, if that is given.
+    """
+    history_terms = "cd"[: min(k % segment if segment else k, 2)]
     return ("b" if k == steps - 1 else "ab") + history_terms
+
+
+def fitted(row: Step) -> str:
+    """The coefficients of a row that :func:`least_squares` fitted; it leaves the others at 0.
+
+    b is fitted in every row, and may come out as 0.
+    """
+    return "".join(name for name in "abcd" if name == "b" or getattr(row, name))
 
 
 def _step(t: float, coefficients: dict[str, float]) -> Step:
@@ -146,19 +173,22 @@ def _step(t: float, coefficients: dict[str, float]) -> Step:
     return Step(t, **row)
 
 
-def least_squares(problem: Problem, times: Sequence[float]) -> tuple[list[Step], Images]:
+def least_squares(
+    problem: Problem, times: Sequence[float], segment: int | None = None
+) -> tuple[list[Step], Images]:
     """Rows for given times, each the best that leads to the reference's next state; their end.
 
     Args:
         problem: the images.
         times: t_0 = 0 < … < t_steps = 1.
+        segment: rows after which the history begins anew.
     """
     rows: list[Step] = []
     state = problem.begin()
     for k, (t, t_next) in enumerate(itertools.pairwise(times)):
         x0 = problem.predict(state.x, t)
         known: dict[str, Any] = {"a": state.x, "b": x0, "c": state.x0, "d": state.x0_prev}
-        names = free(k, len(times) - 1)
+        names = free(k, len(times) - 1, segment)
         terms = np.stack([np.ravel(known[name]) for name in names])
         gram = (terms @ terms.T).astype(np.float64) / terms.shape[1]
         gram += np.diag([0.0 if name == "a" else PREDICTION_ERROR**2 for name in names])
@@ -183,33 +213,41 @@ def start(problem: Problem, steps: int) -> list[Step]:
     return least_squares(problem, best)[0]
 
 
+class Spectrum:
+    """The cosine transform of images [n, C, S, S], and how much each frequency of it counts."""
+
+    def __init__(self, images: Images) -> None:
+        side = images.shape[-1]
+        k, i = np.arange(side)[:, None], np.arange(side)
+        basis = np.cos(np.pi * (i + 0.5) * k / side) * np.sqrt(2 / side)  # orthonormal DCT-II
+        basis[0] /= np.sqrt(2)
+        self.basis = basis.astype(np.float32)
+        power = np.square(self(images)).mean((0, 1))
+        radius = np.hypot(k, i)
+        edges = [-1.0, *(side * 2.0 ** np.arange(-5, 0.6, 0.5))]  # half octaves, to side·√2
+        bands = [(radius > low) & (radius <= high) for low, high in itertools.pairwise(edges)]
+        self.bands = np.array([band for band in bands if power[band].sum() > 0])
+        density = sum(band * power[band].mean() for band in self.bands) + 1e-12
+        weight = density ** (-WHITENING / 2)
+        weight *= np.sqrt(power.sum() / (weight**2 * power).sum())
+        self.weight = weight.astype(np.float32)  # [S, S]
+
+    def __call__(self, images: Images) -> Images:
+        return self.basis @ images @ self.basis.T
+
+
 class _Residual:
     """What a fit makes small: float32 [N + bands + 3·steps], of ends and rows."""
 
     def __init__(self, end: Images, sharpness: float) -> None:
-        side = end.shape[-1]
-        k, i = np.arange(side)[:, None], np.arange(side)
-        basis = np.cos(np.pi * (i + 0.5) * k / side) * np.sqrt(2 / side)  # orthonormal DCT-II
-        basis[0] /= np.sqrt(2)
-        self._basis = basis.astype(np.float32)
+        self._spectrum = Spectrum(end)
         self._target = self._spectrum(end)
-        power = np.square(self._target).mean((0, 1))
-        radius = np.hypot(k, i)
-        edges = [-1.0, *(side * 2.0 ** np.arange(-5, 0.6, 0.5))]  # half octaves, to side·√2
-        bands = [(radius > low) & (radius <= high) for low, high in itertools.pairwise(edges)]
-        self._bands = np.array([band for band in bands if power[band].sum() > 0])
-        density = sum(band * power[band].mean() for band in self._bands) + 1e-12
-        weight = density ** (-WHITENING / 2)
-        weight *= np.sqrt(power.sum() / (weight**2 * power).sum())
-        self._weight = (weight / np.sqrt(end.size)).astype(np.float32)
+        self._weight = self._spectrum.weight / np.float32(np.sqrt(end.size))
         self._energies, self._sharpness = self._energies_of(self._target), sharpness
-
-    def _spectrum(self, images: Images) -> Images:
-        return self._basis @ images @ self._basis.T
 
     def _energies_of(self, spectrum: Images) -> Vector:
         power = np.square(spectrum).mean((0, 1), dtype=np.float64)
-        return np.array([power[band].sum() for band in self._bands])
+        return np.array([power[band].sum() for band in self._spectrum.bands])
 
     def __call__(self, end: Images, rows: Sequence[Step]) -> NDArray[np.float32]:
         spectrum = self._spectrum(end)
@@ -229,7 +267,7 @@ def _moves(rows: Sequence[Step]) -> Iterator[tuple[int, str, float]]:
     for k in range(1, steps):
         yield k, "t", TIME_PROBE * min(times[k] - times[k - 1], times[k + 1] - times[k])
     for k in range(steps):
-        yield from ((k, name, PROBE) for name in free(k, steps))
+        yield from ((k, name, PROBE) for name in fitted(rows[k]))
 
 
 def _jacobian_work(steps: int) -> int:
@@ -241,6 +279,14 @@ def _jacobian_work(steps: int) -> int:
 def polished_on(steps: int, images: int) -> int:
     """How many of the images a polish takes."""
     return min(images, max(FEWEST_IMAGES, JACOBIAN_WORK // max(_jacobian_work(steps), 1)))
+
+
+def segments_work(segments: int, rows: int, images: int) -> int:
+    """Network evaluations of :func:`fit_segments`, at most about."""
+    steps = segments * rows
+    iteration = (_jacobian_work(steps) + steps) * polished_on(steps, images)
+    tried = (len(SEGMENT_LOGITS) + 1) * steps * images
+    return work(segments, images) + tried + ITERATIONS * iteration
 
 
 def work(steps: int, images: int) -> int:
@@ -276,8 +322,8 @@ def _moved(rows: list[Step], change: Vector) -> list[Step]:
     times = [0.0, *np.cumsum(increments / increments.sum())[:-1].tolist()]
     changes = iter(change[steps:].tolist())
     return [
-        _step(t, {name: getattr(row, name) + next(changes) for name in free(k, steps)})
-        for k, (t, row) in enumerate(zip(times, rows, strict=True))
+        _step(t, {name: getattr(row, name) + next(changes) for name in fitted(row)})
+        for t, row in zip(times, rows, strict=True)
     ]
 
 
@@ -351,3 +397,26 @@ def fit(
     rows = start(problem, steps)
     few = problem.first(polished_on(steps, len(problem.end)))
     return fitted_schedule(polish(few, rows, watch=watch))
+
+
+def fit_segments(problem: Problem, segments: int, rows: int) -> Schedule:
+    """A schedule that can begin anywhere at a segment's start, where its history begins anew.
+
+    The segments start at the times of the fit of as many steps. Each gets ``rows`` rows, which are
+    evenly spaced in logits before they are fitted.
+
+    Raises:
+        ConfigError: what was found is not finite.
+    """
+    inner = [math.log(row.t / (1 - row.t)) for row in fit(problem, segments).rows[1:]]
+    nodes, at = range(segments + 1), np.arange(1, segments * rows) / rows
+    best, lowest = [0.0, *at.tolist(), 1.0], math.inf
+    for ends in SEGMENT_LOGITS:
+        logits = np.interp(at, nodes, [-ends, *inner, ends])
+        times = [0.0, *(1 / (1 + np.exp(-logits))).tolist(), 1.0]
+        _, end = least_squares(problem, times, rows)
+        error = float(np.square(end - problem.end).mean())
+        if error < lowest:
+            best, lowest = times, error
+    few = problem.first(polished_on(segments * rows, len(problem.end)))
+    return fitted_schedule(polish(few, least_squares(problem, best, rows)[0]))

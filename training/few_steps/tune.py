@@ -69,11 +69,7 @@ def tune_schedules(
         settings: what is asked for.
         on_progress: told which share is done, and what is done now.
     """
-    if engine.schedule is not None:
-        raise UsageError(
-            f"export {engine.identity['export']} holds {engine.schedule.describe()} alone; "
-            "name a step export with --export, or use --backend torch"
-        )
+    fitting.require_steps(engine)
     shape, n = engine.config.image_shape, settings.images
     distances: Distances | None = None
     about_data: tuple[str, ...] = ()

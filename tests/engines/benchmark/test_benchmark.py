@@ -618,3 +618,21 @@ def test_ctrl_c_writes_what_was_measured(exported_run: Callable[..., Run]) -> No
     assert "Traceback" not in done.stderr
     result = read(run.bench)
     assert result.interrupted and {found.batch for found in result.rows} == {1}
+
+
+def test_a_plot_without_a_home(tmp_path: Path) -> None:
+    """matplotlib says at length where it keeps its fonts instead; nobody asked."""
+    code = (
+        "from lutdeploy.engines.benchmark.report import draw\n"
+        "from tests.engines.benchmark.bench_records import make_result, row\n"
+        "draw(make_result([row('torch-eager')])).savefig('plot.png')\n"
+    )
+    (tmp_path / "file").touch()
+    places = {"HOME": str(tmp_path / "file"), "PYTHONPATH": str(Path(__file__).parents[3])}
+    hidden = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden} | places
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "plot.png").is_file()
