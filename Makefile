@@ -5,8 +5,8 @@ RUN = $(VENV)/bin
 
 .PHONY: sample test fuzz format clean
 
-# Set everything up, then make 64 pictures and a grid with the default model.
-sample: $(VENV)/installed
+# Install what sampling needs, no PyTorch, then make 64 pictures and a grid with the default model.
+sample: $(VENV)/sampling
 	$(RUN)/lutdeploy sample -n 64 --out samples
 	@echo "see samples/grid.png"
 
@@ -25,7 +25,9 @@ format: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/sampling: PACKAGES = .
+$(VENV)/installed: PACKAGES = .[dev]
+$(VENV)/sampling $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '$(PACKAGES)'
 	touch $@

@@ -45,6 +45,12 @@ for name in "${names[@]}"; do
   environment=.venv-gpu/$name
   python=$environment/bin/python
   try "$name" "making the environment" "${PYTHON:-python3}" -m venv "$environment" || continue
+  if [[ " ${backends[*]} " == *" onnxruntime "* ]]; then
+    # lutdeploy requires the build for CPUs, in whose place the one for GPUs goes.
+    try "$name" "onnxruntime-gpu" bash -c "'$python' -m pip uninstall --yes onnxruntime &&
+      '$python' -m pip install --quiet --no-deps --constraint constraints.txt onnxruntime-gpu" ||
+      continue
+  fi
   # The wheel of torch that pip takes on Linux has CUDA; below it is asked whether it sees the GPU.
   try "$name" "installation" "$python" -m pip install --quiet --constraint constraints.txt \
     --editable "${packages[@]}" || continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from lutdeploy.errors import (
     BackendError,
     LutDeployError,
     UsageError,
+    needing,
 )
 from lutdeploy.sampling import Denoiser
 
@@ -100,13 +102,17 @@ def open_engine(request: EngineRequest, note: Callable[[str], None] = lambda tex
     located = locate(Path(request.path))
     engine = _open_measured(request, located, note) if request.backend == "auto" else None
     if engine is None:
+        why = ""
         if request.backend == "auto":
             folder = choose_export(located, request.export)
             backend = "onnxruntime" if folder else "torch"
+            why = "" if folder else f", for {request.path} without an export,"
             if located.run is not None:
                 note(f"auto: {backend}; `lutdeploy bench` has measured nothing else here that fits")
             request = replace(request, backend=backend)
-        engine = _open(request, located, note)
+        device = f" on {request.device}" if request.device else ""
+        with needing(f"backend {request.backend}{device}{why}"):
+            engine = _open(request, located, note)
     made = engine.identity
     name = f", export {made['export']}" if made["export"] else ""
     if request.backend == "torch" and request.precision != torch_precision(request) != "fp32":
@@ -219,12 +225,8 @@ def _open_onnxruntime(manifest: Manifest, device: str, request: EngineRequest) -
 
 
 def _open_openvino(manifest: Manifest, device: str, request: EngineRequest) -> Engine:
-    try:
-        from lutdeploy.engines.openvino import OpenVinoDenoiser
-    except ImportError as error:
-        raise BackendError(
-            f"OpenVINO is not installed here ({error}); pip install 'lutdeploy[openvino]'"
-        ) from error
+    from lutdeploy.engines.openvino import OpenVinoDenoiser
+
     return OpenVinoDenoiser(manifest, device, request.precision or "fp32", request.threads)
 
 
@@ -243,8 +245,11 @@ def _open_tensorrt(
 def tensorrt_machines(device: str = "cuda") -> dict[str, plan.Machine]:
     """The TensorRTs of this machine by backend, each with the GPU.
 
-    Without a GPU, TensorRT for RTX alone: it compiles there, and runs nothing.
+    Without a GPU, TensorRT for RTX alone: it compiles there, and runs nothing. None without
+    PyTorch, in whose memory engines compute.
     """
+    if find_spec("torch") is None:
+        return {}
     from lutdeploy.engines.cuda.device import CudaDevice
     from lutdeploy.engines.tensorrt.engine import this_machine
 
@@ -274,16 +279,15 @@ def choose_export(located: Located, name: str | None = None) -> Path | None:
     Raises:
         UsageError: no export of this name; lists those there are.
     """
-    if located.export is not None or located.run is None:
-        return located.export
-    exports = located.run.exports()
-    if name is None:
+    exports = located.exports()
+    if name is None or located.export is not None:
         return exports[0] if exports else None
     for export in exports:
         if export.name == name:
             return export
     there = ", ".join(export.name for export in exports) or "none"
-    raise UsageError(f"{located.run.path} has no export {name!r}; it has {there}")
+    place = located.run.path if located.run else located.model
+    raise UsageError(f"{place} has no export {name!r}; it has {there}")
 
 
 def require_same_model(manifest: Manifest, model: Path | None) -> None:

@@ -13,14 +13,12 @@ from lutdeploy.artefacts import run
 from lutdeploy.engines import tensorrt_machines
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.library import TITLES, load_tensorrt
-from lutdeploy.errors import BackendError, LutDeployError, first_line
+from lutdeploy.errors import BackendError, LutDeployError, first_line, needing
 from lutdeploy.machine import compile_problem, import_problem
 
-# Distributions that every installation needs, besides torch and a runtime.
-PACKAGES = (
-    *("numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "pillow", "click", "rich"),
-    *("filelock", "msgspec", "psutil"),
-)
+# Distributions that every installation needs, besides a runtime.
+PACKAGES = (*("numpy", "safetensors", "pillow", "click", "rich", "filelock", "msgspec", "psutil"),)
+TRAINING = ("onnx", "onnx-ir", "onnxscript")  # those of extra "train", besides torch
 MODULES = {"onnx-ir": "onnx_ir", "pillow": "PIL"}  # of packages whose module has another name
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 # What an extra makes possible: the extra, what must import for it, and what it is for.
@@ -31,15 +29,21 @@ EXTRAS = {
         "for `evaluate`",
     ),
     "lpips": (
-        "train",
+        "lpips",
         ("torchvision", "torchmetrics.image.lpip"),
         "for `train --perceptual lpips`; its VGG16 weights come from the network",
     ),
 }
-PROBE = """
-<ir_version: 10, opset_import: ["": 20]>
-probe (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }
-"""
+# A graph, serialised, since ONNX is not everywhere; a test parses its text:
+# <ir_version: 10, opset_import: ["": 20]>
+# probe (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }
+PROBE = bytes.fromhex(
+    "080a3a460a130a01780a01781201792206"  # y = MatMul(x, x)
+    "4d61744d756c3a00120570726f6265"
+    "5a130a0178120e0a0c080112080a0208020a020802"  # x
+    "62130a0179120e0a0c080112080a0208020a020802"  # y
+    "42040a001014"  # the opset
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def examine() -> list[Finding]:
     supported = (3, 11) <= sys.version_info[:2] <= (3, 14)
     return [
         Finding("python", supported, f"{version} (3.11 to 3.14)"),
-        *(_imports(name, MODULES.get(name, name), f"pip install {name}") for name in PACKAGES),
+        *(_imports(name, f"pip install {name}") for name in PACKAGES),
+        *(_for_training(name) for name in TRAINING),
         *_torch(),
         *_onnxruntime(),
         _openvino(),
@@ -73,10 +78,18 @@ def _extra(subject: str, extra: str, modules: tuple[str, ...], detail: str) -> F
     return Finding(subject, problem is None, problem or detail, required=False)
 
 
-def _imports(package: str, module: str, remedy: str) -> Finding:
+def _for_training(package: str) -> Finding:
+    """A package that sampling does without: nothing is wrong where it is not installed."""
+    remedy = "pip install 'lutdeploy[train]'"
+    if not _version(package):
+        return Finding(package, False, f"for training, export and parity; {remedy}", required=False)
+    return _imports(package, remedy)
+
+
+def _imports(package: str, remedy: str) -> Finding:
     """Whether a required package imports: one that is installed may still fail to load."""
     try:
-        importlib.import_module(module)
+        importlib.import_module(MODULES.get(package, package))
     except Exception as error:  # compiled parts raise anything
         return Finding(package, False, f"{first_line(error)}; {remedy}")
     return Finding(package, True, _version(package))
@@ -96,8 +109,7 @@ def _onnxruntime() -> list[Finding]:
     if len(installed) == 2:
         detail = "both onnxruntime and onnxruntime-gpu: they cannot coexist; uninstall one"
         return [Finding("onnxruntime", False, detail)]
-    remedy = "pip install onnxruntime-gpu (or onnxruntime where there is no such wheel)"
-    found = _imports("onnxruntime", "onnxruntime", remedy)
+    found = _imports("onnxruntime", "pip install onnxruntime")
     if not found.works:
         return [found]
     versions = ", ".join(f"{_version(name)} ({name})" for name in installed)
@@ -106,19 +118,18 @@ def _onnxruntime() -> list[Finding]:
 
 def _providers() -> list[Finding]:
     import numpy as np
-    import onnx
     import onnxruntime as ort
 
     from lutdeploy.engines.onnxruntime import CPU, TENSORRT, open_session
 
     findings = []
-    probe = onnx.parser.parse_model(PROBE).SerializeToString()
     x = np.eye(2, dtype=np.float32) * 2
     for provider in ort.get_available_providers():
         if provider == TENSORRT:  # lutdeploy refuses it
             continue
         try:
-            (y,) = open_session(probe, provider, 1).run(None, {"x": x})
+            with needing("lutdeploy's use of it"):
+                (y,) = open_session(PROBE, provider, 1).run(None, {"x": x})
             works = bool(np.array_equal(y, x @ x))
             detail = "computes" if works else f"computes wrongly: {y.tolist()}"
         except LutDeployError as error:
@@ -171,7 +182,7 @@ def _tensorrt() -> list[Finding]:
 
 def _torch() -> list[Finding]:
     """PyTorch, its devices, and whether bfloat16 is fast on the CPU."""
-    found = _imports("torch", "torch", "pip install torch")
+    found = _for_training("torch")
     if not found.works:
         return [found]
     import torch

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 
 from lutdeploy.artefacts import files
-from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run, locate
@@ -19,7 +18,7 @@ from lutdeploy.artefacts.tuned_steps import distilled_from, fitted_schedules
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.tensorrt import plan
-from lutdeploy.errors import ArtefactError
+from lutdeploy.errors import ArtefactError, BackendError, needing
 from lutdeploy.schedule import Schedule
 
 
@@ -57,11 +56,18 @@ def inspect_export(folder: Path) -> dict[str, Any]:
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
-    """A model.safetensors, its weights verified."""
+    """A model.safetensors, its weights verified; without PyTorch, ``unverified`` says why not."""
     from safetensors import safe_open
 
     config, about = read_metadata(path)
-    load_model(path)  # which refuses what is no model's
+    unverified = None
+    try:
+        with needing("the check of the weights"):
+            from lutdeploy.artefacts.checkpoint import load_model
+
+            load_model(path)  # which refuses what is no model's
+    except BackendError as error:
+        unverified = str(error)
     with safe_open(path, "np") as file:
         slices = [file.get_slice(name) for name in file.keys()]
         dtypes = sorted({part.get_dtype() for part in slices})
@@ -72,6 +78,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "parameters": parameters,
         "dtypes": dtypes,
         "bytes": path.stat().st_size,
+        "unverified": unverified,
         "model_sha256": files.sha256(path),
         "about": about,
         "distilled": msgspec.to_builtins(distilled_from(about, path)),

@@ -129,8 +129,7 @@ def judge_everything(judge: Judge, threads: int | None) -> Iterator[Judged]:
     """Judge every engine that `lutdeploy bench` could measure here."""
     located, run = judge.located, judge.run
     assert located.model is not None
-    exports = [located.export] if located.export else run.exports() if run else []
-    everyone = list_contenders(located.model, exports, run, bool(this_machine().gpus))
+    everyone = list_contenders(located.model, located.exports(), run, bool(this_machine().gpus))
     to_judge = [c for c in everyone if c.kind == "engine" and not is_reference(c.backend, c.device)]
     if not to_judge:
         raise UsageError("there is no export to judge; run `lutdeploy export` first")

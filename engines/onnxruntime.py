@@ -52,7 +52,10 @@ def execution_provider(device: str) -> str:
     provider = PROVIDERS.get(device, device)
     offered = [name for name in ort.get_available_providers() if name != TENSORRT]
     if provider not in offered:
-        raise BackendError(f"ONNX Runtime has no {provider} here; there are {', '.join(offered)}")
+        instead = "; put onnxruntime-gpu in the place of onnxruntime" if provider == CUDA else ""
+        raise BackendError(
+            f"ONNX Runtime has no {provider} here; there are {', '.join(offered)}{instead}"
+        )
     return provider
 
 
@@ -207,7 +210,8 @@ class OnnxRuntimeDenoiser(ExportDenoiser):
         self.threads, self._provider_options = threads, provider_options
         self._sessions: dict[int, ort.InferenceSession] = {}
         if room is None:
-            room = sessions_that_fit(manifest, memory_bytes(), widened=True)
+            several = len(manifest.graphs) > 1
+            room = sessions_that_fit(manifest, memory_bytes(), widened=True) if several else 1
         self._room = room
         self.session(0)
 

@@ -3,12 +3,22 @@
 A message says what is wrong, with the values, and what to do about it.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 # How the message of PyTorch's CPU allocator begins. It raises a plain RuntimeError; this place in
 # its source, which no other message begins with, is what tells it from others.
 CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:"
 CUDA_MEMORY = 2  # cudaErrorMemoryAllocation
+# What not every installation has: a module, its name for people, and the extra that brings it.
+OPTIONAL = {
+    "torch": ("PyTorch", "train"),
+    "onnx": ("ONNX", "train"),
+    "onnx_ir": ("ONNX IR", "train"),
+    "onnxscript": ("ONNX Script", "train"),
+    "openvino": ("OpenVINO", "openvino"),
+}
 
 
 class LutDeployError(Exception):
@@ -45,6 +55,27 @@ class ParityError(LutDeployError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, with which schedulers ask a process to end; it unwinds as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def needing(what: str) -> Iterator[None]:
+    """Say what to install where ``what`` needs a package that is not installed.
+
+    Raises:
+        BackendError: an import of one of ``OPTIONAL`` failed inside the block.
+    """
+    try:
+        yield
+    except ImportError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in OPTIONAL:
+            raise
+        name, extra = OPTIONAL[module]
+        missing = isinstance(error, ModuleNotFoundError)
+        state = "is not installed" if missing else f"does not load here ({first_line(error)})"
+        raise BackendError(
+            f"{what} needs {name}, which {state}: pip install 'lutdeploy[{extra}]'"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

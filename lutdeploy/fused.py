@@ -110,6 +110,13 @@ class FusedStem(nn.Module):
         return F.pad(tokens, (0, 0, 0, self.config.entries)) + self.lut_tokens  # [B, N + K, D]
 
 
+def attention_scale(config: ModelConfig) -> Tensor:
+    """What each output of q, k and v is multiplied by, so that q·k is scaled: float64 [3·D]."""
+    scale = torch.ones(3 * config.width, dtype=torch.float64)
+    scale[: 2 * config.width] = (config.width // config.heads) ** -0.25
+    return scale
+
+
 class FusedBlock(nn.Module):
     """A transformer block: attention as matmul-softmax-matmul, with q and k already scaled."""
 
@@ -118,8 +125,7 @@ class FusedBlock(nn.Module):
         self.heads, self.dtype = config.heads, dtype
         self.width, self.eps = config.width, config.layer_norm_eps
         weight, bias = fold_norm(block.norm1, block.qkv)
-        scale = torch.ones(3 * config.width, dtype=torch.float64)
-        scale[: 2 * config.width] = (config.width // config.heads) ** -0.25
+        scale = attention_scale(config)
         self.qkv = Matmul(weight * scale[:, None], bias * scale, dtype)
         self.out = Matmul(block.out.weight, block.out.bias, dtype)
         self.gated = Matmul(*fold_norm(block.norm2, block.gated), dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -81,7 +80,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Describe this machine. It imports torch only where there may be a GPU."""
+    """Describe this machine. It imports torch, if it is there, only where there may be a GPU."""
     return Machine(
         cpu=_cpu(),
         processors=processors(),
@@ -117,10 +116,12 @@ def int8_weight_bits() -> int:
 
 def versions() -> dict[str, str]:
     """The versions of python and of those of ``PACKAGES`` that are installed."""
+    from importlib import metadata  # a tenth of the start of a command that never asks
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found
 
 
@@ -137,7 +138,7 @@ def import_problem(extra: str, *modules: str) -> str | None:
             return f"{error}; pip install 'lutdeploy[{extra}]'"
         except Exception as error:  # compiled parts raise anything
             reason = first_line(error)
-            torch = importlib.metadata.version("torch")
+            torch = versions().get("torch", "none")
             remedy = f"install a version of it that fits torch {torch}"
             if "torchvision" in reason:
                 remedy = f"install the torchvision built for torch {torch}"
@@ -301,8 +302,10 @@ def _cgroups(controller: str, process: Path) -> Iterator[Path]:
 def _gpus() -> tuple[str, ...]:
     if sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS):
         return ()  # saves the second that importing torch takes
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:  # then nothing here computes on a GPU
+        return ()
     if not torch.cuda.is_available():
         return ()
     return tuple(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))

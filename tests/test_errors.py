@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from lutdeploy.artefacts import picture_files
 from lutdeploy.cli import cli
-from lutdeploy.errors import ran_out_of_memory
+from lutdeploy.errors import BackendError, needing, ran_out_of_memory
 from lutdeploy.training.data import load_folder
 
 TOO_LARGE = 2**50  # bytes
@@ -92,3 +92,27 @@ def test_pictures_are_not_damaged_where_memory_ran_out(
     (tmp_path / "pictures.npz").write_bytes(b"")
     with pytest.raises(MemoryError):
         list(picture_files.pictures_in(tmp_path / "pictures.npz"))
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (ModuleNotFoundError("No module named 'torch._C'", name="torch._C"), "is not installed"),
+        (ImportError("libgomp.so.1: no such file\n…", name="torch"), "does not load here (libgomp"),
+    ],
+)
+def test_a_package_that_is_missing_or_broken_is_named(error: ImportError, state: str) -> None:
+    with pytest.raises(BackendError, match=r": pip install 'lutdeploy\[train\]'$") as caught:
+        with needing("this"):
+            raise error
+    assert str(caught.value).startswith(f"this needs PyTorch, which {state}")
+
+
+def test_an_import_of_our_own_that_fails_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ImportError("cannot import name 'examine'", name="lutdeploy.engines.doctor")
+
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr("lutdeploy.engines.doctor.examine", fails)
+    assert CliRunner().invoke(cli, ["doctor"]).exception is error

@@ -52,7 +52,7 @@ def run(
 def test_every_tensorrt_has_an_environment_with_pinned_versions(tmp_path: Path) -> None:
     done, calls = run(tmp_path, "")
     assert done.returncode == 0, done.stderr
-    installs = [call for call in calls if " -m pip install " in call]
+    installs = [call for call in calls if " -m pip install " in call and "--editable" in call]
     assert [call.split("/")[1] for call in installs] == list(ENVIRONMENTS)
     packages = (
         ".[dev]",
@@ -70,6 +70,9 @@ def test_every_tensorrt_has_an_environment_with_pinned_versions(tmp_path: Path) 
         "--backend tensorrt-rtx --out report/tensorrt-rtx",
     ]
     assert sum("-m pytest -m gpu" in call for call in calls) == 4
+    swapped = [call for call in calls if "onnxruntime" in call and "pip" in call]
+    assert [call.split(" -m pip ")[1].split()[0] for call in swapped] == ["uninstall", "install"]
+    assert all(call.startswith(".venv-gpu/runtimes/") for call in swapped)
     assert done.stdout.endswith("passed: runtimes tensorrt-10 tensorrt-11 tensorrt-rtx\n")
 
 

@@ -6,8 +6,13 @@ import os
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
+from lutdeploy.errors import OPTIONAL
+
 ROOT = Path(__file__).parent.parent
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 
 def folder(package: str) -> Path:
@@ -27,6 +32,17 @@ def test_every_file_is_in_the_wheel() -> None:
     assert len(files) > 100, "the links to training/ and engines/ were followed"
     left_out = [p for p in files if not any(p.match(str(pattern)) for pattern in patterns)]
     assert left_out == []
+
+
+def test_sampling_needs_no_pytorch_and_everything_else_has_an_extra() -> None:
+    """What `needing` tells people to install is what the extra brings, and no one else gets it."""
+    extras = PROJECT["optional-dependencies"]
+    always = {Requirement(text).name for text in PROJECT["dependencies"]}
+    developers = set[str]().union(*(Requirement(text).extras for text in extras["dev"]))
+    for module, (_, extra) in OPTIONAL.items():
+        brought = {Requirement(text).name for text in extras[extra]}
+        assert module.replace("_", "-") in brought - always
+        assert extra in developers
 
 
 def test_every_listed_package_is_there() -> None:

@@ -64,7 +64,7 @@ def load_perceptual(device: torch.device) -> Perceptual:
     The spec clamps, it does not rescale: what is darker than 0 counts as 0.
     """
     way_out = "pass --perceptual none to train without it"
-    problem = import_problem("train", "torchvision", "torchmetrics.image.lpip")
+    problem = import_problem("lpips", "torchvision", "torchmetrics.image.lpip")
     if problem:
         raise BackendError(f"LPIPS cannot be used: {problem}; {way_out}")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

@@ -5,12 +5,14 @@
 Run it in the root of the checkout. Weights and facts go to lutdeploy/models, which the wheel
 holds; the card and the pictures go to docs/models, which it does not. The weights are stored as
 float16 and measured as `lutdeploy evaluate` does, with the reference schedule and with the best
-of the model's fitted schedules. Run it again after `lutdeploy tune-steps --model NAME` has found
-those for the new weights.
+of the model's fitted schedules. The default model gets its export too, as
+:mod:`lutdeploy.engines.export.shipped` makes it. Run it again after `lutdeploy tune-steps --model
+NAME` has found those for the new weights.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,13 @@ from lutdeploy import images
 from lutdeploy.artefacts import checkpoint, files, shipped
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run, tuned_steps_file
-from lutdeploy.artefacts.tuned_steps import distilled_schedule, stored_tuned_steps
+from lutdeploy.artefacts.tuned_steps import (
+    distilled_schedule,
+    fitted_schedules,
+    stored_tuned_steps,
+)
 from lutdeploy.config import ModelConfig
+from lutdeploy.engines.export.shipped import export_shipped
 from lutdeploy.errors import ArtefactError, LutDeployError
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.schedule import DISTILLED, Schedule, solver_schedule
@@ -45,7 +52,7 @@ def write_weights(run: Run, name: str) -> Path:
     _, about = read_metadata(run.model)
     settings = read_settings(run)
     seen = {"images_seen": about["step"] * settings.batch, "recipe": settings.recipe}
-    path = shipped.FOLDER / f"{name}.safetensors"
+    path = shipped.model_path(name)
     model = checkpoint.load_model(run.model)
     about = {key: value for key, value in about.items() if key != "data"}  # a path of this machine
     checkpoint.save_model(model, path, torch.float16, about={**about, **seen, "name": name})
@@ -165,6 +172,9 @@ def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: 
     grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))
     for kind, picture in {"samples": grid, **pictures.of_model(model, reference)}.items():
         files.write_atomic(docs / f"{name}.{kind}.png", images.encode_png(picture))
+    if name == shipped.DEFAULT:
+        tell = partial(click.echo, err=True)
+        export_shipped(path, fitted_schedules(path, files.sha256(path)), tell)
     click.echo(path)
 
 

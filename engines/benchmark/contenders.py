@@ -86,7 +86,7 @@ def _trained(path: Path, scratch: Path, note: Callable[[str], None]) -> Subject:
     if located.export is not None:
         exports = [located.export]
     else:
-        exports = located.run.exports() if located.run else []
+        exports = located.exports()
         if ("step", "fp32") not in [(m.graph, m.precision) for m in map(read_manifest, exports)]:
             note("export: step-fp32, for this benchmark alone")
             exports.append(_export(located.model, scratch, "fp32"))

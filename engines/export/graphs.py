@@ -328,7 +328,7 @@ def _fixed_steps(model: LutTransformer, precision: str, schedule: Schedule) -> I
         yield traced[previous]
 
 
-def _graphs(model: LutTransformer, plan: ExportPlan) -> Iterator[tuple[str, ir.Model]]:
+def trace_graphs(model: LutTransformer, plan: ExportPlan) -> Iterator[tuple[str, ir.Model]]:
     """The file names and graphs of a plan, in step order."""
     if plan.schedule is None:
         graph = StepGraph(model, plan.precision)
@@ -351,7 +351,7 @@ def write_graphs(
     """
     names = []
     with WeightsFile(folder / WEIGHTS) as weights:
-        for name, graph in _graphs(model, plan):
+        for name, graph in trace_graphs(model, plan):
             weights.move(graph)
             on_phase(f"write {name}")
             ir.save(graph, folder / name)
@@ -406,29 +406,41 @@ def export_model(
         if quantize is not None:
             quantization = quantize(stage / graphs[0])
             check_graph(stage / graphs[0])
-        manifest = Manifest(
-            folder=stage,
-            config=model.config,
-            graph=plan.graph,
-            precision=plan.precision,
-            schedule=plan.schedule,
-            islands={"fp32": (), "fp16": ISLANDS, "int8": INT8_ISLANDS}[plan.precision],
-            opset=OPSET,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-            versions={
-                "lutdeploy": lutdeploy.__version__,
-                "torch": str(torch.__version__),
-                "onnx": onnx.__version__,
-                "onnxscript": onnxscript.__version__,
-                "onnx_ir": ir.__version__,
-            },
-            source_sha256=source_sha256,
-            graphs=graphs,
-            files=hash_files(stage),
-            quantization=quantization,
-            tuned=tuple(tuned),
-        )
-        manifest.write()
+        describe_export(stage, model, plan, source_sha256, graphs, quantization, tuned).write()
         on_phase("compare with PyTorch")
         verify(stage)
     return target
+
+
+def describe_export(
+    folder: Path,
+    model: LutTransformer,
+    plan: ExportPlan,
+    source_sha256: str,
+    graphs: tuple[str, ...],
+    quantization: Quantization | None = None,
+    tuned: Sequence[Schedule] = (),
+) -> Manifest:
+    """The manifest of a folder that holds a plan's graphs and weights, all of which it hashes."""
+    return Manifest(
+        folder=folder,
+        config=model.config,
+        graph=plan.graph,
+        precision=plan.precision,
+        schedule=plan.schedule,
+        islands={"fp32": (), "fp16": ISLANDS, "int8": INT8_ISLANDS}[plan.precision],
+        opset=OPSET,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+        versions={
+            "lutdeploy": lutdeploy.__version__,
+            "torch": str(torch.__version__),
+            "onnx": onnx.__version__,
+            "onnxscript": onnxscript.__version__,
+            "onnx_ir": ir.__version__,
+        },
+        source_sha256=source_sha256,
+        graphs=graphs,
+        files=hash_files(folder),
+        quantization=quantization,
+        tuned=tuple(tuned),
+    )

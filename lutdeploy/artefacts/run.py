@@ -160,6 +160,18 @@ class Located:
     export: Path | None  # only when the path names one export folder
     run: Run | None
 
+    def exports(self) -> list[Path]:
+        """The export folders that the path stands for, newest first.
+
+        A model file alone has at most one, around it: an export that reads its weights from it.
+        """
+        if self.export is not None:
+            return [self.export]
+        if self.run is not None:
+            return self.run.exports()
+        folder = self.model.parent if self.model else None
+        return [folder] if folder and (folder / MANIFEST).is_file() else []
+
 
 def require_text(path: Path) -> None:
     """Refuse a name for models whose bytes are no text: safetensors and the runtimes need UTF-8."""

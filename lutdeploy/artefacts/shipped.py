@@ -1,7 +1,9 @@
-"""The trained models that come with the package: weights, facts, fitted schedules.
+"""The trained models that come with the package: weights, facts, fitted schedules, an export.
 
-Each is NAME.safetensors (float16), with NAME.json (how it was trained and what `lutdeploy
-evaluate` measured) and NAME.steps.json beside it. Cards and pictures are in docs/models.
+A folder NAME has NAME.safetensors (float16), NAME.json (how it was trained and what `lutdeploy
+evaluate` measured) and NAME.steps.json. That of the default model is an export as well, with its
+manifest and its verdict: a graph that reads its matrices from NAME.safetensors. Cards and pictures
+are in docs/models.
 """
 
 from __future__ import annotations
@@ -16,21 +18,21 @@ DEFAULT = "static-tanh-64-small"  # the one of the best metrics
 
 def names() -> tuple[str, ...]:
     """Of all models, the default first."""
-    found = {path.stem for path in FOLDER.glob("*.safetensors")}
+    found = {path.stem for path in FOLDER.glob("*/*.safetensors")}
     return tuple(sorted(found, key=lambda name: (name != DEFAULT, name)))
 
 
 def model_path(name: str = DEFAULT) -> Path:
     """The weights of a model of :func:`names`."""
-    return FOLDER / f"{name}.safetensors"
+    return FOLDER / name / f"{name}.safetensors"
 
 
 def is_shipped(path: Path) -> bool:
     """Whether a file is the weights of a model of the package."""
-    return path.parent == FOLDER and path.stem in names()
+    return path.parent.parent == FOLDER and path.stem in names()
 
 
 def facts(name: str) -> dict[str, Any]:
     """What NAME.json says: ``training``, ``sampling``, ``metrics`` and ``floor``."""
-    values: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads(model_path(name).with_suffix(".json").read_text("utf-8"))
     return values

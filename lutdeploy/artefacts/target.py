@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
 from lutdeploy.artefacts.run import MODEL, RUNS, Run, locate, newest_run, tuned_steps_file
+from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.errors import UsageError
 
 
@@ -56,5 +61,22 @@ def _run_of_shipped(path: Path, note: Callable[[str], None]) -> Run:
     if tuned.is_file() and not (same and run.tuned_steps.is_file()):
         files.write_atomic(run.tuned_steps, tuned.read_bytes())  # fitted to these weights
     files.write_atomic(run.model, weights)
+    for export in locate(path).exports():
+        _copy_export(export, run)
     note(f"run: {run.path} (made for the model of the package)")
     return run
+
+
+def _copy_export(source: Path, run: Run) -> None:
+    """Bring the export of a model of the package, and its verdict, into the run made for it."""
+    manifest = read_manifest(source)
+    folder = run.export_folder(f"{manifest.graph}-{manifest.precision}")
+    with files.lock(run.exports_folder, "command", on_wait=lambda text: None):
+        if (folder / MANIFEST).is_file():
+            if read_manifest(folder).source_sha256 == manifest.source_sha256:
+                return
+        with files.staged(folder) as stage:
+            for name in (*manifest.files, MANIFEST):
+                shutil.copyfile(source / name, stage / name)
+    for verdict in read_verdicts(Run(source)):
+        store_verdict(run, msgspec.structs.replace(verdict, export=folder.name))

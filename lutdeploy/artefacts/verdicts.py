@@ -158,7 +158,9 @@ def require_passed(path: Path, identity: dict[str, Any], note: Callable[[str], N
     """
     if is_reference(identity["backend"], identity["device"]):
         return
-    run = locate(path).run
+    located = locate(path)
+    # An export that belongs to no run may bring its verdicts: that of the package's model does.
+    run = located.run or next(map(Run, located.exports()), None)
     export = identity["export"]
     name = f"export {export}" if export else f"{identity['backend']} on {identity['device']}"
     verdict = next((v for v in read_verdicts(run) if v.judged(identity)), None) if run else None

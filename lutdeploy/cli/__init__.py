@@ -21,7 +21,7 @@ from lutdeploy.cli.console import (
     prepare_streams,
     stop_with,
 )
-from lutdeploy.errors import LutDeployError, Terminated, ran_out_of_memory
+from lutdeploy.errors import LutDeployError, Terminated, needing, ran_out_of_memory
 from lutdeploy.machine import limit_threads
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch"
@@ -87,6 +87,14 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"lutdeploy.cli.{name}{'_' * (name == 'import')}")
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; where a package for it is missing, say which extra brings it."""
+        try:
+            return super().invoke(ctx)
+        except ImportError:
+            with needing(f"lutdeploy {ctx.invoked_subcommand}"):
+                raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,8 @@ def command(
     """
     if run is not None and (preset or size):
         raise UsageError("--preset and --size mean random weights; leave out RUN")
+    if find_spec("torch") is None:  # each of its processes would say so, as an error of its own
+        raise ModuleNotFoundError("the original runs in PyTorch", name="torch")
     from lutdeploy.engines.benchmark import report
     from lutdeploy.engines.benchmark.contenders import RandomModel
     from lutdeploy.engines.benchmark.measure import choose_settings, open_benchmark

@@ -56,6 +56,8 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
             f"{indent}  {found['preset']}, {found['parameters'] / 1e6:.3f} M parameters, "
             f"{'/'.join(found['dtypes'])}, {found['bytes'] / 1e6:.1f} MB"
         )
+        if found["unverified"]:
+            yield f"{indent}  not verified: {found['unverified']}"
         if origin := found["distilled"]:
             yield (
                 f"{indent}  distilled to {len(origin['schedule']['rows'])} steps from "

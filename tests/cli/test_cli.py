@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -22,6 +23,7 @@ from lutdeploy.artefacts.picture_files import pictures_in
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.cli import COMMANDS, cli
+from lutdeploy.engines.doctor import PROBE
 from lutdeploy.sampling import batch_noise
 from tests.conftest import golden_model, read_golden
 
@@ -286,7 +288,9 @@ def test_a_model_of_the_package_is_the_default(
     monkeypatch.chdir(tmp_path)
     result = run("sample", "-n", 2, "--steps", 2)
     assert f"model: {shipped.DEFAULT} (of the package" in result.stderr
-    assert "backend: torch" in result.stderr
+    assert (
+        f"backend: onnxruntime on CPUExecutionProvider, export {shipped.DEFAULT}" in result.stderr
+    )
     assert (tmp_path / "samples" / "grid.png").is_file()
     assert not (tmp_path / "runs").exists()
     run("export", "--fp16")
@@ -373,6 +377,12 @@ def test_doctor_tells_what_computes() -> None:
     assert findings["torch cpu"]["works"]
     for finding in findings.values():
         assert finding["works"] or not finding["required"]
+
+
+def test_the_graph_that_doctor_computes_is_what_its_source_says() -> None:
+    text = '<ir_version: 10, opset_import: ["": 20]>\n'
+    text += "probe (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, x) }"
+    assert onnx.parser.parse_model(text).SerializeToString() == PROBE
 
 
 def test_doctor_fails_when_something_needed_does_not_import(

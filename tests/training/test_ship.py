@@ -96,14 +96,19 @@ def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.Mon
     docs.mkdir()
     monkeypatch.setattr(shipped, "FOLDER", folder)
     run = trained(tmp_path / "run")
-    stale = folder / "drawn.steps.json"
+    monkeypatch.setattr(shipped, "DEFAULT", "drawn")
+    stale = folder / "drawn" / "drawn.steps.json"
+    stale.parent.mkdir()
     TunedSteps("other weights", 1, 24, 0, "euler-256", ()).write(stale)
     arguments = [str(run.path), "--name", "drawn", "-n", "16", "--remark", "Blocks, no cats."]
     arguments += ["--docs", str(docs)]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "was fitted to another model" in result.output
-    assert sorted(p.name for p in folder.iterdir()) == ["drawn.json", "drawn.safetensors"]
+    files_there = sorted(p.name for p in (folder / "drawn").iterdir())
+    exported = ["manifest.json", "step.onnx", "verdicts"]
+    assert files_there == ["drawn.json", "drawn.safetensors", *exported]
+    assert "export: PSNR" in result.output
     kinds = ("gram.png", "lut.png", "md", "samples.png", "trajectory.png")
     assert sorted(p.name for p in docs.iterdir()) == [f"drawn.{kind}" for kind in kinds]
     assert shipped.names() == ("drawn",)

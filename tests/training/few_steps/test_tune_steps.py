@@ -264,7 +264,8 @@ def test_the_embedded_model_brings_its_schedules(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They go with it into the run that is made for it."""
-    model = tmp_path / f"{shipped.DEFAULT}.safetensors"
+    model = tmp_path / shipped.DEFAULT / f"{shipped.DEFAULT}.safetensors"
+    model.parent.mkdir()
     shutil.copy(run.model, model)
     shutil.copy(run.tuned_steps, tuned_steps_file(model))
     known = read_tuned_steps(run.tuned_steps)
