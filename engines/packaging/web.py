@@ -8,11 +8,10 @@ schedules as rows of coefficients. The model's files are those of verified expor
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from lutdeploy.artefacts.tuned_steps import usable_schedules
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.onnxruntime import OnnxRuntimeDenoiser
 from lutdeploy.engines.packaging.exports import verified_step
+from lutdeploy.engines.packaging.folder import require_ours, write_folder
 from lutdeploy.errors import ArtefactError, BackendError, ParityError, UsageError, needing
 from lutdeploy.sampling import State, batch_noise, trajectory
 from lutdeploy.schedule import DISTILLED, FITTED, Schedule, solver_schedule
@@ -113,7 +113,7 @@ def package_web(run: Run, out: Path, runtime: Path | None, note: Callable[[str],
         ParityError: the float32 export is not what PyTorch computes.
     """
     out = Path(os.path.abspath(out))
-    require_ours(out)
+    require_ours(out, FACTS)
     copied = read_runtime(runtime) if runtime is not None else {}
     exports = _exports(run, note)
     float32 = exports["fp32"]
@@ -129,11 +129,8 @@ def package_web(run: Run, out: Path, runtime: Path | None, note: Callable[[str],
     contents[LUT] = images.encode_png(_lut_picture(run, float32.config, schedules[0], states))
     contents[README] = readme(run.path.resolve().name, bool(copied)).encode()
     facts = page_facts(run, exports, schedules, states, contents)
-    with _locked(out), files.staged(out) as stage:
-        for name, data in contents.items():
-            files.write_atomic(stage / name, data)
-        files.write_json(stage / FACTS, {**facts, "contents": sorted([*contents, FACTS])})
-        return sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+    write_folder(out, FACTS, facts, contents)
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def _exports(run: Run, note: Callable[[str], None]) -> dict[str, Manifest]:
@@ -295,42 +292,6 @@ def read_runtime(folder: Path) -> dict[str, bytes]:
                 f"{path} has another hash than that of onnxruntime-web {RUNTIME_VERSION}; {remedy}"
             )
     return found
-
-
-def require_ours(out: Path) -> None:
-    """Refuse a folder with anything in it that this command did not write.
-
-    Raises:
-        UsageError: names what is in the way.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out names a folder")
-    there = (
-        {str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()}
-        if out.exists()
-        else set()
-    )
-    ours: set[str] = set()
-    if (out / FACTS).is_file():
-        with contextlib.suppress(ArtefactError, KeyError, TypeError):
-            ours = set(files.read_json(out / FACTS)["contents"])
-    foreign = sorted(there - ours)
-    if foreign:
-        raise UsageError(
-            f"{out} holds {foreign[0]}, which this command did not make; choose another --out"
-        )
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Shut out other packagers of a folder, from beside it, where no web server looks."""
-    files.output_folder(out.parent)
-    name = f".{out.name}-lock"
-    with files.lock(out.parent, "`lutdeploy package`", name=name):
-        try:
-            yield
-        finally:
-            (out.parent / name).unlink(missing_ok=True)
 
 
 def readme(name: str, offline: bool) -> str:

@@ -45,6 +45,7 @@ COMMANDS = {
         "run",
         "--overwrite",
     ),
+    "package triton": ("package", "triton", "run", *SHORT, "--out", "out"),
     "parity": ("parity", "run", *SHORT),
     "tune-steps": ("tune-steps", "run", "--steps", "3", "--images", "2", "--backend", "torch"),
     "train": ("train", "--data", "{elsewhere}/faces", "--out", "new", *TINY),
