@@ -191,6 +191,9 @@ def test_an_export_is_packaged(fresh: Path, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "page" / "page.json").read_text())
     assert "step-fp32/step.onnx" in facts["contents"]
     assert "warning: a float16 export, which is not there yet, needs PyTorch" in done.stderr
+    done = run(fresh, tmp_path, "lutdeploy", "package", "triton", "--out", "models")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "models").rglob("step.onnx"))
 
 
 def test_commands_that_need_more_say_so_in_one_line(fresh: Path, tmp_path: Path) -> None:
