@@ -132,7 +132,8 @@ def _open_measured(
     named = replace(request, export=located.export.name if located.export else request.export)
     for choice in measured_choices(located.run, named):
         try:
-            engine = _open(choice.request, locate(located.run.path), note)
+            with needing(f"backend {choice.request.backend}"):
+                engine = _open(choice.request, locate(located.run.path), note)
         except LutDeployError as error:
             note(f"auto: not {choice.name}: {error}")
             continue

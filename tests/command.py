@@ -36,6 +36,7 @@ NOTES = (
     "read ",
     "data ",
     "evaluate ",
+    "evaluate, ",
 )
 
 
@@ -61,5 +62,8 @@ def error_line(stderr: str) -> str:
     """The last line of stderr, the only one besides notes."""
     *before, last = [line for line in stderr.splitlines() if line.strip()]
     assert last.startswith("error: ")
-    assert all(line.startswith(NOTES) or " images are there already" in line for line in before)
+    strange = [
+        x for x in before if not x.startswith(NOTES) and " images are there already" not in x
+    ]
+    assert strange == []
     return last

@@ -163,10 +163,7 @@ def absolute(data: str) -> str:
     """What --data names, wherever a later command is started."""
     if data == SYNTHETIC:
         return data
-    path = os.path.abspath(data)
-    if path.encode("utf-8", "replace").decode() != path:  # bytes that are no UTF-8
-        raise UsageError(f"--data {path!r}: a run cannot note this name; give the folder another")
-    return path
+    return os.path.abspath(data)
 
 
 def absolute_model(name: str) -> str:

@@ -190,7 +190,9 @@ def test_what_changed_or_does_not_open_is_passed_over(
         patch.delitem(sys.modules, "lutdeploy.engines.openvino")
         backend, said = sampled_by(run, tmp_path / "absent")
     assert backend == "torch"
-    assert "auto: not openvino-fp32: OpenVINO is not installed" in said
+    assert (
+        "auto: not openvino-fp32: backend openvino needs OpenVINO, which is not installed" in said
+    )
     result = files.read_json(run.bench)
     for measured in result["rows"]:
         if measured["backend"] == "openvino":
