@@ -62,8 +62,6 @@ def error_line(stderr: str) -> str:
     """The last line of stderr, the only one besides notes."""
     *before, last = [line for line in stderr.splitlines() if line.strip()]
     assert last.startswith("error: ")
-    strange = [
-        x for x in before if not x.startswith(NOTES) and " images are there already" not in x
-    ]
-    assert strange == []
+    others = [line for line in before if not line.startswith(NOTES)]
+    assert [line for line in others if " images are there already" not in line] == []
     return last

@@ -187,12 +187,10 @@ def test_what_changed_or_does_not_open_is_passed_over(
     write_bench(run, row("openvino-fp32", seconds=1), row("torch-eager", seconds=2))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)
-        patch.delitem(sys.modules, "lutdeploy.engines.openvino")
+        patch.delitem(sys.modules, "lutdeploy.engines.openvino", raising=False)
         backend, said = sampled_by(run, tmp_path / "absent")
     assert backend == "torch"
-    assert (
-        "auto: not openvino-fp32: backend openvino needs OpenVINO, which is not installed" in said
-    )
+    assert "auto: not openvino-fp32: backend openvino needs OpenVINO, which is not" in said
     result = files.read_json(run.bench)
     for measured in result["rows"]:
         if measured["backend"] == "openvino":
