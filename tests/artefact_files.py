@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -48,4 +49,8 @@ def make_artefacts(folder: Path, exported: Callable[..., Path]) -> None:
     succeed("train", "--data", faces, "--out", folder / "trained", "--steps", 2, *small)
     for out, kind in (("drawn", "png"), ("packed", "npz"), ("shards", "webdataset")):
         succeed("sample", run.path, "--out", folder / out, "--format", kind, "-n", 2, *SAMPLED)
+    if find_spec("tensorrt_rtx"):
+        shutil.copytree(run.path, folder / "built")
+        rtx = ("--backend", "tensorrt-rtx", "--architecture", "8.9")
+        succeed("build", folder / "built", "--export", "step-fp32", *rtx)
     save_author_file(load_model(run.model), folder / "author.pth")
