@@ -79,6 +79,7 @@ TRAIN = (
     "--compile",
     "off",
 )
+FACES = tuple("train --data faces --size tiny --steps 1 --batch 2 --out new".split())
 TARGETS = (
     Target("run/model.safetensors", mutated_safetensors, ("inspect", "run")),
     Target("run/model.safetensors", mutated_safetensors, ("sample", "run", *TORCH)),
@@ -112,40 +113,8 @@ TARGETS = (
         mutated_zip("data.pkl"),
         ("import", "author.pth", "--heads", "4", "--out", "new"),
     ),
-    Target(
-        "faces/0.png",
-        mutated_bytes,
-        (
-            "train",
-            "--data",
-            "faces",
-            "--size",
-            "tiny",
-            "--steps",
-            "1",
-            "--batch",
-            "2",
-            "--out",
-            "new",
-        ),
-    ),
-    Target(
-        "faces/1.jpg",
-        mutated_bytes,
-        (
-            "train",
-            "--data",
-            "faces",
-            "--size",
-            "tiny",
-            "--steps",
-            "1",
-            "--batch",
-            "2",
-            "--out",
-            "new",
-        ),
-    ),
+    Target("faces/0.png", mutated_bytes, FACES),
+    Target("faces/1.jpg", mutated_bytes, FACES),
 )
 
 
