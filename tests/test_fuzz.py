@@ -93,6 +93,7 @@ TARGETS = (
     Target("run/verdicts/*.json", mutated_json, ("inspect", "run")),
     Target("run/verdicts/*.json", mutated_json, ("sample", "run", *SAMPLE)),
     Target("built/engines/[0-9a-f]*.json", mutated_json, ("inspect", "built")),
+    Target("built/engines/*.plan", mutated_bytes, ("inspect", "built")),
     Target("trained/train.json", mutated_json, TRAIN),
     Target("trained/train.jsonl", mutated_json_lines, TRAIN),
     Target("trained/training-state.safetensors", mutated_safetensors, TRAIN),

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from lutdeploy.device import parse_device
 from lutdeploy.engines.cuda.device import CaptureError, CudaDevice
+from lutdeploy.reference import full_float32
 
 GPU_NAME = "TensorRT double (ONNX Runtime on the CPU)"
 ALIGNMENT = 512  # as torch's CUDA allocator
@@ -116,7 +117,7 @@ class _Queued(TorchDispatchMode):
         kwargs, stream = kwargs or {}, self._device.current
         if CpuStream.running or stream is None:
             return func(*args, **kwargs)
-        arguments = func._schema.arguments
+        arguments, func = func._schema.arguments, _as_now(func)
         given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
         written = [
             given[argument.name]
@@ -142,6 +143,16 @@ class _Queued(TorchDispatchMode):
 
             stream.put(fill)
         return result
+
+
+def _as_now(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``func`` in the precision of this moment: a GPU is told it with the kernel, not when it runs."""
+    backends: Any = torch.backends
+    if {"tf32", "bf16"} & {
+        place.fp32_precision for place in (backends.mkldnn.conv, backends.mkldnn.matmul)
+    }:
+        return func
+    return full_float32()(func)
 
 
 class _Host(TorchFunctionMode):

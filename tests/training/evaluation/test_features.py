@@ -143,8 +143,12 @@ def test_training_the_network_is_repeatable_and_learns(faces: Pixels, tmp_path: 
     feature_network.save_network(first, path)
     loaded = feature_network.load_network(path, files.sha256(path))
     x = torch.from_numpy(faces[:16]).float() / 127.5 - 1
+    # What float16 rounds by. Of an untrained network's features, which hardly vary, it is more.
+    for name, value in first.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(loaded.state_dict()[name], value, rtol=2**-11, atol=2**-25)
     with torch.no_grad():
-        assert torch.allclose(loaded(x), first(x), atol=0.05)
+        torch.testing.assert_close(loaded.pooled(x), first.pooled(x), rtol=0.01, atol=2e-3)
         # Standardised over what it was trained on.
         assert float(first(x).mean(0).abs().max()) < 1e-4
 
