@@ -370,8 +370,6 @@ def test_shipped_models_are_fp16_told_of_and_paint(name: str) -> None:
 
 
 def test_doctor_tells_what_computes() -> None:
-    result = run("doctor")
-    assert "onnxruntime CPUExecutionProvider" in result.stdout
     findings = {f["subject"]: f for f in json.loads(run("doctor", "--json").stdout)}
     assert findings["onnxruntime CPUExecutionProvider"]["works"]
     assert findings["torch cpu"]["works"]

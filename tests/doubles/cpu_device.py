@@ -146,7 +146,7 @@ class _Queued(TorchDispatchMode):
 
 
 def _as_now(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func`` in the precision of this moment: a GPU is told it with the kernel, not when it runs."""
+    """``func`` in the precision of this moment, which a GPU is told with the kernel."""
     backends: Any = torch.backends
     if {"tf32", "bf16"} & {
         place.fp32_precision for place in (backends.mkldnn.conv, backends.mkldnn.matmul)

@@ -15,19 +15,18 @@ from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.run import Run
 from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.training.processes import Launch, Processes, launch, open_processes
-from tests.command import fail
+from tests.command import fail, succeed
 
 SETTINGS = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--set", "warmup=3")
 LENGTH = ("--steps", "6", "--batch", "8", "--checkpoint-every", "3", "--ema", "0.5")
 
 
-def train(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`lutdeploy train` in so many processes; one thread each, without GPUs."""
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`lutdeploy train` in two processes; one thread each, without GPUs."""
     code = "from lutdeploy.cli import cli; cli()"
-    command = [sys.executable, "-c", code, "train", "--device", "cpu", *arguments]
-    if count > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-        command = [*start, "--nproc-per-node", str(count), *command]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command += ["--nproc-per-node", "2", sys.executable, "-c", code]
+    command += ["train", "--device", "cpu", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -39,15 +38,15 @@ def test_two_processes_end_where_one_ends(tmp_path: Path) -> None:
     """Weights and losses at the same global batch, a resumed run included."""
     pytest.importorskip("accelerate", reason="training in processes needs Accelerate")
     one, two = (Run(tmp_path / name) for name in ("one", "two"))
-    alone = train(1, *SETTINGS, *LENGTH, "--out", str(one.path))
-    assert alone.returncode == 0, alone.stderr
-    joined = train(2, *SETTINGS, *LENGTH, "--out", str(two.path))
+    succeed("train", "--device", "cpu", *SETTINGS, *LENGTH, "--out", one.path)
+    joined = train(*SETTINGS, *LENGTH, "--out", str(two.path))
     assert joined.returncode == 0, joined.stderr
     assert "2 processes" in joined.stderr
     assert joined.stdout.split() == [str(two.model)], "one process speaks for both"
-    for run, count in ((one, 1), (two, 2)):
-        more = train(count, "--resume", "--steps", "8", "--out", str(run.path))
-        assert more.returncode == 0, more.stderr
+    resume = ("--resume", "--steps", "8", "--out")
+    succeed("train", *resume, one.path)
+    more = train(*resume, str(two.path))
+    assert more.returncode == 0, more.stderr
     weights = [load_model(run.model).state_dict() for run in (one, two)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=2e-5)

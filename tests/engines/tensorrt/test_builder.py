@@ -15,7 +15,7 @@ import pytest
 
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import Run
-from lutdeploy.artefacts.shipped import model_path, names
+from lutdeploy.artefacts.shipped import DEFAULT, model_path
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.builder import BuildTarget, GraphBuild
 from lutdeploy.engines.tensorrt.engine import this_machine
@@ -48,10 +48,19 @@ def records(run: Run) -> list[plan.PlanRecord]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "architectures"),
-    [("fp16", [*AMPERE_ON, "7.5"]), ("fp32", AMPERE_ON)],  # Turing has no float32 matmul
+    ("preset", "graph", "precision", "architectures"),
+    [
+        ("static-tanh-64", "step", "fp16", [*AMPERE_ON, "7.5"]),
+        ("static-tanh-64", "step", "fp32", AMPERE_ON),  # Turing has no float32 matmul
+        ("static-tanh-64", "per-step", "fp16", ["7.5", "12.0"]),
+        ("static-tanh-64", "loop", "fp32", ["8.9"]),
+        ("static-softmax-512", "step", "fp32", ["8.9"]),
+        ("static-softmax-512", "loop", "fp16", ["7.5", "12.0"]),
+        ("dynamic-64", "step", "fp16", ["7.5", "12.0"]),
+        ("dynamic-64", "per-step", "fp32", ["8.9"]),
+        ("dynamic-64", "loop", "fp16", ["7.5", "12.0"]),
+    ],
 )
-@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
 def test_every_preset_graph_and_precision_compiles(
     *,
     exported: Exported,
@@ -78,12 +87,11 @@ def test_every_preset_graph_and_precision_compiles(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", names())
-def test_the_models_of_the_package_compile_at_their_size(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_default_model_compiles_at_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    succeed("export", model_path(name), "--fp16")
+    succeed("export", model_path(DEFAULT), "--fp16")
     said = succeed(*BUILD, "--architecture", "7.5,12.0").stderr
     assert "float16" in said
 

@@ -235,6 +235,7 @@ def test_of_several_builds_the_one_that_fits_the_batch_is_used(
         assert engine.records[0].fields["batch"] == several
 
 
+@pytest.mark.parametrize("tensorrt", ["10.13", "rtx-1.7"], indirect=True)
 def test_an_engine_that_never_ran_is_judged_at_its_first_opening_once(
     tensorrt: TensorRT, exported_run: Runs, tmp_path: Path
 ) -> None:
@@ -310,7 +311,7 @@ def test_an_engine_that_fails_gives_way_to_the_next_which_is_judged_too(
     assert sorted(outcomes(run)) == ["FAILED", "passed"]
 
 
-@pytest.mark.parametrize("tensorrt", ["11.4", "rtx-1.7"], indirect=True)
+@pytest.mark.parametrize("tensorrt", ["11.4"], indirect=True)
 def test_a_build_here_is_judged_here(tensorrt: TensorRT, exported_run: Runs) -> None:
     """Wrong from the start, or only late in a trajectory, behind the single steps."""
     run = exported_run()

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from lutdeploy.artefacts.manifest import read_manifest
+from lutdeploy.config import PRESETS
 from lutdeploy.engines.tensorrt.builder import BuildTarget, GraphBuild, export_types
 from lutdeploy.engines.tensorrt.engine import this_machine
 from lutdeploy.engines.tensorrt.library import RTX
@@ -48,8 +49,15 @@ def types_of(path: Path, target: BuildTarget, precision: str = "fp16") -> tuple[
     return said.problems
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("graph", ["step", "per-step", "loop"])
+@pytest.mark.parametrize(
+    ("preset", "graph", "precision"),
+    [
+        *((preset, graph, "fp16") for preset in PRESETS for graph in ("step", "per-step", "loop")),
+        ("static-tanh-64", "step", "fp32"),
+        ("static-softmax-512", "per-step", "fp32"),
+        ("dynamic-64", "loop", "fp32"),
+    ],
+)
 def test_the_types_of_every_graph_are_those_of_its_export(
     exported: Exported, target: BuildTarget, preset: str, graph: str, precision: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -276,20 +277,24 @@ def test_with_a_torchvision_for_another_torch(drawn: Path, data: Path, tmp_path:
     (site / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({reason!r})")
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.15.2\n")
 
-    def lutdeploy(*arguments: object) -> tuple[str, str]:
-        code = "from lutdeploy.cli import cli; cli()"
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(site)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        return done.stdout, done.stderr
-
-    evaluation = lutdeploy("evaluate", drawn, "--data", data)[1]
-    training = lutdeploy(
-        *("train", "--data", data, "--size", "tiny", "--perceptual", "lpips"),
-        *("--out", tmp_path / "run"),
-    )[1]
-    doctor = lutdeploy("doctor")[0]
-    for text in (evaluation, training, doctor):
+    source = ("--data", str(data))
+    training = "train --size tiny --perceptual lpips --out run".split()
+    commands = [["evaluate", str(drawn), *source], [*training, *source], ["doctor"]]
+    code = """if True:
+        import json, sys
+        from tests.command import invoke
+        print(json.dumps([invoke(*command).output for command in json.loads(sys.argv[1])]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parents[3]}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    evaluated, trained, doctor = json.loads(done.stdout.splitlines()[-1])
+    for text in (evaluated, trained, doctor):
         assert f"does not import ({reason}); install the torchvision built for torch" in text
         assert "pip install" not in text.split(reason)[0].splitlines()[-1]
     findings = {line[8:].split()[0]: line.split()[0] for line in doctor.splitlines()}
