@@ -47,11 +47,30 @@ REFERENCE = solver_schedule("euler", 64)
 SHOWN = 64  # unselected samples in the picture
 
 
+def seen_before(settings: TrainSettings) -> int:
+    """Images that the weights in the place of a start had seen, as far as the package knows them.
+
+    Asked before the run's model takes their place there, or after.
+    """
+    if settings.init_sha256 is None or settings.distilled is not None:
+        return 0
+    for name in shipped.names():
+        known = shipped.facts(name)["training"]
+        if files.sha256(shipped.model_path(name)) == settings.init_sha256:
+            return int(known["images_seen"])
+        if known.get("init_sha256") == settings.init_sha256:
+            return int(known["init_images_seen"])
+    return 0
+
+
 def write_weights(run: Run, name: str) -> Path:
     """The run's model as float16, under its name in the package."""
     _, about = read_metadata(run.model)
     settings = read_settings(run)
-    seen = {"images_seen": about["step"] * settings.batch, "recipe": settings.recipe}
+    before = seen_before(settings)
+    seen = {"images_seen": before + about["step"] * settings.batch, "recipe": settings.recipe}
+    if before:
+        seen["init_images_seen"] = before
     path = shipped.model_path(name)
     model = checkpoint.load_model(run.model)
     about = {key: value for key, value in about.items() if key != "data"}  # a path of this machine
@@ -91,6 +110,7 @@ def facts(
     if settings.distilled is not None and settings.distilled.images is not None:
         del training["distilled"]["images"]["data"]
     training |= {name: about[name] for name in ("step", "images_seen", "ema")}
+    training["init_images_seen"] = about.get("init_images_seen", 0)
     training |= {"training_images": len(real.training), "held_out_images": len(real.held_out)}
     first, other = (msgspec.to_builtins(sampled[name]) for name in (best, reference))
     return {

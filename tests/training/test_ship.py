@@ -20,7 +20,7 @@ from lutdeploy.training.evaluation.data import Trained
 from lutdeploy.training.few_steps.distill import student_settings
 from lutdeploy.training.loop import Cadence, train
 from lutdeploy.training.recipes import train_settings
-from lutdeploy.training.ship import main
+from lutdeploy.training.ship import main, write_weights
 
 
 @pytest.fixture
@@ -125,3 +125,32 @@ def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.Mon
     assert card.rstrip().endswith("Blocks, no cats.")
     assert str(tmp_path) not in json.dumps(facts) + card, "no paths of this machine"
     assert "synthetic" not in about.values()
+
+
+@pytest.mark.usefixtures("few_images")
+def test_images_that_the_first_weights_had_seen_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's model takes the place of those weights, and again after it has been tuned."""
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    path = shipped.model_path("drawn")
+    path.parent.mkdir()
+    write_weights(trained(tmp_path / "first"), "drawn")
+    files.write_json(path.with_suffix(".json"), {"training": {"images_seen": 8}})
+    run = Run(tmp_path / "second")
+    settings = train_settings(
+        model_config("dynamic-64", "tiny", depth=1),
+        data="synthetic",
+        steps=3,
+        batch=4,
+        init=str(path),
+        init_sha256=files.sha256(path),
+    )
+    for _ in train(settings, draw_set(64), run, cadence=Cadence(10, 10, 10, 1)):
+        pass
+    for _ in range(2):
+        _, about = read_metadata(write_weights(run, "drawn"))
+        seen = {name: about[name] for name in ("images_seen", "init_images_seen")}
+        assert seen == {"images_seen": 20, "init_images_seen": 8}
+        known = {**seen, "init_sha256": settings.init_sha256}
+        files.write_json(path.with_suffix(".json"), {"training": known})
