@@ -32,6 +32,12 @@ THREADS = click.option(
     type=click.IntRange(1, 1024),  # many more, and starting them takes the process down
     help="CPU threads; the backend's own choice by default.",
 )
+LICENSE = click.option(
+    "--license",
+    metavar="ID",
+    help="The model's licence for what is written, such as mit or cc-by-4.0. Default: that of a "
+    "model of the package; none is stated for others.",
+)
 
 
 def _keep_model(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
