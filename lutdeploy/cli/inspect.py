@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import answer
+from lutdeploy.artefacts.target import resolve
+from lutdeploy.cli.console import answer, note
 
 
 @click.command("inspect")
@@ -23,6 +24,7 @@ def command(path: Path, as_json: bool) -> None:
     """
     from lutdeploy.engines.inspection import inspect_path
 
+    path = resolve(path, note)
     machines = {}
     if path.is_dir() and Run(path).plan_records():
         from lutdeploy.engines import tensorrt_machines

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from lutdeploy.artefacts import shipped
-from lutdeploy.artefacts.target import find
+from lutdeploy.artefacts.target import find, resolve
 from lutdeploy.cli.console import note
 from lutdeploy.errors import UsageError
 from lutdeploy.schedule import FITTED, SOLVERS, ScheduleRequest
@@ -50,7 +50,7 @@ def _run_or_model(
 ) -> Path | None:
     name = context.meta["lutdeploy.model"]
     if name is None:
-        return run
+        return run and resolve(run, note)
     if run is not None:
         raise click.UsageError(f"--model {name} stands for a RUN; leave out {run}")
     return shipped.model_path(name)
