@@ -46,17 +46,17 @@ def serving(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
     fetched: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self.do_GET()
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             parts = self.path.partition("?")[0].strip("/").split("/")
             api = parts[:2] == ["api", "models"]
             parts = parts[2:] if api else parts
             folder = repositories.get("/".join(parts[:2]))
             if folder is None:
                 self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-            elif api and parts[2:4] == ["revision", "main"] or parts[2:] == []:
+            elif api and parts[2:4] == ["revision", "main"]:
                 told = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": [], "tags": []}
                 self.answer(200, json.dumps(told).encode())
             elif api and parts[2] == "tree":

@@ -53,7 +53,8 @@ def export_checked(
         verdicts.append(check_export(model, plan, folder, note))
 
     export = partial(
-        *(export_model, model, plan, run, source_sha256, check),
+        export_model,
+        *(model, plan, run, source_sha256, check),
         tuned=tuned,
         on_phase=on_phase,
         license=license,

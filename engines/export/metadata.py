@@ -1,8 +1,8 @@
 """What a graph says of itself: its ONNX metadata, for whoever has the file without its manifest.
 
-All of it follows from the model and the plan. What PyTorch's exporter records, stack traces with the
-paths of one machine among it, is left out before (:func:`lutdeploy.engines.export.graphs`): the
-same export has the same bytes anywhere.
+All of it follows from the model and the plan. What PyTorch's exporter records, stack traces with
+the paths of one machine among it, is left out before (:mod:`lutdeploy.engines.export.graphs`), so
+that an export has the same bytes anywhere.
 """
 
 from __future__ import annotations

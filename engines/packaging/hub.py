@@ -368,7 +368,7 @@ def _use(facts: Facts) -> Iterator[str]:
     yield "## Use"
     yield ""
     if facts.repository is None:
-        yield "OWNER/NAME is this repository's; a downloaded folder does in the place of the address."
+        yield "OWNER/NAME is this repository; a downloaded folder takes the place of the address."
         yield ""
     yield "```sh"
     yield "pip install 'lutdeploy[hub]'"

@@ -66,7 +66,7 @@ def picture_chunks(settings: Mapping[str, Any], indices: Sequence[int]) -> list[
 
 
 def sheet_texts(settings: Mapping[str, Any], last: int, trajectory: bool = False) -> dict[str, str]:
-    """The texts of a PNG that shows pictures 0 to ``last``, for :func:`lutdeploy.images.encode_png`.
+    """The texts of a PNG of pictures 0 to ``last``, for :func:`lutdeploy.images.encode_png`.
 
     Args:
         settings: of the sample folder.
@@ -100,8 +100,9 @@ def read_picture_text(path: Path) -> tuple[Made, str]:
         raise ArtefactError(f"{path} is no PNG, or a damaged one") from error
     if KEYWORD not in texts:
         raise ArtefactError(
-            f"{path} does not say what made it: it comes from elsewhere or from an earlier version, "
-            "or a program that saved it again left that out; manifest.jsonl beside it may say more"
+            f"{path} does not say what made it: it comes from elsewhere, or from an earlier "
+            "version, or a program that saved it again left that out; manifest.jsonl beside it may "
+            "say more"
         )
     try:
         made = msgspec.json.decode(texts[KEYWORD], type=Made)

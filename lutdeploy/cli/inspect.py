@@ -108,7 +108,8 @@ def _describe_picture(found: dict[str, Any], indent: str) -> Iterator[str]:
     known += "" if found["model"] else " under runs/"
     yield f"{indent}  model sha256 {found['model_sha256']}{known}"
     # From a file of anybody's: as text without control characters.
-    yield f"{indent}  made with {ascii(found['software'])[1:-1] or 'software that it does not name'}"
+    software = ascii(found["software"])[1:-1]
+    yield f"{indent}  made with {software or 'software that it does not name'}"
     if found["command"]:
         yield f"{indent}  again: {found['command']}"
 

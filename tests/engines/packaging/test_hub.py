@@ -21,7 +21,7 @@ from lutdeploy.artefacts import files, hub, shipped
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import MODEL, Run
-from lutdeploy.artefacts.target import find_run
+from lutdeploy.artefacts.target import find_model, find_run
 from lutdeploy.artefacts.tuned_steps import Entry, Measured, TunedSteps
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.engines.packaging.hub import RECORD, SAMPLES
@@ -253,17 +253,16 @@ def test_downloads_in_the_cache(
         tmp_path,
         ("sample", address, *few, "--out", "a"),
         ("sample", snapshot, *few, "--out", "b"),
-        ("inspect", f"{address}@{COMMIT}"),
+        ("sample", f"{address}@{COMMIT}", *few, "--out", "c"),
         ("sample", f"{address}@v2", *few),
         ("sample", "hf://me/dogs", *few),
         ("sample", "hf://me", *few),
         HF_HUB_OFFLINE="1",
     )
-    assert [out for out, _ in found[:2]] == ["a", "b"], found
+    assert [out for out, _ in found[:3]] == ["a", "b", "c"], found
     expected = (out / "samples" / "000000.png").read_bytes()
     assert (tmp_path / "a" / "000000.png").read_bytes() == expected
     assert (tmp_path / "b" / "000000.png").read_bytes() == expected
-    assert found[2][0].strip() == "fitted schedules: fitted-2"
     for (_, error), start in zip(found[3:5], ("hf://me/cats@v2", "hf://me/dogs"), strict=True):
         assert error.startswith(f"error: {start} is not, or not whole, in the cache")
     assert found[5][1].startswith("error: hf://me: an address on the Hub is hf://OWNER/NAME")
@@ -305,7 +304,7 @@ def test_downloads_from_a_server(packaged: tuple[Run, Path], tmp_path: Path) -> 
     assert "the Hub cannot be reached" in said[1], "the server is gone"
 
 
-def test_python_takes_an_address(
+def test_python_and_inspect_take_an_address(
     packaged: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = packaged
@@ -314,6 +313,8 @@ def test_python_takes_an_address(
         found = lutdeploy.sample(engine, 1, steps=2)
     with lutdeploy.load(run.path, "onnxruntime") as engine:
         assert np.array_equal(found, lutdeploy.sample(engine, 1, steps=2))
+    assert "fitted schedules: fitted-2" in succeed("inspect", "hf://me/cats").stdout
+    assert find_model("hf://me/cats") == out / MODEL
 
 
 def test_a_run_of_another_model_is_not_replaced(
