@@ -56,8 +56,9 @@ def serving(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
             folder = repositories.get("/".join(parts[:2]))
             if folder is None:
                 self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-            elif api and parts[2:4] == ["revision", "main"]:
-                told = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": [], "tags": []}
+            elif api and parts[2] == "revision" and parts[3] in ("main", COMMIT):
+                siblings = [{"rfilename": name} for name in files_of(folder)]
+                told = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": siblings, "tags": []}
                 self.answer(200, json.dumps(told).encode())
             elif api and parts[2] == "tree":
                 entries = [

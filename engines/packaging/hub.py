@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import lutdeploy
+from lutdeploy import images
 from lutdeploy.artefacts import files, hub, sample_folder, shipped
 from lutdeploy.artefacts.manifest import MANIFEST, Manifest
 from lutdeploy.artefacts.metadata import read_metadata
@@ -110,6 +111,9 @@ def package_hub(
     require_ours(out, RECORD)
     with needing("the model card"):
         import huggingface_hub  # noqa: F401
+    channels = read_metadata(run.model)[0].channels
+    if channels not in images.PNG_COLOURS:
+        raise UsageError(f"images of {channels} channels are no pictures to show")
     source = files.sha256(run.model)
     if license is None and shipped.named(source) is not None:
         license = shipped.LICENSE
