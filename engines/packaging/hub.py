@@ -203,18 +203,44 @@ def _facts(
         fitted_on=tuned.pictures if tuned else 0,
         manifest=manifest,
         verdicts=tuple(sorted(verdicts, key=lambda verdict: verdict.key)),
-        figures=(*_measured_here(run, source, schedules), *_measured_before(name, schedules)),
+        figures=(
+            tuple(_measured_here(run, source, schedules))
+            or tuple(_measured_before(name, schedules))
+        ),
     )
 
 
+class _Metrics(msgspec.Struct):
+    """What `lutdeploy evaluate` measures, as far as a card shows it."""
+
+    images: int
+    frechet_distance: float
+    kernel_distance: float
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
 class _Row(msgspec.Struct):
-    metrics: dict[str, Any]
+    metrics: _Metrics
+
+
+class _Settings(msgspec.Struct):
+    """Which model was measured, and its schedule as in a sample folder; folders have neither."""
+
+    model_sha256: str | None = None
+    solver: str = ""
+    steps: int = 0
+    shift: float = 1.0
+    grid: str | None = None
+    times_sha256: str | None = None
 
 
 class _Evaluation(msgspec.Struct):
     """What a card takes from evaluation.json: samples against real images, then the floor."""
 
-    settings: dict[str, Any]
+    settings: _Settings
     rows: tuple[_Row, ...]
     names: dict[str, str]  # of the distances
 
@@ -232,22 +258,15 @@ def _measured_here(run: Run, model_sha256: str, schedules: Sequence[Schedule]) -
     if not path.is_file():
         return
     found = files.read_record(path, _Evaluation, "run `lutdeploy evaluate` again")
-    said = found.settings
-    if said.get("model_sha256") != model_sha256:
-        return
-    known = {_key(sample_folder.settings({}, s, 0, "")): s.describe() for s in schedules}
-    schedule = known.get(_key(said))
-    if schedule is None and "grid" not in said:  # over equal steps, which anybody can follow
-        schedule = _formula(f"{said.get('solver')}-{said.get('steps')}", said.get("shift", 1.0))
-    if schedule is None:
-        return
-    for row, steps in zip(found.rows, (schedule, None), strict=False):
-        yield _figures(steps, row.metrics, found.names)
-
-
-def _key(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells schedules apart."""
-    return tuple(settings.get(k) for k in ("solver", "steps", "shift", "grid", "times_sha256"))
+    said, followed = found.settings, [*schedules]
+    if said.grid is None and said.solver in SOLVERS:  # over equal steps, as anybody can follow
+        followed.append(solver_schedule(said.solver, said.steps, said.shift))
+    for schedule in followed:
+        settings = sample_folder.settings({"model_sha256": model_sha256}, schedule, 0, "png")
+        if msgspec.convert(settings, _Settings) == said:
+            yield _figures(schedule.describe(), found.rows[0].metrics, found.names)
+            yield _figures(None, found.rows[1].metrics, found.names)
+            return
 
 
 def _measured_before(name: str | None, schedules: Sequence[Schedule]) -> Iterator[Figures]:
@@ -256,34 +275,31 @@ def _measured_before(name: str | None, schedules: Sequence[Schedule]) -> Iterato
         return
     facts, known = shipped.facts(name), {schedule.describe() for schedule in schedules}
     names = {metric: f"{text} ({facts['features']['name']})" for metric, text in DISTANCES.items()}
+    reference = facts.get("reference", REFERENCE)  # earlier ones do not name it
     measured = {
-        facts.get("reference", REFERENCE): facts[
-            "reference_metrics"
-        ],  # earlier ones do not name it
+        reference: facts["reference_metrics"],
         facts["sampling"]["steps"]: facts["metrics"],
+        None: facts["floor"],
     }
     for steps, metrics in measured.items():
-        if steps in known or _formula(steps) is not None:
-            yield _figures(steps, metrics, names)
-    yield _figures(None, facts["floor"], names)
+        if steps in (None, *known) or _is_formula(steps):
+            yield _figures(steps, msgspec.convert(metrics, _Metrics), names)
 
 
-def _formula(described: str, shift: float = 1.0) -> str | None:
-    """The name of a solver's schedule over a uniform grid; None for any other."""
+def _is_formula(described: str) -> bool:
+    """Whether a schedule's name is that of a solver over equal steps."""
     solver, _, steps = described.rpartition("-")
-    if solver not in SOLVERS or not steps.isdecimal():
-        return None
-    return solver_schedule(solver, int(steps), shift).describe()
+    return solver in SOLVERS and steps.isdecimal()
 
 
-def _figures(schedule: str | None, metrics: Mapping[str, Any], names: Mapping[str, str]) -> Figures:
+def _figures(schedule: str | None, metrics: _Metrics, names: Mapping[str, str]) -> Figures:
     values = {}
     for metric, plain in DISTANCES.items():
         name = names.get(metric, plain)
-        values[TYPES.get(name, metric)] = (name, float(metrics[metric]))
+        values[TYPES.get(name, metric)] = (name, getattr(metrics, metric))
     for share in SHARES:
-        values[f"prdc_{share}"] = (share, float(metrics[share]))
-    return Figures(schedule, int(metrics["images"]), values)
+        values[f"prdc_{share}"] = (share, getattr(metrics, share))
+    return Figures(schedule, metrics.images, values)
 
 
 def card(facts: Facts) -> str:
