@@ -124,7 +124,7 @@ def package_hub(
     contents, schedule = _samples(run, manifest, note)
     facts = _facts(run, manifest, schedule, bool(fitted), repository, license, source)
     if "data" in facts.about:
-        note(f"warning: {run.model.name} names the folder of its training: {facts.about['data']}")
+        note(f"warning: {run.model.name} says what it was trained on: {facts.about['data']}")
     contents[CARD] = card(facts).encode()
     contents[hub.CONFIG] = _json(
         {
@@ -311,8 +311,8 @@ def card(facts: Facts) -> str:
         library_name=hub.LIBRARY,
         pipeline_tag=TASK,
         tags=[*TAGS, facts.config.preset()],
-        model_name=facts.name,
-        eval_results=_results(facts) or None,
+        model_name=facts.name if (results := _results(facts)) else None,
+        eval_results=results or None,
     )
     parts = (_heading(facts), _use(facts), _folder(facts), _checks(facts), _quality(facts))
     text = "\n\n".join("\n".join(lines) for lines in parts if lines)

@@ -75,8 +75,9 @@ def web(run: Path | None, out: Path, runtime: Path | None) -> None:
 @click.option("--repo", metavar="OWNER/NAME", help="Its address on the Hub, for the model card.")
 @LICENSE
 def hub(run: Path | None, out: Path, repo: str | None, license: str | None) -> None:
-    """Write a folder for the Hugging Face Hub: model card, weights, ONNX export, samples.
+    """Write a folder for the Hugging Face Hub.
 
+    It holds the model card, the weights, a checked ONNX export and samples.
     `hf upload OWNER/NAME DIR` uploads it. Where a RUN is taken, so are the folder and
     hf://OWNER/NAME.
     """

@@ -126,7 +126,7 @@ def test_the_card_is_what_the_hub_reads(packaged: tuple[Run, Path]) -> None:
     assert (data.library_name, data.license) == ("lutdeploy", "cc-by-4.0")
     assert data.pipeline_tag == "unconditional-image-generation"
     assert "onnx" in (data.tags or [])
-    assert data.eval_results is None, "nothing was measured"
+    assert (data.eval_results, data.model_name) == (None, None), "nothing was measured"
     assert "## Figures" in card.text, "but the fitted schedule was"
     assert "| fitted-2 | 0.1 | euler-2 | 0.2 |" in card.text
     assert "hf://OWNER/NAME" in card.text
