@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lutdeploy import __version__
 from lutdeploy.artefacts import files
@@ -59,7 +60,8 @@ def download(address: Path, note: Callable[[str], None]) -> Path:
     # The config alone first: whatever else is in a repository that is none of ours stays there.
     folder = _snapshot(shown, repo, revision, [CONFIG])
     config = folder / CONFIG
-    if not config.is_file() or files.read_json(config).get("library_name") != LIBRARY:
+    told = files.read_json(config) if config.is_file() else None
+    if not isinstance(told, dict) or told.get("library_name") != LIBRARY:
         raise ArtefactError(
             f"{shown} has no {CONFIG} of lutdeploy: it is no model that `lutdeploy package hub` "
             "packaged"
@@ -73,6 +75,14 @@ def download(address: Path, note: Callable[[str], None]) -> Path:
 
 def _snapshot(shown: str, repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """A bar on a terminal alone, and none for the one small file that comes first."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            options["disable"] = True if patterns == [CONFIG] else None  # None: by the stream
+            super().__init__(*arguments, **options)
 
     try:
         return Path(
@@ -82,6 +92,7 @@ def _snapshot(shown: str, repo: str, revision: str | None, patterns: list[str]) 
                 allow_patterns=patterns,
                 library_name=LIBRARY,
                 library_version=__version__,
+                tqdm_class=Bar,
             )
         )
     except errors.GatedRepoError as error:

@@ -279,7 +279,7 @@ def test_downloads_from_a_server(packaged: tuple[Run, Path], tmp_path: Path) -> 
     _, out = packaged
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "config.json").write_text('{"model_type": "bert"}')
+    (foreign / "config.json").write_text('["bert"]')
     (foreign / MODEL).write_bytes(bytes(1000))
     with serving({"me/cats": out, "me/bert": foreign}) as (endpoint, fetched):
         found = elsewhere(
