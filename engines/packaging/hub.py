@@ -403,9 +403,10 @@ def _use(facts: Facts) -> Iterator[str]:
         yield "images = lutdeploy.sample(denoiser, 16, seed=0, steps=64)  # float32, about [-1, 1]"
         yield "```"
         yield ""
+    distilled = facts.schedule.solver == DISTILLED
     yield (
         "Image i depends on the seed and i alone, whatever the batch. `lutdeploy sample` follows "
-        f"{facts.schedule.describe()} unless it is told otherwise."
+        f"{facts.schedule.describe()}{', and no other' if distilled else ' unless told otherwise'}."
     )
 
 
