@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import MODEL, Located, Run, locate
+from lutdeploy.artefacts.target import resolve
 from lutdeploy.device import parse_device
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.library import MODULES, RTX, TENSORRT
@@ -49,8 +50,8 @@ class Engine(Denoiser, Protocol):
 class EngineRequest:
     """Which engine somebody asks for; None where nothing was said.
 
-    ``path``: a run folder (its newest export, unless ``export`` names one), an export folder or
-    a model.safetensors.
+    ``path``: a run folder (its newest export, unless ``export`` names one), an export folder,
+    a model.safetensors, or an address on the Hub.
     ``backend``: "torch" runs the model file, "onnxruntime" and "openvino" an export, "tensorrt"
     the engines that were built from an export, "auto" the fastest that passed parity on this
     machine (``engines.auto``); where nothing was measured, an export in ONNX Runtime if there
@@ -99,7 +100,8 @@ def open_engine(request: EngineRequest, note: Callable[[str], None] = lambda tex
         )
     if request.backend == "auto" and request.device is not None:
         parse_device(request.device)
-    located = locate(Path(request.path))
+    request = replace(request, path=resolve(Path(request.path), note))
+    located = locate(request.path)
     engine = _open_measured(request, located, note) if request.backend == "auto" else None
     if engine is None:
         why = ""

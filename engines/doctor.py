@@ -33,6 +33,7 @@ EXTRAS = {
         ("torchvision", "torchmetrics.image.lpip"),
         "for `train --perceptual lpips`; its VGG16 weights come from the network",
     ),
+    "huggingface_hub": ("hub", ("huggingface_hub",), "for `package hub` and hf://OWNER/NAME"),
 }
 # A graph, serialised, since ONNX is not everywhere; a test parses its text:
 # <ir_version: 10, opset_import: ["": 20]>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import Any
 
 import msgspec
 
-from lutdeploy.artefacts import files
+from lutdeploy.artefacts import files, shipped
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.metadata import read_metadata
-from lutdeploy.artefacts.run import Run, locate
+from lutdeploy.artefacts.picture_text import read_picture_text
+from lutdeploy.artefacts.run import MODEL, RUNS, Run, locate
 from lutdeploy.artefacts.tuned_steps import distilled_from, fitted_schedules
 from lutdeploy.artefacts.verdicts import read_verdicts
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.tensorrt import plan
 from lutdeploy.errors import ArtefactError, BackendError, needing
-from lutdeploy.schedule import Schedule
+from lutdeploy.schedule import DISTILLED, FITTED, Schedule
 
 
 def _about_model(config: ModelConfig) -> dict[str, Any]:
@@ -133,10 +135,45 @@ def _inspect_tuned_steps(run: Run, model_sha256: str) -> dict[str, Any] | None:
     return {"path": str(run.tuned_steps), "schedules": names, "problem": problem}
 
 
+def inspect_picture(path: Path) -> dict[str, Any]:
+    """A PNG of `lutdeploy sample`: what it says of its making, and the command that repeats it."""
+    made, software = read_picture_text(path)
+    source = _source(made.model_sha256)
+    words = ["lutdeploy sample", source or "RUN", f"--seed {made.seed}"]
+    if made.solver != DISTILLED:
+        words.append(f"--solver {made.solver} --steps {made.steps}")
+    if made.shift != 1:
+        words.append(f"--shift {made.shift!r}")
+    last = made.index if made.images is None else made.images[1]
+    words += [f"-n {(last or 0) + 1}", *["--trajectory"] * made.trajectory]
+    # Exports of earlier versions follow times that no option names.
+    nameless = made.grid != "uniform" and made.solver not in (FITTED, DISTILLED)
+    return {
+        "kind": "picture",
+        "path": str(path),
+        "software": software,
+        **msgspec.to_builtins(made),
+        "model": source,
+        "command": None if nameless else " ".join(words),
+    }
+
+
+def _source(model_sha256: str) -> str | None:
+    """How a command line names the model of a hash: of the package, or of a run under runs/."""
+    name = shipped.named(model_sha256)
+    if name is not None:
+        return f"--model {name}"
+    models = sorted(RUNS.glob(f"*/{MODEL}"))
+    found = (path.parent for path in models if files.sha256(path) == model_sha256)
+    return next(map(shlex.quote, map(str, found)), None)
+
+
 def inspect_path(
     path: Path, machines: Mapping[str, plan.Machine] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """A run folder with its exports, engines and last parity verdicts, an export, or a model."""
+    """A run folder with all that is in it, an export, a model, or a sampled picture."""
+    if path.suffix == ".png" and path.is_file():
+        return inspect_picture(path)
     located = locate(path)
     if located.export is not None:
         return inspect_export(located.export)

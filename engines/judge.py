@@ -10,7 +10,7 @@ from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import MODEL, RUNS, locate
 from lutdeploy.artefacts.shipped import is_shipped
-from lutdeploy.artefacts.target import find_run
+from lutdeploy.artefacts.target import find_run, place_of_results
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
 from lutdeploy.artefacts.verdicts import is_reference, keep_verdict, verdict_of
 from lutdeploy.engines import (
@@ -35,7 +35,7 @@ class Judge:
     """What engines are held against: a model and images 0 … count−1 of a seed.
 
     ``path`` is a run, an export or a model file. A model of the package stands for the run that
-    its exports are in; ``note`` says which.
+    its exports are in, a download from the Hub for its copy; ``note`` says which.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Judge:
     ) -> None:
         if is_shipped(path) and (RUNS / path.stem).is_dir():
             path = find_run(path, note).path
+        path = place_of_results(path, note)
         self.located = locate(path)
         self.run = self.located.run
         if self.located.model is None:

@@ -25,7 +25,8 @@ def load(
     """Open a model for inference.
 
     Args:
-        path: a run folder (its newest export), a model.safetensors, or one export folder.
+        path: a run folder (its newest export), a model.safetensors, one export folder, or
+            hf://OWNER/NAME[@REVISION], a model on the Hugging Face Hub.
         backend: "torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto".
         device: "cpu", "cuda" or "cuda:N", for torch also "mps", for onnxruntime also an execution
             provider's name; by default the CPU, for tensorrt "cuda".

@@ -18,6 +18,7 @@ OPTIONAL = {
     "onnx_ir": ("ONNX IR", "train"),
     "onnxscript": ("ONNX Script", "train"),
     "openvino": ("OpenVINO", "openvino"),
+    "huggingface_hub": ("Hugging Face's huggingface_hub", "hub"),
 }
 
 

@@ -6,12 +6,13 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 Pixels = NDArray[np.uint8]
 
@@ -31,15 +32,19 @@ def _picture(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def encode_png(pixels: Pixels) -> bytes:
-    """Encode uint8 [H, W, C] as PNG; the same pixels give the same bytes."""
-    buffer = io.BytesIO()
-    _picture(pixels).save(buffer, "PNG")
+def encode_png(pixels: Pixels, texts: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """Encode uint8 [H, W, C] as PNG, with texts by keyword; the same give the same bytes."""
+    buffer, told = io.BytesIO(), PngImagePlugin.PngInfo()
+    for keyword, text in texts.items():
+        told.add_text(keyword, text)
+    _picture(pixels).save(buffer, "PNG", pnginfo=told)
     return buffer.getvalue()
 
 
-def encode_pictures(pixels: Pixels) -> list[bytes]:
+def encode_pictures(pixels: Pixels, texts: Sequence[bytes] | None = None) -> list[bytes]:
     """Encode uint8 [n, H, W, C], C 1, 3 or 4, as n PNGs, fast; equal pixels give equal bytes.
+
+    ``texts`` are chunks of :func:`text_chunk` for each of them.
 
     Where all that matters is that many small photographs are written soon. Every row has the
     filter "average", found for all pictures at once, and zlib codes the differences without
@@ -57,7 +62,15 @@ def encode_pictures(pixels: Pixels) -> list[bytes]:
         b"IHDR", struct.pack(">IIBBBBB", width, height, 8, PNG_COLOURS[channels], 0, 0, 0)
     )
     end = _chunk(b"IEND", b"")
-    return [start + _chunk(b"IDAT", _huffman(picture.tobytes())) + end for picture in rows]
+    return [
+        start + text + _chunk(b"IDAT", _huffman(picture.tobytes())) + end
+        for text, picture in zip(texts or [b""] * n, rows, strict=True)
+    ]
+
+
+def text_chunk(keyword: str, text: str) -> bytes:
+    """A chunk tEXt of a PNG file, whose texts are Latin-1."""
+    return _chunk(b"tEXt", keyword.encode("latin-1") + b"\0" + text.encode("latin-1"))
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -13,6 +13,7 @@ NOTES = (
     "`lutdeploy parity` has not ",
     "machine: ",
     "model: ",
+    "hub: ",
     "run: ",
     "data: ",
     "learning rate: ",

@@ -99,6 +99,7 @@ TARGETS = (
     Target("trained/training-state.safetensors", mutated_safetensors, TRAIN),
     Target("drawn/manifest.jsonl", mutated_json_lines, ("sample", "run", "--out", "drawn", *AGAIN)),
     Target("drawn/000000.png", mutated_bytes, ("sample", "run", "--out", "drawn", *AGAIN)),
+    Target("drawn/000001.png", mutated_bytes, ("inspect", "drawn/000001.png")),
     Target(
         "packed/pictures.npz",
         mutated_zip("images.npy"),

@@ -27,6 +27,7 @@ def export_checked(
     tuned: Sequence[Schedule],
     note: Callable[[str], None],
     on_phase: OnPhase = lambda phase: None,
+    license: str | None = None,
 ) -> Path:
     """Export into the run folder and keep the export where it passes :func:`check_export`.
 
@@ -38,6 +39,7 @@ def export_checked(
         tuned: the model's tuned schedules, for the manifest.
         note: told what is measured, tried and found.
         on_phase: told what is done now.
+        license: of the model, for the graphs.
 
     Returns:
         The export folder.
@@ -51,7 +53,11 @@ def export_checked(
         verdicts.append(check_export(model, plan, folder, note))
 
     export = partial(
-        export_model, model, plan, run, source_sha256, check, tuned=tuned, on_phase=on_phase
+        export_model,
+        *(model, plan, run, source_sha256, check),
+        tuned=tuned,
+        on_phase=on_phase,
+        license=license,
     )
     folder = export_int8(model, export, note) if plan.precision == "int8" else export()
     verdict = verdicts[-1]

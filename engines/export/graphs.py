@@ -31,6 +31,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest, hash_files
 from lutdeploy.artefacts.quantization_record import Quantization
 from lutdeploy.artefacts.run import Run
+from lutdeploy.engines.export.metadata import describe_graphs
 from lutdeploy.errors import ArtefactError, ConfigError, first_line
 from lutdeploy.fused import FixedStepGraph, StepGraph, TimeBias
 from lutdeploy.model import LutTransformer
@@ -379,6 +380,7 @@ def export_model(
     quantize: Callable[[Path], Quantization] | None = None,
     tuned: Sequence[Schedule] = (),
     on_phase: OnPhase = lambda phase: None,
+    license: str | None = None,
 ) -> Path:
     """Export into the run folder, beside its other exports; one of the same name is replaced.
 
@@ -393,6 +395,7 @@ def export_model(
             It quantises the graph in place and returns the record for the manifest.
         tuned: the model's tuned schedules, for the manifest.
         on_phase: told what is done now, of what may take a minute.
+        license: of the model, for the graphs.
 
     Returns:
         The export folder.
@@ -406,6 +409,10 @@ def export_model(
         if quantize is not None:
             quantization = quantize(stage / graphs[0])
             check_graph(stage / graphs[0])
+        describe_graphs(
+            *(stage, graphs, plan.graph, plan.precision, model.config, plan.schedule),
+            *(source_sha256, license),
+        )
         describe_export(stage, model, plan, source_sha256, graphs, quantization, tuned).write()
         on_phase("compare with PyTorch")
         verify(stage)

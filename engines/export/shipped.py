@@ -30,6 +30,7 @@ from lutdeploy.artefacts.tuned_steps import fitted_schedules
 from lutdeploy.artefacts.verdicts import store_verdict, verdict_of
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.export.graphs import ExportPlan, check_graph, describe_export, trace_graphs
+from lutdeploy.engines.export.metadata import describe_graphs
 from lutdeploy.engines.onnxruntime import OnnxRuntimeDenoiser
 from lutdeploy.errors import LutDeployError, ParityError
 from lutdeploy.fused import attention_scale
@@ -66,7 +67,12 @@ def export_shipped(
         read_from(graph, model, stage / path.name)
         ir.save(graph, stage / name)
         check_graph(stage / name)
-        describe_export(stage, model, PLAN, files.sha256(path), (name,), tuned=tuned).write()
+        source = files.sha256(path)
+        describe_graphs(
+            *(stage, (name,), PLAN.graph, PLAN.precision, model.config, PLAN.schedule),
+            *(source, shipped.LICENSE),
+        )
+        describe_export(stage, model, PLAN, source, (name,), tuned=tuned).write()
         with OnnxRuntimeDenoiser(read_manifest(stage)) as engine:
             # as `sample` follows it
             report = compare(model, engine, PLAN.precision, next(iter(tuned), None))

@@ -12,13 +12,16 @@ from lutdeploy.artefacts.verdicts import require_passed
 from lutdeploy.engines.onnxruntime import CPU, OnnxRuntimeDenoiser
 
 
-def verified_step(run: Run, precision: str, note: Callable[[str], None]) -> Manifest:
+def verified_step(
+    run: Run, precision: str, note: Callable[[str], None], license: str | None = None
+) -> Manifest:
     """The run's ``step`` export of a precision; made here where there is none of its model.
 
     Args:
         run: holds the model, and gets a new export and its verdict.
         precision: "fp32" or "fp16".
         note: told which export it is, or that one is made.
+        license: of the model, for the graph of a new one.
 
     Raises:
         ParityError: its last check failed, or the new one differs from PyTorch.
@@ -30,7 +33,7 @@ def verified_step(run: Run, precision: str, note: Callable[[str], None]) -> Mani
     else:
         note(f"export: {folder} is made and checked against PyTorch")
         with files.lock(run.exports_folder, "`lutdeploy export`"):
-            _export(run, precision, source, note)
+            _export(run, precision, source, note, license)
     manifest = read_manifest(folder)
     manifest.verify()
     require_passed(
@@ -46,7 +49,9 @@ def verified_step(run: Run, precision: str, note: Callable[[str], None]) -> Mani
     return manifest
 
 
-def _export(run: Run, precision: str, source: str, note: Callable[[str], None]) -> None:
+def _export(
+    run: Run, precision: str, source: str, note: Callable[[str], None], license: str | None
+) -> None:
     """As `lutdeploy export` does; the one place here that needs PyTorch."""
     from lutdeploy.artefacts.checkpoint import load_model
     from lutdeploy.engines.export.check import export_checked
@@ -54,4 +59,4 @@ def _export(run: Run, precision: str, source: str, note: Callable[[str], None]) 
 
     plan = ExportPlan("step", precision)
     tuned = usable_schedules(run.path, source, note)
-    export_checked(load_model(run.model), plan, run, source, tuned, note)
+    export_checked(load_model(run.model), plan, run, source, tuned, note, license=license)

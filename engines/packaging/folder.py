@@ -31,10 +31,11 @@ def require_ours(out: Path, record: str) -> None:
         with contextlib.suppress(ArtefactError, KeyError, TypeError):
             ours = set(files.read_json(out / record)["contents"])
     there = (path.relative_to(out) for path in out.rglob("*") if not path.is_dir())
-    foreign = sorted(str(path) for path in there if str(_source(path)) not in ours)
+    foreign = [path for path in there if str(_source(path)) not in ours]
     if foreign:
+        told = min(foreign, key=lambda path: (path.name.startswith("."), str(path)))
         raise UsageError(
-            f"{out} holds {foreign[0]}, which this command did not make; choose another --out"
+            f"{out} holds {told}, which this command did not make; choose another --out"
         )
 
 

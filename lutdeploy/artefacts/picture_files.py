@@ -27,6 +27,7 @@ from numpy.lib import format as npy
 
 from lutdeploy import images
 from lutdeploy.artefacts import files
+from lutdeploy.artefacts.picture_text import picture_chunks
 from lutdeploy.decoding import decode
 from lutdeploy.errors import ArtefactError, ran_out_of_memory
 from lutdeploy.images import Pixels
@@ -131,8 +132,8 @@ class PngFiles:
         return [i for i in range(n) if i not in self._listed or self.name(i) not in there]
 
     def prepare(self, indices: Sequence[int], pixels: Pixels) -> Prepared:
-        lines = []
-        for index, data in zip(indices, images.encode_pictures(pixels), strict=True):
+        lines, texts = [], picture_chunks(self._settings, indices)
+        for index, data in zip(indices, images.encode_pictures(pixels, texts), strict=True):
             name = self.name(index)
             with open(self._hidden + name, "wb", buffering=0) as file:
                 _write_all(file, data)
@@ -353,8 +354,8 @@ class TarShards(ManyPerFile):
         return int(name.removesuffix(".tar"))
 
     def prepare(self, indices: Sequence[int], pixels: Pixels) -> Prepared:
-        samples = []
-        for index, data in zip(indices, images.encode_pictures(pixels), strict=True):
+        samples, texts = [], picture_chunks(self._settings, indices)
+        for index, data in zip(indices, images.encode_pictures(pixels, texts), strict=True):
             told = json.dumps({"index": index, **self._settings}).encode()
             samples.append(_member(index, ".png", data) + _member(index, ".json", told))
         return Prepared(indices, samples, pixels.shape[1:])

@@ -30,6 +30,7 @@ from lutdeploy.artefacts.picture_files import (
     PictureWriter,
     Prepared,
 )
+from lutdeploy.artefacts.picture_text import sheet_texts
 from lutdeploy.errors import UsageError
 from lutdeploy.machine import processors
 from lutdeploy.sampling import (
@@ -252,7 +253,8 @@ class Storing:
 def write_grid(folder: SampleFolder, n: int) -> Path:
     """grid.png: the first pictures of the folder, at most 256."""
     shown = folder.writer.first(min(n, GRID_IMAGES))
-    return folder.write_extra("grid.png", images.encode_png(images.grid(shown)))
+    texts = sheet_texts(folder.settings, len(shown) - 1)
+    return folder.write_extra("grid.png", images.encode_png(images.grid(shown), texts))
 
 
 def write_trajectory(
@@ -266,7 +268,8 @@ def write_trajectory(
     written = []
     if png:
         rows = images.trajectory_rows(states)
-        written.append(folder.write_extra("trajectory.png", images.encode_png(rows)))
+        texts = sheet_texts(folder.settings, len(states[0]) - 1, trajectory=True)
+        written.append(folder.write_extra("trajectory.png", images.encode_png(rows, texts)))
     if gif:
         frames = [images.enlarge(images.grid(images.to_uint8(state)), 2) for state in states]
         written.append(folder.write_extra("trajectory.gif", images.encode_gif(frames)))

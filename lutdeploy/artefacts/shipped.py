@@ -12,8 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lutdeploy.artefacts import files
+
 FOLDER = Path(__file__).parents[1] / "models"
 DEFAULT = "static-tanh-64-small"  # the one of the best metrics
+LICENSE = "mit"  # of them all, as the Hub writes it
 
 
 def names() -> tuple[str, ...]:
@@ -30,6 +33,12 @@ def model_path(name: str = DEFAULT) -> Path:
 def is_shipped(path: Path) -> bool:
     """Whether a file is the weights of a model of the package."""
     return path.parent.parent == FOLDER and path.stem in names()
+
+
+def named(model_sha256: str) -> str | None:
+    """The model of the package whose weights have this hash."""
+    found = (name for name in names() if files.sha256(model_path(name)) == model_sha256)
+    return next(found, None)
 
 
 def facts(name: str) -> dict[str, Any]:

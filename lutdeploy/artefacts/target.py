@@ -1,4 +1,4 @@
-"""What a command works on: the run, export or model that was named, or found."""
+"""What a command works on: the run, export or model that was named, or found, or downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts import files, hub, shipped
 from lutdeploy.artefacts.manifest import MANIFEST, read_manifest
 from lutdeploy.artefacts.run import MODEL, RUNS, Run, locate, newest_run, tuned_steps_file
 from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
@@ -27,26 +27,64 @@ def find(path: Path | None, note: Callable[[str], None]) -> Path:
     return shipped.model_path()
 
 
+def resolve(path: Path, note: Callable[[str], None] = lambda text: None) -> Path:
+    """What an address on the Hub stands for, in the cache of downloads; any other path as it is.
+
+    Raises:
+        LutDeployError: as :func:`lutdeploy.artefacts.hub.download`.
+    """
+    return hub.download(path, note) if hub.is_address(path) else path
+
+
 def find_model(name: str) -> Path:
     """The model.safetensors of a run folder, a model file, or a model of the package by name."""
     if name in shipped.names():
         return shipped.model_path(name)
-    located = locate(Path(name))
+    located = locate(resolve(Path(name)))
     if located.model is None:
         raise UsageError(f"{name} has no {MODEL}")
     return located.model
 
 
 def find_run(path: Path, note: Callable[[str], None]) -> Run:
-    """A run to write into; a model of the package gets a run of its own."""
+    """A run to write into; a model of the package, or of the Hub, gets a run of its own."""
     if shipped.is_shipped(path):
         return _run_of_shipped(path, note)
-    if path.name == MODEL and path.is_file():
-        return Run(path.parent)
-    located = locate(path)
-    if located.run is None:
+    run = Run(path.parent) if path.name == MODEL and path.is_file() else locate(path).run
+    if run is None:
         raise UsageError(f"{path} belongs to no run folder, where results could be written")
-    return located.run
+    name = hub.snapshot_name(run.path)
+    return run if name is None else _run_of_download(run, name, note)
+
+
+def place_of_results(path: Path, note: Callable[[str], None]) -> Path:
+    """A path as it is; of a download from the Hub, the run that is made for it."""
+    run = locate(path).run
+    return find_run(path, note).path if run and hub.snapshot_name(run.path) else path
+
+
+def _run_of_download(source: Run, name: str, note: Callable[[str], None]) -> Run:
+    """A copy of a download: the Hub's cache is for reading, and replaced as it likes."""
+    run, lock = Run(RUNS / name), f".{name}-lock"
+    with files.lock(RUNS, "command", on_wait=lambda text: None, name=lock):
+        try:
+            if not run.path.exists():
+                with files.staged(run.path) as stage:
+                    copied = (source.model, source.tuned_steps, source.verdicts)
+                    for path in (*copied, source.exports_folder):
+                        if path.is_dir():
+                            shutil.copytree(path, stage / path.name)
+                        elif path.is_file():
+                            shutil.copyfile(path, stage / path.name)
+            elif not run.model.is_file() or files.sha256(run.model) != files.sha256(source.model):
+                raise UsageError(
+                    f"{run.path} holds something else than the model from the Hub, which would "
+                    "get a copy there; give that folder another name"
+                )
+        finally:
+            (RUNS / lock).unlink(missing_ok=True)
+    note(f"run: {run.path} (made for the model from the Hub)")
+    return run
 
 
 def _run_of_shipped(path: Path, note: Callable[[str], None]) -> Run:

@@ -37,7 +37,7 @@ COMMANDS = {
     "sample": "Sample images into a folder.",
     "evaluate": "Measure quality, diversity and memorisation.",
     "bench": "Measure images a second with every backend.",
-    "inspect": "Describe a run, an export or a model file.",
+    "inspect": "Describe a run, an export, a model file or a picture.",
     "package": "Package a model for Triton, browsers or the Hub.",
     "models": "List the trained models of the package.",
     "doctor": "Check what is installed and what runs here.",
@@ -138,7 +138,8 @@ def cli(context: click.Context, /) -> None:
     """Train, export, verify and sample LUT denoisers.
 
     Commands that take a RUN use the newest run under runs/ when none is given, and the
-    model that comes with the package when there is none.
+    model that comes with the package when there is none. A model on the Hugging Face Hub is
+    the RUN hf://OWNER/NAME.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

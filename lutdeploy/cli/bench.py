@@ -12,7 +12,7 @@ import click
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.run import locate
-from lutdeploy.artefacts.target import find
+from lutdeploy.artefacts.target import find, place_of_results
 from lutdeploy.artefacts.tuned_steps import distilled_schedule, fitted_schedules
 from lutdeploy.cli.console import answer, console, interrupted_code, note, stop_with
 from lutdeploy.cli.progress import progress_bar
@@ -83,7 +83,7 @@ def command(
     from lutdeploy.engines.benchmark.measure import choose_settings, open_benchmark
 
     random = RandomModel(preset or "static-tanh-64", size or "seed") if preset or size else None
-    subject = random or find(run, note)
+    subject = random or place_of_results(find(run, note), note)
     own = distilled_schedule(subject) if isinstance(subject, Path) else None
     settings = choose_settings(
         schedule.resolve(own, lambda: _fitted(subject)),

@@ -10,7 +10,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import answer, note
 from lutdeploy.cli.progress import phases
-from lutdeploy.cli.requests import RUN, schedule_request
+from lutdeploy.cli.requests import LICENSE, RUN, schedule_request
 from lutdeploy.errors import UsageError
 from lutdeploy.schedule import ScheduleRequest
 from lutdeploy.signature import GRAPHS
@@ -28,6 +28,7 @@ from lutdeploy.signature import GRAPHS
     metavar="FILE.pth",
     help="Write the author's state dict instead of ONNX.",
 )
+@LICENSE
 def command(
     run: Path | None,
     fp16: bool,
@@ -35,6 +36,7 @@ def command(
     graph: str,
     schedule: ScheduleRequest,
     author_format: Path | None,
+    license: str | None,
 ) -> None:
     """Export a run to ONNX and check it against PyTorch before it takes its place.
 
@@ -78,6 +80,7 @@ def command(
             folder = export_checked(
                 *(model, plan, target, sha256, tuned, note),
                 on_phase=lambda phase: bar.update(task, description=f"export: {phase}"),
+                license=license,
             )
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     note(f"exported and checked against PyTorch, {size:.1f} MB")

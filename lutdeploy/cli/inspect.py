@@ -10,16 +10,21 @@ from typing import Any
 import click
 
 from lutdeploy.artefacts.run import Run
-from lutdeploy.cli.console import answer
+from lutdeploy.artefacts.target import resolve
+from lutdeploy.cli.console import answer, note
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def command(path: Path, as_json: bool) -> None:
-    """Say what a run, an export or a model file is, and verify its files."""
+    """Say what a run, an export or a model file is, and verify its files.
+
+    Of a PNG that `lutdeploy sample` wrote, say what made it.
+    """
     from lutdeploy.engines.inspection import inspect_path
 
+    path = resolve(path, note)
     machines = {}
     if path.is_dir() and Run(path).plan_records():
         from lutdeploy.engines import tensorrt_machines
@@ -48,6 +53,9 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
         if tuned := found["tuned_steps"]:
             names = ", ".join(tuned["schedules"]) or "none"
             yield f"{indent}  fitted schedules: {tuned['problem'] or names}"
+        return
+    if found["kind"] == "picture":
+        yield from _describe_picture(found, indent)
         return
     config = found["config"]
     if found["kind"] == "model":
@@ -86,6 +94,24 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
         f"{config['width']}, depth {config['depth']}, {config['heads']} heads, K "
         f"{config['entries']}; {found['gflop_per_image_and_step']} GFLOP per image and step"
     )
+
+
+def _describe_picture(found: dict[str, Any], indent: str) -> Iterator[str]:
+    what = f"image {found['index']}"
+    if found["images"] is not None:
+        steps = "the noise and steps of " * found["trajectory"]
+        what = f"{steps}images {found['images'][0]} to {found['images'][1]}"
+    warp = f", shift {found['shift']:g}" if found["shift"] != 1 else ""
+    yield f"{indent}picture {found['path']}"
+    yield f"{indent}  {what} of seed {found['seed']}, {found['solver']}-{found['steps']}{warp}"
+    known = f" ({found['model']})" if found["model"] else ", which is neither in the package nor"
+    known += "" if found["model"] else " under runs/"
+    yield f"{indent}  model sha256 {found['model_sha256']}{known}"
+    # From a file of anybody's: as text without control characters.
+    software = ascii(found["software"])[1:-1]
+    yield f"{indent}  made with {software or 'software that it does not name'}"
+    if found["command"]:
+        yield f"{indent}  again: {found['command']}"
 
 
 def _describe_engine(found: dict[str, Any], indent: str) -> Iterator[str]:

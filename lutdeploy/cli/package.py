@@ -9,7 +9,7 @@ import click
 
 from lutdeploy.artefacts.target import find, find_run
 from lutdeploy.cli.console import answer, note
-from lutdeploy.cli.requests import PATH, RUN, engine_request, schedule_request
+from lutdeploy.cli.requests import LICENSE, PATH, RUN, engine_request, schedule_request
 from lutdeploy.engines import EngineRequest
 from lutdeploy.schedule import ScheduleRequest
 
@@ -66,4 +66,23 @@ def web(run: Path | None, out: Path, runtime: Path | None) -> None:
 
     size = package_web(find_run(find(run, note), note), out, runtime, note)
     note(f"{size / 1e6:.1f} MB; `python -m http.server --directory {out}` serves it")
+    answer(out)
+
+
+@command.command("hub")
+@RUN
+@OUT
+@click.option("--repo", metavar="OWNER/NAME", help="Its address on the Hub, for the model card.")
+@LICENSE
+def hub(run: Path | None, out: Path, repo: str | None, license: str | None) -> None:
+    """Write a folder for the Hugging Face Hub.
+
+    It holds the model card, the weights, a checked ONNX export and samples.
+    `hf upload OWNER/NAME DIR` uploads it. Where a RUN is taken, so are the folder and
+    hf://OWNER/NAME.
+    """
+    from lutdeploy.engines.packaging.hub import package_hub
+
+    size = package_hub(find_run(find(run, note), note), out, repo, license, note)
+    note(f"{size / 1e6:.1f} MB; `hf upload {repo or 'OWNER/NAME'} {out}` uploads it")
     answer(out)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from lutdeploy.artefacts import shipped
-from lutdeploy.artefacts.target import find
+from lutdeploy.artefacts.target import find, resolve
 from lutdeploy.cli.console import note
 from lutdeploy.errors import UsageError
 from lutdeploy.schedule import FITTED, SOLVERS, ScheduleRequest
@@ -32,6 +32,12 @@ THREADS = click.option(
     type=click.IntRange(1, 1024),  # many more, and starting them takes the process down
     help="CPU threads; the backend's own choice by default.",
 )
+LICENSE = click.option(
+    "--license",
+    metavar="ID",
+    help="The model's licence for what is written, such as mit or cc-by-4.0. Default: that of a "
+    "model of the package; none is stated for others.",
+)
 
 
 def _keep_model(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
@@ -44,7 +50,7 @@ def _run_or_model(
 ) -> Path | None:
     name = context.meta["lutdeploy.model"]
     if name is None:
-        return run
+        return run and resolve(run, note)
     if run is not None:
         raise click.UsageError(f"--model {name} stands for a RUN; leave out {run}")
     return shipped.model_path(name)

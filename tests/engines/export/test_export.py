@@ -244,7 +244,8 @@ def test_an_export_again_is_the_newest_and_the_same_bytes(
     run, model = Run(tmp_path), golden_model("static-tanh-64")
     for source in (exported(), exported(precision="fp16")):
         shutil.copytree(source, run.export_folder(source.name))
-    folder = export_model(model, ExportPlan(), run, "0" * 64)
+    sha256 = read_manifest(exported()).source_sha256
+    folder = export_model(model, ExportPlan(), run, sha256)
     assert [export.name for export in run.exports()] == ["step-fp32", "step-fp16"]
     assert read_manifest(folder).files == read_manifest(exported()).files
 
@@ -253,7 +254,7 @@ def test_an_export_again_is_the_newest_and_the_same_bytes(
 
     before = read_manifest(folder)
     with pytest.raises(ConfigError):
-        export_model(model, ExportPlan(), run, "0" * 64, refuse)
+        export_model(model, ExportPlan(), run, sha256, refuse)
     assert read_manifest(folder) == before, "a refused export leaves the old one"
     assert sorted(p.name for p in run.exports_folder.iterdir()) == ["step-fp16", "step-fp32"]
 

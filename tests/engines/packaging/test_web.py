@@ -157,7 +157,7 @@ def test_an_export_of_earlier_weights_is_made_again(
     files.write_json(manifest, {**json.loads(right), "source_sha256": "0" * 64})
     again = []
 
-    def export(run: Run, precision: str, source: str, note: Callable[[str], None]) -> None:
+    def export(run: Run, precision: str, *others: object) -> None:
         again.append(precision)
         manifest.write_bytes(right)
 
