@@ -18,6 +18,9 @@ OPTIONAL = {
     "onnx_ir": ("ONNX IR", "train"),
     "onnxscript": ("ONNX Script", "train"),
     "openvino": ("OpenVINO", "openvino"),
+    "ray": ("Ray", "ray"),
+    "fsspec": ("fsspec", "cloud"),
+    "s3fs": ("s3fs", "cloud"),
 }
 
 
