@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
@@ -50,13 +51,11 @@ def share_of(request: EngineRequest) -> Share:
         UsageError: a GPU is named by its number.
     """
     device = request.device or ("cuda" if request.backend in MODULES else "cpu")
-    gpu = device.endswith("ExecutionProvider") and device != "CPUExecutionProvider"
-    if not gpu:
-        parsed = parse_device(device)
-        gpu = parsed.kind == "cuda"
-        if gpu and ":" in device:
-            raise UsageError(f"--device {device}: Ray gives each actor a GPU; say --device cuda")
-    return Share(request.threads or 1, int(gpu))
+    if device.endswith("ExecutionProvider"):
+        return Share(request.threads or 1, int(device != "CPUExecutionProvider"))
+    if parse_device(device).kind == "cuda" and ":" in device:
+        raise UsageError(f"--device {device}: Ray gives each actor a GPU; say --device cuda")
+    return Share(request.threads or 1, int(device == "cuda"))
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,13 @@ def connected(
             f"--ray {address}: no address of a cluster; write HOST:PORT or auto, or nothing for a "
             "cluster on this machine"
         )
-    # Read by Ray when it is imported; it would report to its makers, and log what it mends.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Read when Ray is imported: no reports to its makers, no log of what it mends, and nobody else
+    # on a cluster of our own; Ray would write a token into the home folder.
+    variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    if address == LOCAL:
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
     with needing("--ray"):
         import ray
         import ray.data
@@ -219,12 +222,15 @@ def connected(
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:
-        raise BackendError(f"--ray {address}: {first_line(error)}") from error
+        raise BackendError(
+            f"--ray {address}: {first_line(error)}; a cluster that runs already needs this version "
+            "of Ray, and here RAY_AUTH_MODE and the token that it was started with"
+        ) from error
     finally:
         for number, handler in handlers.items():  # Ray has one of its own for SIGTERM
             signal.signal(number, handler)
     try:
-        actors = _room(share, actors)
+        actors = room(share, actors)
         if opened is None:  # where the actors will be: this machine may lack their GPU
             with _one_line():
                 task = ray.remote(look).options(num_cpus=share.threads, num_gpus=share.gpus)
@@ -246,7 +252,7 @@ def _is_address(text: str) -> bool:
     return bool(host) and "/" not in host and port.isdecimal()
 
 
-def _room(share: Share, wanted: int | None) -> int:
+def room(share: Share, wanted: int | None) -> int:
     """How many actors fit into the cluster; as many as are wanted."""
     import ray
 
@@ -255,10 +261,10 @@ def _room(share: Share, wanted: int | None) -> int:
     if share.gpus:
         room = min(room, int(there.get("GPU", 0)) // share.gpus)
     if room < (wanted or 1):
-        what = f"{share.threads} processors" + (" and a GPU" if share.gpus else "")
+        what = _counted(share.threads, "processor") + (" and a GPU" if share.gpus else "")
         raise UsageError(
-            f"the cluster has room for {room} actors of {what} each; ask for fewer --actors or "
-            "--threads"
+            f"the cluster has room for {_counted(room, 'actor')} of {what} each; ask for fewer "
+            "--actors or --threads"
         )
     return wanted or room
 
