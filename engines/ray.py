@@ -8,10 +8,13 @@ its number travels: the driver takes over what a task says of its pictures, in t
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import secrets
 import signal
+import socket
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,11 +23,12 @@ from typing import Any
 
 import msgspec
 
+from lutdeploy import errors
 from lutdeploy.artefacts.picture_files import Task
 from lutdeploy.artefacts.sample_folder import Folder, TaskOpener, fill
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
 from lutdeploy.device import parse_device
-from lutdeploy.engines import EngineRequest, open_engine
+from lutdeploy.engines import Engine, EngineRequest, open_engine
 from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.errors import BackendError, LutDeployError, UsageError, first_line, needing
 from lutdeploy.machine import processors
@@ -32,7 +36,10 @@ from lutdeploy.schedule import Schedule, ScheduleRequest
 
 LOCAL = "local"
 BATCHES = 4  # of PNGs, in a task
-TASKS_AT_ONCE = 1000  # that the driver holds; its memory does not grow beyond
+# Tasks that the driver holds, at least and for each actor; its memory does not grow beyond.
+TASKS_AT_ONCE = 1000
+TASKS_EACH = 16
+ANSWER = 10.0  # seconds that a cluster may take to accept a connection
 OBJECT_STORE = 80 * 2**20  # bytes of a local cluster's, through which only numbers go
 
 
@@ -76,37 +83,55 @@ def look(engine: EngineRequest, schedule: ScheduleRequest) -> Opened:
 
 
 class Sampler:
-    """An actor: opens its engine once, and makes one task after another."""
+    """An actor: opens its engine for its first task, and makes one after another.
+
+    It returns its errors, since Ray would print the tracebacks of those that it raises.
+    """
 
     def __init__(
         self, engine: EngineRequest, opened: Opened, opener: TaskOpener, batch: int, threads: int
     ) -> None:
-        self._denoiser = open_engine(engine)
-        made = self._denoiser.identity
-        if made != opened.identity:
-            different = [key for key in made if made[key] != opened.identity.get(key)]
-            raise BackendError(
-                f"{engine.path} is not the same on all machines of the cluster: another "
-                f"{', '.join(different)}"
-            )
-        self._schedule, self._opener = opened.schedule, opener
+        self._request, self._opened, self._opener = engine, opened, opener
         self._batch, self._threads = batch, threads
 
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        engine = open_engine(self._request)
+        made, expected = engine.identity, self._opened.identity
+        if made != expected:
+            different = [key for key in made if made[key] != expected.get(key)]
+            raise BackendError(
+                f"{self._request.path} is not the same on all machines of the cluster: another "
+                f"{', '.join(different)}"
+            )
+        return engine
+
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        for text in rows["task"]:
-            task = msgspec.json.decode(text, type=Task)
+        return {"task": rows["task"], "error": [self._make(text) for text in rows["task"]]}
+
+    def _make(self, text: str) -> str:
+        """Make a task; the error that ended it, if any, as JSON: its name and arguments."""
+        task = msgspec.json.decode(text, type=Task)
+        schedule, batch = self._opened.schedule, self._batch
+        try:
+            engine = self._engine
             with self._opener(task) as folder:
                 for _ in fill(
-                    folder,
-                    self._denoiser,
-                    self._schedule,
-                    task.count,
-                    self._batch,
-                    task.first,
-                    self._threads,
+                    folder, engine, schedule, task.count, batch, task.first, self._threads
                 ):
                     pass
-        return rows
+        except LutDeployError as error:
+            return json.dumps([type(error).__name__, str(error)])
+        except OSError as error:
+            return json.dumps(["OSError", error.errno, error.strerror, error.filename])
+        return ""
+
+
+def raise_told(told: str) -> None:
+    """Raise the error that an actor returned, if any."""
+    if told:
+        name, *arguments = json.loads(told)
+        raise (OSError if name == "OSError" else getattr(errors, name))(*arguments)
 
 
 class Cluster:
@@ -131,8 +156,8 @@ class Cluster:
         Where it ends early it leaves the cluster, and the folder has all that was made.
         """
         try:
-            tasks = folder.tasks(n, BATCHES * batch)
-            while some := list(islice(tasks, TASKS_AT_ONCE)):
+            tasks, most = folder.tasks(n, BATCHES * batch), TASKS_EACH * self._actors
+            while some := list(islice(tasks, max(most, TASKS_AT_ONCE))):
                 for task in self._done(some, folder.opener(), batch):
                     folder.adopt(task)
                     yield task.count
@@ -168,6 +193,7 @@ class Cluster:
         )
         with _one_line():
             for row in done.iter_rows():
+                raise_told(row["error"])
                 yield msgspec.json.decode(row["task"], type=Task)
 
 
@@ -199,6 +225,8 @@ def connected(
             f"--ray {address}: no address of a cluster; write HOST:PORT or auto, or nothing for a "
             "cluster on this machine"
         )
+    if address not in (LOCAL, "auto"):
+        _require_answer(address)
     # Read when Ray is imported: no reports to its makers, no log of what it mends, and nobody else
     # on a cluster of our own; Ray would write a token into the home folder.
     variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -243,6 +271,15 @@ def connected(
         ray.shutdown()
 
 
+def _require_answer(address: str) -> None:
+    """Refuse an address where nothing listens, which Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise BackendError(f"--ray {address}: no cluster answers there: {error}") from error
+
+
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
 
@@ -271,15 +308,13 @@ def room(share: Share, wanted: int | None) -> int:
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """Raise our own error that an actor met, or make one line of Ray's."""
+    """Make one line of what Ray raises: of our own error in it, where there is one."""
     import ray
 
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, LutDeployError) and not isinstance(cause, ray.exceptions.RayError):
-                raise cause from error
-            cause = getattr(cause, "cause", None) or cause.__cause__
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, LutDeployError):
+            raise cause from error
         raise BackendError(f"Ray: {first_line(error)}") from error

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from s3fs import S3FileSystem
 
+from lutdeploy.artefacts import sample_folder, shipped
+from lutdeploy.artefacts.picture_files import Task
 from lutdeploy.engines import EngineRequest
-from lutdeploy.engines.ray import Share, room, share_of
-from lutdeploy.errors import UsageError
+from lutdeploy.engines.ray import Opened, Sampler, Share, look, raise_told, room, share_of
+from lutdeploy.errors import BackendError, UsageError
+from lutdeploy.schedule import ScheduleRequest
 from tests.artefacts.object_server import BUCKET, object_server
 from tests.command import fail, succeed
 
@@ -179,6 +187,32 @@ def test_what_an_actor_takes(tmp_path: Path) -> None:
         share("torch", "cuda:1")
 
 
+def test_an_actors_error_is_that_of_the_command(tmp_path: Path) -> None:
+    model = shipped.model_path("static-tanh-64-small")
+    request = EngineRequest(model, "onnxruntime", threads=1)
+    opened = look(request, ScheduleRequest("euler", 1))
+    task = msgspec.json.encode(Task(0, 2)).decode()
+
+    def told(opened: Opened, opener: Callable[[Task], Any]) -> str:
+        done = Sampler(request, opened, opener, 2, 1)({"task": [task]})
+        assert done["task"] == [task]
+        return str(done["error"][0])
+
+    def full(task: Task) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "/shared/000001.png")
+
+    with pytest.raises(OSError, match=r"No space left on device: '/shared/000001\.png'"):
+        raise_told(told(opened, full))
+    other = replace(opened, identity={**opened.identity, "engine_sha256": "another"})
+    with pytest.raises(
+        BackendError, match=r"not the same on all machines .* another engine_sha256"
+    ):
+        raise_told(told(other, full))
+    settings = sample_folder.settings(opened.identity, opened.schedule, 0, "png")
+    raise_told(told(opened, partial(sample_folder.open_task, tmp_path, settings)))
+    assert pictures(tmp_path) == 2
+
+
 def test_how_many_actors_a_cluster_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"CPU": 16.0, "GPU": 2.0}
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(cluster_resources=lambda: there))
@@ -196,6 +230,7 @@ def test_what_cannot_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out = ("--out", tmp_path / "out")
     assert "--ray runs/cats: no address" in fail(2, *SMALL, *out, "--ray", "runs/cats")
     assert "no address" in fail(2, *SMALL, *out, "--ray", "ray://head:10001")
+    assert "no cluster answers there" in fail(1, *SMALL, *out, "--ray", "127.0.0.1:1")
     assert "npz is one file" in fail(2, *SMALL, *out, "--ray", "--format", "npz")
     assert "leave out --ray" in fail(2, *SMALL, *out, "--ray", "--gif")
     assert "--actors" in fail(2, *SMALL, *out, "--actors", 2)
