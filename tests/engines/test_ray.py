@@ -49,7 +49,12 @@ print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 by default, which beside other tests is no progress at all
+}
 
 
 @contextlib.contextmanager
@@ -149,6 +154,7 @@ def test_actors_and_drivers_are_killed(whole: dict[str, bytes], tmp_path: Path) 
         written = files.cat(files.ls(f"{BUCKET}/shards"))
         named = {path.rpartition("/")[2]: data for path, data in written.items()}
         assert named == contents(tmp_path / "shards")
+        cluster.communicate(timeout=60)  # it ends with its stdin, and takes Ray's processes along
 
 
 @pytest.mark.slow
