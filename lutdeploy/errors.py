@@ -19,6 +19,9 @@ OPTIONAL = {
     "onnxscript": ("ONNX Script", "train"),
     "openvino": ("OpenVINO", "openvino"),
     "huggingface_hub": ("Hugging Face's huggingface_hub", "hub"),
+    "ray": ("Ray", "ray"),
+    "fsspec": ("fsspec", "cloud"),
+    "s3fs": ("s3fs", "cloud"),
 }
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
     [
         ("import lutdeploy", ("torch", "numpy", "onnx", "onnxruntime", "tensorrt", "openvino")),
         ("import lutdeploy.cli", ("torch", "numpy", "onnx", "onnxruntime", "rich")),
+        ("import lutdeploy.cli.sample", ("torch", "onnxruntime", "ray", "fsspec", "s3fs")),
         ("import lutdeploy.machine", ("torch", "numpy", "psutil")),
         (
             "import lutdeploy.engines, lutdeploy.sampling",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lutdeploy import decoding
-from lutdeploy.artefacts.picture_files import MANIFEST
+from lutdeploy.artefacts.picture_files import manifests
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.sample_folder import EXTRAS
 from lutdeploy.errors import UsageError
@@ -158,10 +158,10 @@ def _is_run(folder: Path) -> bool:
 def _holds_samples(folder: Path) -> bool:
     """Whether `lutdeploy sample` filled a folder: others name files manifest.jsonl as well."""
     try:
-        with (folder / MANIFEST).open("rb") as lines:
+        with manifests(folder)[0].open("rb") as lines:
             first = json.loads(lines.readline())
         return {"solver", "steps", "seed"} <= set(first)
-    except (OSError, ValueError, TypeError):
+    except (OSError, IndexError, ValueError, TypeError):
         return False
 
 

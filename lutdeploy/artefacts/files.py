@@ -177,6 +177,7 @@ def lock(
     what: str,
     on_wait: Callable[[str], None] | None = None,
     name: str = ".lock",
+    patience: float = 0,
 ) -> Iterator[None]:
     """Hold a folder for one process; released by the system however the process ends.
 
@@ -185,6 +186,7 @@ def lock(
         what: the command that holds it, for messages.
         on_wait: told before waiting for another process; None refuses instead.
         name: of the lock's file, for commands that do not shut each other out.
+        patience: seconds to wait for another process before that.
 
     Raises:
         UsageError: another process holds it, and ``on_wait`` is None; or it is not writable.
@@ -197,7 +199,7 @@ def lock(
         (folder / name).unlink(missing_ok=True)
     held = filelock.FileLock(folder / name)
     try:
-        held.acquire(blocking=False)
+        held.acquire(timeout=patience)
     except filelock.Timeout as error:
         if on_wait is None:
             raise UsageError(f"{folder} is in use by another {what}; wait for it to end") from error

@@ -1,9 +1,12 @@
 """How sampled pictures lie on disk: a PNG for each, one npz, or tar shards for WebDataset.
 
-A picture of a finished file has its facts in manifest.jsonl before the file takes its name. Files
+A picture of a finished file has its facts in a manifest before the file takes its name. Files
 with many pictures grow beside their place, at their end alone: what a kill leaves is whole but for
 its last picture, and goes on from there. The same pictures give the same bytes, however often
 their making was stopped.
+
+The manifest is manifest.jsonl. Where several tasks fill a folder at once, each has one of its own
+beside it, manifest-FIRST.jsonl, until a command that has the folder to itself joins them.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import math
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
@@ -31,6 +34,7 @@ from lutdeploy.artefacts.picture_text import picture_chunks
 from lutdeploy.decoding import decode
 from lutdeploy.errors import ArtefactError, ran_out_of_memory
 from lutdeploy.images import Pixels
+from lutdeploy.sampling import in_batches
 
 MANIFEST = "manifest.jsonl"
 DIGITS = 6  # at least, in the name of a picture or a shard
@@ -41,6 +45,25 @@ COPIED = 2**16  # bytes, or indices, at a time
 PART = ".part-"  # before the name of a file that is growing
 
 Settings = dict[str, Any]
+Line = dict[str, Any]
+
+
+def task_manifest(first: int) -> str:
+    """The name of the manifest of the task whose first picture this is."""
+    return f"manifest-{first:0{DIGITS}d}.jsonl"
+
+
+def manifests(folder: Path) -> list[Path]:
+    """Those that are there: the folder's own, then those of tasks."""
+    found = [
+        path for path in sorted(folder.glob("manifest-*.jsonl")) if is_task_manifest(path.name)
+    ]
+    return [path for path in (folder / MANIFEST,) if path.is_file()] + found
+
+
+def is_task_manifest(name: str) -> bool:
+    first = name.removeprefix("manifest-").removesuffix(".jsonl")
+    return first.isdecimal() and name == task_manifest(int(first))
 
 
 @dataclass(frozen=True)
@@ -55,8 +78,14 @@ class Prepared:
 class PictureWriter(Protocol):
     """What fills a locked folder with pictures of one format and the same settings."""
 
-    def missing(self, n: int) -> Sequence[int]:
-        """Those of images 0 … n−1 that are not there yet, in order."""
+    def missing(self, n: int, first: int = 0) -> Sequence[int]:
+        """Those of images first … first+n−1 that are not there yet, in order."""
+
+    def tasks(self, n: int, size: int) -> Iterator[Task]:
+        """Those that together make what is missing of images 0 … n−1.
+
+        A task is of a file, or of ``size`` pictures at most that are a file each.
+        """
 
     def prepare(self, indices: Sequence[int], pixels: Pixels) -> Prepared:
         """Encode uint8 [len(indices), S, S, C]; several threads may do so at once."""
@@ -75,10 +104,10 @@ class PictureWriter(Protocol):
 
 
 class ManifestLog:
-    """manifest.jsonl, opened once, growing by whole lines."""
+    """A manifest, opened once, growing by whole lines."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / MANIFEST
+    def __init__(self, folder: Path, task: range | None = None) -> None:
+        self._path = folder / (MANIFEST if task is None else task_manifest(task.start))
         self._file: io.FileIO | None = None
 
     def append(self, lines: bytes) -> None:
@@ -104,7 +133,7 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _json_line(values: dict[str, Any]) -> bytes:
+def json_line(values: dict[str, Any]) -> bytes:
     return json.dumps(values).encode() + b"\n"
 
 
@@ -114,22 +143,36 @@ class PngFiles:
     SUFFIX = ".png"
     LINE: ClassVar = {"image": str, "index": int}
 
-    def __init__(self, path: Path, settings: Settings, lines: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, lines: Iterable[Line], task: range | None = None
+    ) -> None:
         self._path, self._settings = path, settings
         self._shown = os.path.join(path, "")  # text, as a Path takes as long as a file
         self._hidden = self._shown + "."
-        self._listed = {line["index"] for line in lines}
-        self._log = ManifestLog(path)
+        self._listed = {line["index"] for line in lines if line}
+        self._log = ManifestLog(path, task)
 
     @staticmethod
     def name(index: int) -> str:
         return f"{index:0{DIGITS}d}.png"
 
-    def missing(self, n: int) -> Sequence[int]:
+    def missing(self, n: int, first: int = 0) -> Sequence[int]:
+        wanted = range(first, first + n)
+        if not self._listed:
+            return wanted
         there = {entry.name for entry in os.scandir(self._path) if entry.is_file()}
-        if not there or not self._listed:
-            return range(n)
-        return [i for i in range(n) if i not in self._listed or self.name(i) not in there]
+        return [i for i in wanted if i not in self._listed or self.name(i) not in there]
+
+    def tasks(self, n: int, size: int) -> Iterator[Task]:
+        missing = self.missing(n)
+        if isinstance(missing, range):
+            groups: Iterable[Sequence[int]] = in_batches(missing, size)
+        else:  # the difference of index and place is the same in a row without a gap
+            rows = groupby(enumerate(missing), lambda row: row[1] - row[0])
+            groups = chain.from_iterable(
+                in_batches([index for _, index in row], size) for _, row in rows
+            )
+        return (Task(group[0], len(group)) for group in groups)
 
     def prepare(self, indices: Sequence[int], pixels: Pixels) -> Prepared:
         lines, texts = [], picture_chunks(self._settings, indices)
@@ -137,7 +180,7 @@ class PngFiles:
             name = self.name(index)
             with open(self._hidden + name, "wb", buffering=0) as file:
                 _write_all(file, data)
-            lines.append(_json_line({"image": name, "index": index, **self._settings}))
+            lines.append(json_line({"image": name, "index": index, **self._settings}))
         return Prepared(indices, lines, pixels.shape[1:])
 
     def store(self, prepared: Prepared) -> None:
@@ -170,6 +213,22 @@ def _damaged(path: Path) -> ArtefactError:
     return ArtefactError(f"{path} is damaged; delete it, and the same command makes it again")
 
 
+@dataclass(frozen=True)
+class Task:
+    """Images ``first`` … ``first + count − 1``, of a folder that several fill at once.
+
+    ``known``: what the folder's manifest says of files that they are to be added to.
+    """
+
+    first: int
+    count: int
+    known: tuple[Line, ...] = ()
+
+    @property
+    def images(self) -> range:
+        return range(self.first, self.first + self.count)
+
+
 @dataclass
 class _Growing:
     """The file that is being written: its number, and the pictures in it so far."""
@@ -189,14 +248,17 @@ class ManyPerFile(abc.ABC):
     LINE: ClassVar = {"file": str, "first": int, "images": int, "bytes": int, "sha256": str}
     per_file: int
 
-    def __init__(self, path: Path, settings: Settings, lines: Sequence[dict[str, Any]]) -> None:
-        self._path, self._settings = path, settings
-        self._log = ManifestLog(path)
+    def __init__(
+        self, path: Path, settings: Settings, found: Iterable[Line], task: range | None = None
+    ) -> None:
+        self._path, self._settings, self._task = path, settings, task
+        self._log = ManifestLog(path, task)
         self._growing: _Growing | None = None
-        if not lines:  # nothing says of what settings the parts are
+        lines = list(found)
+        if not lines and task is None:  # nothing says of what settings the parts are
             for part in path.glob(f"{PART}*"):
                 part.unlink()
-            self._log.replace(_json_line(settings))
+            self._log.replace(json_line(settings))
         # A file may be lost, or have a second line if a kill came before its name: the size tells.
         self._lines = {
             line["file"]: line
@@ -236,8 +298,11 @@ class ManyPerFile(abc.ABC):
         """The parts that an earlier command left, and how many pictures each begins with."""
         for part in self._path.glob(f"{PART}*"):
             name = part.name.removeprefix(PART)
+            first = self.number(name) * self.per_file
+            if self._task is not None and first not in self._task:
+                continue
             with part.open("r+b") as file:
-                count, end = self.whole(file, self.number(name) * self.per_file)
+                count, end = self.whole(file, first)
                 file.truncate(end)
             if count > self._finished(name):
                 yield name, count
@@ -251,16 +316,26 @@ class ManyPerFile(abc.ABC):
         name = self.name(number)
         return max(self._finished(name), self._parts.get(name, 0))
 
-    def missing(self, n: int) -> Sequence[int]:
-        starts = range(0, n, self.per_file)
-        gaps = [
-            range(start + self._there(number), min(start + self.per_file, n))
-            for number, start in enumerate(starts)
-        ]
-        gaps = [gap for gap in gaps if gap]
-        if gaps and sum(map(len, gaps)) == n - gaps[0].start:
-            return range(gaps[0].start, n)  # the common case, in no memory
+    def missing(self, n: int, first: int = 0) -> Sequence[int]:
+        gaps = [gap for _, gap in self._gaps(n, first)]
+        if gaps and sum(map(len, gaps)) == first + n - gaps[0].start:
+            return range(gaps[0].start, first + n)  # the common case, in no memory
         return list(chain.from_iterable(gaps))
+
+    def _gaps(self, n: int, first: int = 0) -> Iterator[tuple[int, range]]:
+        """The numbers of files that lack some of images first … first+n−1, and which."""
+        for number in range(first // self.per_file, -(-(first + n) // self.per_file)):
+            start = number * self.per_file
+            end = min(start + self.per_file, first + n)
+            gap = range(max(first, start + self._there(number)), end)
+            if gap:
+                yield number, gap
+
+    def tasks(self, n: int, size: int) -> Iterator[Task]:
+        for number, gap in self._gaps(n):
+            first, name = number * self.per_file, self.name(number)
+            known = (self._lines[name],) if name in self._lines else ()
+            yield Task(first, gap.stop - first, known)
 
     def store(self, prepared: Prepared) -> None:
         for index, data in zip(prepared.indices, prepared.data, strict=True):
@@ -307,7 +382,7 @@ class ManyPerFile(abc.ABC):
             "bytes": sealed.stat().st_size,
             "sha256": files.sha256(sealed),
         }
-        self._log.append(_json_line({**line, **self._settings}))
+        self._log.append(json_line({**line, **self._settings}))
         os.replace(sealed, self._path / name)
         part.unlink(missing_ok=True)
         del self._parts[name]
@@ -321,7 +396,7 @@ class ManyPerFile(abc.ABC):
         lines = sorted(self._lines.values(), key=lambda line: line["first"])
         self._lines = {line["file"]: line for line in lines}
         told = [self._settings, *({**line, **self._settings} for line in lines)]
-        self._log.replace(b"".join(map(_json_line, told)))
+        self._log.replace(b"".join(map(json_line, told)))
 
     def first(self, n: int) -> Pixels:
         names = (self.name(number) for number in range(-(-n // self.per_file)))
@@ -403,7 +478,7 @@ def _member(index: int, suffix: str, data: bytes) -> bytes:
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
     """The whole files that a tar begins with: name, where the data lies, and its size."""
-    whole, end = os.fstat(file.fileno()).st_size, 0
+    whole, end = file.seek(0, os.SEEK_END), 0
     while True:
         file.seek(end)
         try:
@@ -519,6 +594,17 @@ def _npz_images(path: Path) -> Iterator[tuple[Any, tuple[int, ...]]]:
         yield file, _read_npy_header(file)
 
 
+def pictures_of_shard(file: BinaryIO) -> Iterator[Pixels]:
+    """The pictures of a tar shard, uint8 [S, S, C], one by one."""
+    for name, start, size in _members(file):
+        if name.endswith(".png"):
+            file.seek(start)
+            yield decode(file.read(size)).pixels
+    file.seek(-len(TAR_END), os.SEEK_END)
+    if file.read() != TAR_END:
+        raise EOFError("the shard ends early")
+
+
 def pictures_in(path: Path) -> Iterator[Pixels]:
     """The pictures of ``pictures.npz`` or a tar shard, uint8 [S, S, C], one by one.
 
@@ -533,13 +619,7 @@ def pictures_in(path: Path) -> Iterator[Pixels]:
                     yield np.frombuffer(data, np.uint8).reshape(shape)
         else:
             with path.open("rb") as file:
-                for name, start, size in _members(file):
-                    if name.endswith(".png"):
-                        file.seek(start)
-                        yield decode(file.read(size)).pixels
-                file.seek(-len(TAR_END), os.SEEK_END)
-                if file.read() != TAR_END:
-                    raise EOFError("the shard ends early")
+                yield from pictures_of_shard(file)
     except Exception as error:  # decoders raise almost anything on bad bytes
         if ran_out_of_memory(error):
             raise

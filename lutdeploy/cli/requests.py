@@ -22,6 +22,22 @@ from lutdeploy.schedule import FITTED, SOLVERS, ScheduleRequest
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
+
+
+class Place(click.ParamType[Any]):
+    """A folder, or the address of one in an object store, which stays as it is written."""
+
+    name = "path or url"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Path | str:
+        if isinstance(value, str) and "://" in value:
+            return value
+        found: Path = PATH.convert(value, parameter, context)
+        return found
+
+
 POSITIVE = click.IntRange(min=1)
 ENGINE_BACKENDS = ("torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 

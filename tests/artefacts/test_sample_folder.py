@@ -69,11 +69,15 @@ def expected(n: int = N) -> Pixels:
     return images.to_uint8(sampling.batch_noise(3, range(n), Noise.config.image_shape))
 
 
-def fill(out: Path, file_format: str, n: int = N, batch: int = 4) -> int:
+def fill(
+    out: Path, file_format: str, n: int = N, batch: int = 4, images: range | None = None
+) -> int:
     """How many pictures were made."""
     settings = {"seed": 3, "backend": "none", "format": file_format}
-    with sample_folder.open_folder(out, settings) as folder:
-        return sum(sample_folder.fill(folder, Noise(), SCHEDULE, n, batch))
+    wanted = images or range(n)
+    with sample_folder.open_folder(out, settings, images=images) as folder:
+        made = sample_folder.fill(folder, Noise(), SCHEDULE, len(wanted), batch, wanted.start)
+        return sum(made)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -406,3 +410,123 @@ def test_a_picture_is_listed_before_it_is_there(tmp_path: Path) -> None:
     ) as folder:
         assert isinstance(folder.writer, PngFiles)
         assert folder.writer.missing(6) == [2, 4, 5]
+
+
+# Several tasks in one folder.
+
+SHARES = (range(20, 25), range(0, 10), range(10, 20))
+SHARED = ("png", "webdataset")
+
+
+def of_tasks(out: Path) -> list[str]:
+    names = sorted(path.name for path in out.iterdir())
+    return [name for name in names if name.startswith(("manifest-", ".lock-"))]
+
+
+@pytest.mark.parametrize("file_format", SHARED)
+def test_tasks_fill_one_folder(
+    file_format: str, tmp_path: Path, unbroken: dict[str, dict[str, bytes]]
+) -> None:
+    """In any order; the next command that has the folder to itself leaves what one would."""
+    for share in SHARES:
+        assert fill(tmp_path, file_format, images=share) == len(share)
+        assert fill(tmp_path, file_format, images=share) == 0
+    assert len(of_tasks(tmp_path)) == 2 * len(SHARES)
+    assert not (tmp_path / "manifest.jsonl").exists()
+    assert fill(tmp_path, file_format) == 0
+    assert contents(tmp_path) == unbroken[file_format]
+    assert fill(tmp_path, file_format, images=range(0, 10)) == 0, "it is listed elsewhere"
+
+
+@pytest.mark.parametrize("file_format", SHARED)
+@pytest.mark.parametrize("what", ["write", "renaming"])
+def test_a_task_is_killed_at_any_moment(
+    what: str,
+    file_format: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unbroken: dict[str, dict[str, bytes]],
+) -> None:
+    for stop in itertools.count():
+        out = tmp_path / str(stop)
+        fill(out, file_format, images=SHARES[1])
+        with monkeypatch.context() as patched:
+            killed_at(stop, what, patched)
+            try:
+                fill(out, file_format, images=SHARES[2])
+                break
+            except KilledError:
+                pass
+        fill(out, file_format, images=SHARES[0])
+        assert fill(out, file_format, images=SHARES[2]) <= 10
+        fill(out, file_format)
+        assert contents(out) == unbroken[file_format]
+    assert stop >= 2
+
+
+@pytest.mark.parametrize("file_format", SHARED)
+def test_tasks_after_a_command_that_was_stopped(
+    file_format: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unbroken: dict[str, dict[str, bytes]],
+) -> None:
+    kept = stop_at(14, tmp_path, file_format, monkeypatch)
+    made = [fill(tmp_path, file_format, images=images) for images in SHARES]
+    assert made == [5, 0, 20 - kept]
+    assert fill(tmp_path, file_format) == 0
+    assert contents(tmp_path) == unbroken[file_format]
+
+
+def test_tasks_that_must_not_run_at_once(tmp_path: Path) -> None:
+    settings = {"seed": 3, "backend": "none", "format": "png"}
+
+    def opened(images: range | None, **other: Any) -> Any:
+        return sample_folder.open_folder(tmp_path, {**settings, **other}, images=images)
+
+    with opened(range(0, 10)), opened(range(10, 20)):
+        for share in (range(5, 15), range(0, 10), range(19, 30)):
+            with pytest.raises(UsageError, match=r"are being made in .* by another"), opened(share):
+                pass
+        with pytest.raises(UsageError, match="seed 3 → 4"), opened(range(20, 30), seed=4):
+            pass
+        assert len(of_tasks(tmp_path)) == 4
+    with opened(range(5, 15)):
+        pass
+
+
+def test_who_waits_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command for tasks, and a task for a command, but not for ever."""
+    settings = {"seed": 3, "backend": "none", "format": "png"}
+    monkeypatch.setattr(sample_folder, "PATIENCE", 0.1)
+    for first, second in ((range(0, 10), None), (None, range(0, 10))):
+        with (
+            sample_folder.open_folder(tmp_path, settings, images=first),
+            pytest.raises(UsageError, match="in use by another"),
+            sample_folder.open_folder(tmp_path, settings, images=second),
+        ):
+            pass
+
+
+def test_what_tasks_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: Any) -> str:
+        with pytest.raises(UsageError) as caught:
+            sample_folder.require_shareable(*given)
+        return str(caught.value)
+
+    monkeypatch.setattr(sample_folder, "SHARD_IMAGES", 10_000)
+    assert "npz is one file" in refused(Path(), "npz", range(5), False)
+    assert "npz is one file" in refused(Path(), "npz", None, True)
+    shards = (Path(), "webdataset", range(10_001, 20_000), False)
+    assert "--first 10001 lies within a shard" in refused(*shards)
+    assert "takes --format webdataset, not png" in refused("s3://cats/x", "png", None, False)
+    for share in (range(10_000, 10_001), None):
+        sample_folder.require_shareable("s3://cats/x", "webdataset", share, False)
+    sample_folder.require_shareable(Path(), "png", range(7, 8), False)
+
+
+def test_overwriting_takes_what_tasks_left(tmp_path: Path) -> None:
+    fill(tmp_path, "png", images=SHARES[0])
+    settings = {"seed": 4, "backend": "none", "format": "png"}
+    with sample_folder.open_folder(tmp_path, settings, overwrite=True):
+        assert contents(tmp_path) == {}

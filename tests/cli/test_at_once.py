@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import invoke, succeed
+from tests.command import fail, invoke, succeed
 
 SHORT = ("--solver", "euler", "--steps", "2")
 COMMANDS = {
@@ -53,3 +53,19 @@ def test_many_commands_on_one_run(
     succeed("export", "run")  # whatever the others left, the same commands complete it
     succeed("sample", "run", "--overwrite", *SHORT, "-n", "8", "--out", "out")
     succeed("inspect", "run")
+
+
+def test_tasks_of_an_array_in_one_folder(tmp_path: Path) -> None:
+    """Four at once; a fifth command finds nothing to make, and leaves what one command would."""
+    command = ("sample", "--model", "static-tanh-64-small", "--solver", "euler", "--steps", "1")
+    out, whole = str(tmp_path / "out"), str(tmp_path / "whole")
+    running = [
+        start((*command, "--first", str(8 * task), "-n", "8", "--out", out)) for task in range(4)
+    ]
+    for process in running:
+        assert process.communicate()[1].count("error") == process.returncode == 0
+    assert "32 of 32 images are there already" in succeed(*command, "-n", 32, "--out", out).stderr
+    succeed(*command, "-n", 32, "--out", whole)
+    assert subprocess.run(["diff", "-r", out, whole], check=False).returncode == 0
+    for option in ("--gif", "--trajectory", "--overwrite"):
+        assert "leave out" in fail(2, *command, "--first", 8, "--out", out, option)

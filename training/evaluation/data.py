@@ -17,7 +17,7 @@ from PIL import Image
 
 from lutdeploy import decoding, images
 from lutdeploy.artefacts import files, shipped
-from lutdeploy.artefacts.picture_files import FACTS, MANIFEST, NPZ, pictures_in
+from lutdeploy.artefacts.picture_files import FACTS, NPZ, manifests, pictures_in
 from lutdeploy.artefacts.run import MODEL, Run, locate
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.sampling import Denoiser, ahead, finished_batches, noise_batches
@@ -250,10 +250,10 @@ def _read_picture(path: Path) -> decoding.Picture:
 def _read_origin(folder: Path) -> dict[str, Any]:
     """What the manifest of a folder of `lutdeploy sample` says of all its pictures."""
     try:
-        with (folder / MANIFEST).open(encoding="utf-8") as lines:
-            first = json.loads(next(lines))
-        return {k: v for k, v in first.items() if k not in (*FACTS, "format")}
-    except FileNotFoundError:
+        for manifest in manifests(folder)[:1]:
+            with manifest.open(encoding="utf-8") as lines:
+                first = json.loads(next(lines))
+            return {k: v for k, v in first.items() if k not in (*FACTS, "format")}
         return {}
     except (*files.BAD_JSON, StopIteration, AttributeError):
         return {"manifest": "unreadable"}
