@@ -144,8 +144,10 @@ def inspect_picture(path: Path) -> dict[str, Any]:
         words.append(f"--solver {made.solver} --steps {made.steps}")
     if made.shift != 1:
         words.append(f"--shift {made.shift!r}")
-    last = made.index if made.images is None else made.images[1]
-    words += [f"-n {(last or 0) + 1}", *["--trajectory"] * made.trajectory]
+    if made.images is not None:
+        words += [f"-n {made.images[1] + 1}", *["--trajectory"] * made.trajectory]
+    else:
+        words.append(f"--first {made.index} -n 1")
     # Exports of earlier versions follow times that no option names.
     nameless = made.grid != "uniform" and made.solver not in (FITTED, DISTILLED)
     return {

@@ -103,7 +103,10 @@ def test_the_model_is_named_where_it_is_known(tmp_path: Path) -> None:
     found = inspected(png(tmp_path / "a.png", lutdeploy=json.dumps(told)))
     assert found["command"].startswith(f"lutdeploy sample --model {shipped.DEFAULT} ")
     unknown = inspected(png(tmp_path / "b.png", lutdeploy=json.dumps(TOLD)))
-    assert unknown["command"] == "lutdeploy sample RUN --seed 0 --solver euler --steps 4 -n 2"
+    assert (
+        unknown["command"]
+        == "lutdeploy sample RUN --seed 0 --solver euler --steps 4 --first 1 -n 1"
+    )
 
 
 @pytest.mark.parametrize(
