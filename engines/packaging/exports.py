@@ -31,7 +31,6 @@ def verified_step(
     if (folder / MANIFEST).is_file() and read_manifest(folder).source_sha256 == source:
         note(f"export: {folder}")
     else:
-        note(f"export: {folder} is made and checked against PyTorch")
         with files.lock(run.exports_folder, "`lutdeploy export`"):
             _export(run, precision, source, note, license)
     manifest = read_manifest(folder)
@@ -57,6 +56,7 @@ def _export(
     from lutdeploy.engines.export.check import export_checked
     from lutdeploy.engines.export.graphs import ExportPlan
 
+    note(f"export: {run.export_folder(f'step-{precision}')} is made and checked against PyTorch")
     plan = ExportPlan("step", precision)
     tuned = usable_schedules(run.path, source, note)
     export_checked(load_model(run.model), plan, run, source, tuned, note, license=license)
