@@ -50,16 +50,17 @@ SHOWN = 64  # unselected samples in the picture
 def seen_before(settings: TrainSettings) -> int:
     """Images that the weights in the place of a start had seen, as far as the package knows them.
 
-    Asked before the run's model takes their place there, or after.
+    It knows them before the run's model takes their place, and by its metadata afterwards.
     """
     if settings.init_sha256 is None or settings.distilled is not None:
         return 0
     for name in shipped.names():
-        known = shipped.facts(name)["training"]
-        if files.sha256(shipped.model_path(name)) == settings.init_sha256:
-            return int(known["images_seen"])
-        if known.get("init_sha256") == settings.init_sha256:
-            return int(known["init_images_seen"])
+        path = shipped.model_path(name)
+        _, about = read_metadata(path)
+        if files.sha256(path) == settings.init_sha256:
+            return int(about["images_seen"])
+        if about.get("init_sha256") == settings.init_sha256:
+            return int(about["init_images_seen"])
     return 0
 
 
@@ -70,7 +71,7 @@ def write_weights(run: Run, name: str) -> Path:
     before = seen_before(settings)
     seen = {"images_seen": before + about["step"] * settings.batch, "recipe": settings.recipe}
     if before:
-        seen["init_images_seen"] = before
+        seen |= {"init_sha256": str(settings.init_sha256), "init_images_seen": before}
     path = shipped.model_path(name)
     model = checkpoint.load_model(run.model)
     about = {key: value for key, value in about.items() if key != "data"}  # a path of this machine

@@ -56,7 +56,7 @@ def _export(
     from lutdeploy.engines.export.check import export_checked
     from lutdeploy.engines.export.graphs import ExportPlan
 
-    note(f"export: {run.export_folder(f'step-{precision}')} is made and checked against PyTorch")
     plan = ExportPlan("step", precision)
+    note(f"export: {run.export_folder(plan.name)} is made and checked against PyTorch")
     tuned = usable_schedules(run.path, source, note)
     export_checked(load_model(run.model), plan, run, source, tuned, note, license=license)

@@ -427,18 +427,15 @@ def _share(path: Path, wanted: Settings, images: range) -> Iterator[None]:
 @contextlib.contextmanager
 def _unused(path: Path, name: str, images: range) -> Iterator[None]:
     """Hold the lock of a task, which must have ended."""
-    try:
-        held = files.lock(path, SAMPLE, name=name)
-        held.__enter__()
-    except UsageError as error:
-        raise UsageError(
-            f"images {images[0]} to {images[-1]} are being made in {path} by another {SAMPLE}; "
-            "tasks that share a folder need --first and -n that do not overlap"
-        ) from error
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(files.lock(path, SAMPLE, name=name))
+        except UsageError as error:
+            raise UsageError(
+                f"images {images[0]} to {images[-1]} are being made in {path} by another {SAMPLE}; "
+                "tasks that share a folder need --first and -n that do not overlap"
+            ) from error
         yield
-    finally:
-        held.__exit__(None, None, None)
 
 
 def _known(path: Path, wanted: Settings, images: range) -> tuple[Line, ...]:

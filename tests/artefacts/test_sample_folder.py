@@ -11,7 +11,7 @@ import os
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,28 @@ def killed_at(stop: int, what: str, patched: pytest.MonkeyPatch) -> None:
         patched.setattr(os, "replace", refuse)
 
 
+def folders_of_the_killed(
+    work: Callable[[Path], object],
+    what: str,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[Path], object] = lambda out: None,
+) -> Iterator[Path]:
+    """A folder for every moment at which ``work`` in it can be killed, after that has happened."""
+    for stop in itertools.count():
+        out = base / str(stop)
+        before(out)
+        with monkeypatch.context() as patched:
+            killed_at(stop, what, patched)
+            try:
+                work(out)
+                break
+            except KilledError:
+                pass
+        yield out
+    assert stop >= 2
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("what", ["write", "renaming"])
 def test_killed_at_any_moment(
@@ -196,22 +218,16 @@ def test_killed_at_any_moment(
     monkeypatch: pytest.MonkeyPatch,
     unbroken: dict[str, dict[str, bytes]],
 ) -> None:
-    for stop in itertools.count():
-        out = tmp_path / str(stop)
-        with monkeypatch.context() as patched:
-            killed_at(stop, what, patched)
-            try:
-                fill(out, file_format)
-                break
-            except KilledError:
-                pass
+    def work(out: Path) -> None:
+        fill(out, file_format)
+
+    for out in folders_of_the_killed(work, what, tmp_path, monkeypatch):
         fill(out, file_format)
         found, whole = contents(out), dict(unbroken[file_format])
         if file_format == "png":  # the order in which they were made
             lines, expected_lines = found.pop("manifest.jsonl"), whole.pop("manifest.jsonl")
             assert sorted(lines.splitlines()) == sorted(expected_lines.splitlines())
         assert found == whole
-    assert stop >= 2
 
 
 @pytest.mark.parametrize("file_format", TOGETHER)
@@ -447,21 +463,17 @@ def test_a_task_is_killed_at_any_moment(
     monkeypatch: pytest.MonkeyPatch,
     unbroken: dict[str, dict[str, bytes]],
 ) -> None:
-    for stop in itertools.count():
-        out = tmp_path / str(stop)
+    def work(out: Path) -> None:
+        fill(out, file_format, images=SHARES[2])
+
+    def before(out: Path) -> None:
         fill(out, file_format, images=SHARES[1])
-        with monkeypatch.context() as patched:
-            killed_at(stop, what, patched)
-            try:
-                fill(out, file_format, images=SHARES[2])
-                break
-            except KilledError:
-                pass
+
+    for out in folders_of_the_killed(work, what, tmp_path, monkeypatch, before):
         fill(out, file_format, images=SHARES[0])
         assert fill(out, file_format, images=SHARES[2]) <= 10
         fill(out, file_format)
         assert contents(out) == unbroken[file_format]
-    assert stop >= 2
 
 
 @pytest.mark.parametrize("file_format", SHARED)
