@@ -12,24 +12,23 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
+from PIL import Image, ImageFilter
 
 from lutdeploy.training.data import load_folder
 from lutdeploy.training.evaluation.data import read_samples
 from lutdeploy.training.evaluation.distances import Features, Pixels
 from lutdeploy.training.evaluation.evaluate import Metrics, compare_sets
 from lutdeploy.training.evaluation.features import open_extractor
-from lutdeploy.training.evaluation.train_features import blur
 
 
 def worn(pixels: Pixels, kind: str, strength: float) -> Pixels:
-    """uint8 [n, C, S, S] blurred by sigma pixels, or with noise of so many of 255 levels."""
-    x = torch.from_numpy(pixels).float()
-    if kind == "blur":
-        x = blur(x, strength)
-    else:
-        x += strength * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    return x.round().clamp(0, 255).to(torch.uint8).numpy()
+    """uint8 [n, 3, S, S] blurred by sigma pixels, or with noise of so many of 255 levels."""
+    if kind == "noise":
+        noise = np.random.default_rng(0).standard_normal(pixels.shape)
+        return (pixels + strength * noise).round().clip(0, 255).astype(np.uint8)
+    kernel = ImageFilter.GaussianBlur(strength)
+    pictures = [Image.fromarray(p).filter(kernel) for p in np.moveaxis(pixels, 1, -1)]
+    return np.moveaxis(np.stack([np.asarray(p) for p in pictures]), -1, 1)
 
 
 def missing_modes(pixels: Pixels, features: Features, share: float) -> Pixels:

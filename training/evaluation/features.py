@@ -1,15 +1,13 @@
-"""What turns images into features: lutdeploy's own network, or the user's Inception weights."""
+"""What turns images into features: EfficientNet-Lite0, or the user's Inception weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lutdeploy.artefacts import files
@@ -17,13 +15,8 @@ from lutdeploy.artefacts.state_dicts import read_mapping
 from lutdeploy.device import find_device
 from lutdeploy.errors import ArtefactError, NonFiniteError
 from lutdeploy.reference import full_float32
+from lutdeploy.training.evaluation import efficientnet
 from lutdeploy.training.evaluation.distances import Features, Pixels
-from lutdeploy.training.evaluation.feature_network import (
-    SHA256,
-    SIDE,
-    FeatureNetwork,
-    load_network,
-)
 from lutdeploy.training.evaluation.inception import Inception
 
 BATCH = 64
@@ -57,16 +50,16 @@ class Extractor:
 
 
 def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
-    """The extractor of a file of Inception weights, or lutdeploy's own for None."""
+    """The extractor of a file of Inception weights, or for None EfficientNet-Lite0."""
     find_device(device)
     if path is None:
         return Extractor(
-            network=partial(_own_features, load_network().to(device)),
+            network=efficientnet.load_network(efficientnet.weights_file(), device),
             device=device,
-            name="lutdeploy features",
-            sha256=SHA256,
-            frechet_name="Fréchet distance (lutdeploy features)",
-            kernel_name="kernel distance (lutdeploy features)",
+            name="EfficientNet-Lite0",
+            sha256=efficientnet.SHA256,
+            frechet_name="Fréchet distance (EfficientNet-Lite0)",
+            kernel_name="kernel distance (EfficientNet-Lite0)",
         )
     state = {name: value.to(device) for name, value in _read_state(path).items()}
     try:
@@ -86,15 +79,6 @@ def open_extractor(path: Path | None = None, device: str = "cpu") -> Extractor:
         frechet_name="FID",
         kernel_name="KID",
     )
-
-
-def _own_features(network: FeatureNetwork, pixels: Tensor) -> Tensor:
-    """Of lutdeploy's network; images of another side than 64 are resized."""
-    x = pixels.float().div(127.5).sub(1)
-    if x.shape[-1] != SIDE:
-        x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
-    found: Tensor = network(x)
-    return found
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import torchmetrics.image.fid
 from numpy.typing import NDArray
 
 from lutdeploy.errors import BackendError, UsageError
@@ -39,6 +41,17 @@ def test_frechet_distance_of_scaled_and_shifted_features_is_the_closed_form() ->
     expected = np.square(mean + 1).sum() + np.trace(covariance)  # (2 − 1)²·tr Σ
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("m", "n", "features"), [(40, 30, 8), (9, 30, 20)])
+def test_frechet_distance_is_that_of_torchmetrics(m: int, n: int, features: int) -> None:
+    a, b = normal(m, features), normal(n, features, shift=0.5, scale=2.0)
+    network = torch.nn.Identity()
+    network.num_features = features  # type: ignore[assignment]
+    metric = torchmetrics.image.fid.FrechetInceptionDistance(feature=network)
+    for x, real in ((a, False), (b, True)):
+        metric.update(torch.from_numpy(x).double(), real=real)
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-5)
 
 
 def test_kernel_distance_is_the_unbiased_sum_over_subsets() -> None:
@@ -158,6 +171,6 @@ def test_too_few_images_say_how_many_are_needed() -> None:
 
 
 def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
     with pytest.raises(BackendError, match=r"pip install 'lutdeploy\[evaluate\]'"):
         require_torchmetrics()

@@ -113,7 +113,7 @@ def test_a_run_end_to_end(trained: Path, data: Path, tmp_path: Path) -> None:
     assert found["settings"]["training_images"] == 43 and found["settings"]["held_out_images"] == 21
     assert found["settings"]["split"].endswith("seed 5, as in the model's training")
     assert found["settings"]["model_sha256"] == files.sha256(Run(run).model)
-    assert any(note.startswith("18 images are fewer than the 384") for note in found["notes"])
+    assert any(note.startswith("18 images are fewer than the 1,280") for note in found["notes"])
     assert found["errors"]["images"] == 21 and len(found["errors"]["held_out"]) == 12
     assert [m["space"] for m in found["memorisation"]] == ["pixels", "features"]
     assert found["memorisation"][0]["held_out"]["images"] == 21
@@ -138,7 +138,10 @@ def test_a_folder_of_samples_equals_the_run(trained: Path, data: Path, tmp_path:
     assert any("may have been trained on" in note for note in found["notes"])
     out = tmp_path / "run"
     succeed("evaluate", trained, "--data", data, "-n", 18, "--steps", 2, "--out", out)
-    assert read(out)["rows"][0] == found["rows"][0]
+    # Not to the last bit: features are computed in batches, and the two split the images otherwise.
+    ours, theirs = read(out)["rows"][0]["metrics"], found["rows"][0]["metrics"]
+    assert ours.pop("sliced_wasserstein") == theirs.pop("sliced_wasserstein")
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_loop_export_has_no_error_curve(
@@ -259,7 +262,7 @@ def test_options_of_a_run_beside_a_folder(
     assert f"{option[0]} is for a RUN; {drawn} holds pictures" in line
 
 
-@pytest.mark.parametrize("module", ["torchmetrics.image.fid", "jinja2"])
+@pytest.mark.parametrize("module", ["torchmetrics.image.kid", "jinja2"])
 def test_without_the_extra(
     module: str, drawn: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
