@@ -37,6 +37,14 @@ class DataSplit(msgspec.Struct, frozen=True):
     images: int | None = msgspec.field(name="training_images", default=None)  # trained on, if known
 
 
+class Guidance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a teacher is guided (:mod:`lutdeploy.training.few_steps.guidance`)."""
+
+    guide: str  # the weaker model: a run or a model file
+    weight: Annotated[float, Meta(gt=1)]
+    interval: tuple[Share, Share]  # of t
+
+
 class Distilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a student learns from (:mod:`lutdeploy.training.few_steps.distill`)."""
 
@@ -48,6 +56,7 @@ class Distilled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     held_out: Count  # paths that the averages are compared on
     on_policy: Share  # of the steps, at the end, in which the student's own states are learnt from
     images: DataSplit | None  # the teacher's; None where it does not say
+    guidance: Guidance | None = None  # of the teacher
 
 
 class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -118,7 +127,8 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         if self.distilled is None:
             return {"origin": "lutdeploy train"}
         of = self.distilled
-        origin = Origin(of.teacher, str(self.init_sha256), len(of.rows), of.schedule)
+        guidance = of.guidance.weight if of.guidance else None
+        origin = Origin(of.teacher, str(self.init_sha256), len(of.rows), of.schedule, guidance)
         return {"origin": "lutdeploy distill", "distilled": msgspec.to_builtins(origin)}
 
     def learning_rate(self, step: int) -> float:

@@ -110,6 +110,8 @@ def facts(
     del training["data"], training["init"]  # paths of this machine
     if settings.distilled is not None and settings.distilled.images is not None:
         del training["distilled"]["images"]["data"]
+    if settings.distilled is not None and settings.distilled.guidance is not None:
+        del training["distilled"]["guidance"]["guide"]
     training |= {name: about[name] for name in ("step", "images_seen", "ema")}
     training["init_images_seen"] = about.get("init_images_seen", 0)
     training |= {"training_images": len(real.training), "held_out_images": len(real.held_out)}

@@ -164,6 +164,7 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teacher_sha256: str
     teacher_steps: int
     schedule: Schedule  # the student's
+    guidance: float | None = None  # weight of what guided the teacher, if anything did
 
 
 def distilled_from(about: Mapping[str, Any], path: Path) -> Origin | None:

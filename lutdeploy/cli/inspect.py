@@ -71,6 +71,7 @@ def _describe(found: dict[str, Any], indent: str = "") -> Iterator[str]:
                 f"{indent}  distilled to {len(origin['schedule']['rows'])} steps from "
                 f"{origin['teacher']} ({origin['teacher_steps']} steps), sha256 "
                 f"{origin['teacher_sha256'][:12]}…"
+                + (f", guided with weight {origin['guidance']:g}" if origin["guidance"] else "")
             )
     else:
         solver = f", {found['solver']}" if found["solver"] else ""

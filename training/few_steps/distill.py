@@ -50,7 +50,13 @@ from lutdeploy.schedule import DISTILLED, Schedule, Step, fitted_schedule
 from lutdeploy.training.data import batch_indices
 from lutdeploy.training.few_steps.fit import Problem, Spectrum, fit_segments, segments_work
 from lutdeploy.training.loop import HELD_OUT_BATCH, step_generator
-from lutdeploy.training.recipes import DataSplit, Distilled, TrainSettings, train_settings
+from lutdeploy.training.recipes import (
+    DataSplit,
+    Distilled,
+    Guidance,
+    TrainSettings,
+    train_settings,
+)
 
 TEACHER_STEPS = 16  # at least, and at least two a segment
 FIT_IMAGES = 16
@@ -110,6 +116,7 @@ def student_settings(
     segments: int,
     paths: int,
     images: DataSplit | None,
+    guidance: Guidance | None = None,
     **fields: Any,
 ) -> TrainSettings:
     """The settings of a student.
@@ -121,6 +128,7 @@ def student_settings(
         segments: the student's steps.
         paths: to learn from; some more are held out.
         images: what the teacher was trained on, if it says so.
+        guidance: of the teacher.
         fields: of :class:`TrainSettings`; None is the recipe's value or the default.
     """
     config, about = read_metadata(teacher)
@@ -134,6 +142,7 @@ def student_settings(
         held_out=max(1, min(HELD_OUT_PATHS, paths // 8)),
         on_policy=ON_POLICY,
         images=images,
+        guidance=guidance,
     )
     settings = train_settings(
         config,

@@ -24,15 +24,17 @@ from lutdeploy.artefacts.tuned_steps import distilled_schedule
 from lutdeploy.config import model_config
 from lutdeploy.engines.torch import TorchEngine
 from lutdeploy.errors import ArtefactError, UsageError
+from lutdeploy.model import LutTransformer
 from lutdeploy.sampling import State, batch_noise, resume, trajectory
-from lutdeploy.schedule import DISTILLED, fitted_schedule, solver_schedule
+from lutdeploy.schedule import DISTILLED, Step, fitted_schedule, solver_schedule
 from lutdeploy.training.data import batch_indices, draw_set
 from lutdeploy.training.evaluation.data import Trained
 from lutdeploy.training.few_steps import distill, fit
 from lutdeploy.training.few_steps.distill import Distilling, Paths, student_schedule, target
+from lutdeploy.training.few_steps.guidance import GuidedDenoiser
 from lutdeploy.training.loop import Cadence, learn, train
 from lutdeploy.training.processes import Processes
-from lutdeploy.training.recipes import TrainSettings, read_settings, train_settings
+from lutdeploy.training.recipes import Guidance, TrainSettings, read_settings, train_settings
 from tests.command import fail, invoke, succeed
 
 CPU = torch.device("cpu")
@@ -332,6 +334,62 @@ def test_another_engine_does_not_continue_the_paths(student: Run, settings: Trai
     distill.require_same_engine(student, settings, engine)
     with pytest.raises(UsageError, match=r"by another engine: backend torch, not openvino\. Name"):
         distill.require_same_engine(student, settings, {**engine, "backend": "openvino"})
+
+
+@pytest.fixture(scope="module")
+def guide(teacher: Run) -> Path:
+    """The teacher with a little noise in its weights."""
+    model, generator = load_model(teacher.model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    path = teacher.path.parent / "guide.safetensors"
+    save_model(model, path, about={})
+    return path
+
+
+def test_guidance_goes_on_from_the_guide_to_the_model(teacher: Run, guide: Path) -> None:
+    """Inside the interval; outside of it, and in what is not predicted, nothing changes."""
+    model, weaker = TorchEngine(teacher.model), TorchEngine(guide)
+    how = Guidance(guide="", weight=3.0, interval=(0.2, 0.6))
+    guided = GuidedDenoiser(model, weaker, how)
+    x = batch_noise(0, range(5), model.config.image_shape)
+    t = np.array([0.1, 0.2, 0.4, 0.6, 0.7], np.float32)
+    ours, theirs, found = (d.predict_x0(x, t) for d in (model, weaker, guided))
+    expected = ours.copy()
+    expected[1:4] += 2 * (ours - theirs)[1:4]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found - ours)[1:4].max() > 1e-3
+    row = Step(0.7, 0.5, 0.25, 0.125)
+    at, prev = x[:2], x[2:4]
+    np.testing.assert_allclose(guided.step(at, row, prev), model.step(at, row, prev), atol=1e-6)
+    assert guided.identity["guide"]["model_sha256"] == files.sha256(guide)
+    with pytest.raises(UsageError, match="the guide is the model itself"):
+        GuidedDenoiser(model, model, how)
+    other = guide.parent / "other.safetensors"
+    save_model(LutTransformer(model_config("static-tanh-64", "tiny", depth=1)), other, about={})
+    with pytest.raises(UsageError, match="the guide makes images"):
+        GuidedDenoiser(model, TorchEngine(other), how)
+
+
+def test_a_student_learns_from_a_guided_teacher(
+    teacher: Run, guide: Path, settings: TrainSettings, tmp_path: Path
+) -> None:
+    """And goes on with the guide that its paths were drawn with."""
+    run = Run(tmp_path / "guided")
+    options = ("--out", run.path, *SMALL, *QUICK, "--guide", guide)
+    succeed("distill", teacher.path, "--steps", STEPS, *options, "--train-steps", 2)
+    of = read_settings(run).distilled
+    assert of is not None and settings.distilled is not None
+    assert of.guidance == Guidance(guide=str(guide), weight=2.0, interval=(0.1, 0.9))
+    assert of.rows != settings.distilled.rows, "the schedule is fitted to the guided teacher"
+    assert "guided with weight 2" in succeed("inspect", run.path).stdout
+    resumed = ("distill", "--resume", "--out", run.path)
+    succeed(*resumed, "--train-steps", 3, "--guide", guide)
+    line = fail(2, *resumed, "--guidance", 3)
+    assert f"--guidance 3.0: {run.path} was started with 2.0" in line
+    assert "nothing lies between" in fail(2, "distill", teacher.path, "--guidance-interval", 1, 1)
+    assert "it is no run" in fail(2, "distill", teacher.path, "--guide", tmp_path)
 
 
 def test_evaluate_knows_the_teachers_images(student: Run, teacher: Run) -> None:
