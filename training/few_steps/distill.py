@@ -20,6 +20,7 @@ segments count alike.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -48,7 +49,7 @@ from lutdeploy.sampling import (
 )
 from lutdeploy.schedule import DISTILLED, Schedule, Step, fitted_schedule
 from lutdeploy.training.data import batch_indices
-from lutdeploy.training.few_steps.fit import Problem, Spectrum, fit_segments, segments_work
+from lutdeploy.training.few_steps.fit import Problem, fit_segments, segments_work
 from lutdeploy.training.loop import HELD_OUT_BATCH, step_generator
 from lutdeploy.training.recipes import (
     DataSplit,
@@ -228,8 +229,34 @@ class Paths:
         return np.memmap(self.file, np.float16, "r", shape=(self.total, *self.shape))
 
 
+class Spectrum:
+    """The cosine transform of images [n, C, S, S], and how much each frequency of it counts.
+
+    Each half octave of frequencies is divided by the root of its amplitude: what the eye sees is
+    faint, and plain squares would give it away.
+    """
+
+    def __init__(self, images: Images) -> None:
+        side = images.shape[-1]
+        k, i = np.arange(side)[:, None], np.arange(side)
+        basis = np.cos(np.pi * (i + 0.5) * k / side) * np.sqrt(2 / side)  # orthonormal DCT-II
+        basis[0] /= np.sqrt(2)
+        self.basis = basis.astype(np.float32)
+        power = np.square(self(images)).mean((0, 1))
+        radius = np.hypot(k, i)
+        edges = [-1.0, *(side * 2.0 ** np.arange(-5, 0.6, 0.5))]  # half octaves, to side·√2
+        bands = [(radius > low) & (radius <= high) for low, high in itertools.pairwise(edges)]
+        density = sum(band * power[band].mean() for band in bands if band.any()) + 1e-12
+        weight = density**-0.25
+        weight *= np.sqrt(power.sum() / (weight**2 * power).sum())
+        self.weight = weight.astype(np.float32)  # [S, S]
+
+    def __call__(self, images: Images) -> Images:
+        return self.basis @ images @ self.basis.T
+
+
 class TargetLoss(nn.Module):
-    """The error of x0 in the cosine transform, half of it as `tune-steps` weighs frequencies."""
+    """The error of x0 in the cosine transform, half of it plain, half as a spectrum weighs it."""
 
     def __init__(self, model: LutTransformer, settings: TrainSettings, spectrum: Spectrum) -> None:
         super().__init__()

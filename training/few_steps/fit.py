@@ -1,4 +1,4 @@
-"""Fitting a schedule to a model: few steps that end where 256 Euler steps end, and as sharp.
+"""Fitting a schedule to a model: few steps that end where 256 Euler steps end.
 
 Every step is x' = a·x + b·x0 + c·x0_prev + d·x0_prev2, so times and coefficients can be fitted
 instead of derived (bespoke non-stationary solvers, Shaul et al. 2024). That is done in two stages:
@@ -9,13 +9,10 @@ instead of derived (bespoke non-stationary solvers, Shaul et al. 2024). That is 
    Finite differences make the Jacobian: moving row k leaves the states before it alone, so a
    column costs the evaluations after row k, and any backend will do.
 
-Its residual has three parts. First the difference at the end, in the cosine transform, where each
-octave of frequencies is divided by the root of its amplitude: what the eye sees is faint, and plain
-squares would give it away. A least-squares end still is the mean of what is possible and so too
-soft. The second part therefore is, for each half octave, the relative difference between the energy
-of the ends and of the reference. Third, what independent errors of PREDICTION_ERROR in every
-prediction would add; without it fits find rows such as 200·x0 − 199·x0_prev, by which half
-precision or int8 would multiply its errors.
+Its residual is the difference at the end, and what independent errors of PREDICTION_ERROR in every
+prediction would add to it; without that, fits find rows such as 200·x0 − 199·x0_prev, by which half
+precision or int8 would multiply its errors. Residuals that ask for the reference's sharpness as
+well make textures of the right strength and the wrong shape, and lost (docs/solvers.md).
 """
 
 from __future__ import annotations
@@ -37,8 +34,6 @@ from lutdeploy.schedule import Schedule, Step, fitted_schedule, solver_schedule,
 
 REFERENCE = solver_schedule("euler", 256)
 PREDICTION_ERROR = 0.01  # RMS of one x0, about what bfloat16 makes of the embedded model
-WHITENING = 0.5  # power of the amplitude that divides a frequency's difference
-SHARPNESS = 0.5  # weight of the energies against the difference
 FIRST_LOGITS, LAST_LOGITS = (-4.0, -3.0, -2.0), (2.0, 3.0, 4.0, 5.0)  # of the inner times
 SEGMENT_LOGITS = (4.0, 5.0, 6.0)  # of the times next to 0 and 1, where a fit is in segments
 START_IMAGES = 6  # for choosing among those
@@ -213,52 +208,11 @@ def start(problem: Problem, steps: int) -> list[Step]:
     return least_squares(problem, best)[0]
 
 
-class Spectrum:
-    """The cosine transform of images [n, C, S, S], and how much each frequency of it counts."""
-
-    def __init__(self, images: Images) -> None:
-        side = images.shape[-1]
-        k, i = np.arange(side)[:, None], np.arange(side)
-        basis = np.cos(np.pi * (i + 0.5) * k / side) * np.sqrt(2 / side)  # orthonormal DCT-II
-        basis[0] /= np.sqrt(2)
-        self.basis = basis.astype(np.float32)
-        power = np.square(self(images)).mean((0, 1))
-        radius = np.hypot(k, i)
-        edges = [-1.0, *(side * 2.0 ** np.arange(-5, 0.6, 0.5))]  # half octaves, to side·√2
-        bands = [(radius > low) & (radius <= high) for low, high in itertools.pairwise(edges)]
-        self.bands = np.array([band for band in bands if power[band].sum() > 0])
-        density = sum(band * power[band].mean() for band in self.bands) + 1e-12
-        weight = density ** (-WHITENING / 2)
-        weight *= np.sqrt(power.sum() / (weight**2 * power).sum())
-        self.weight = weight.astype(np.float32)  # [S, S]
-
-    def __call__(self, images: Images) -> Images:
-        return self.basis @ images @ self.basis.T
-
-
-class _Residual:
-    """What a fit makes small: float32 [N + bands + 3·steps], of ends and rows."""
-
-    def __init__(self, end: Images, sharpness: float) -> None:
-        self._spectrum = Spectrum(end)
-        self._target = self._spectrum(end)
-        self._weight = self._spectrum.weight / np.float32(np.sqrt(end.size))
-        self._energies, self._sharpness = self._energies_of(self._target), sharpness
-
-    def _energies_of(self, spectrum: Images) -> Vector:
-        power = np.square(spectrum).mean((0, 1), dtype=np.float64)
-        return np.array([power[band].sum() for band in self._spectrum.bands])
-
-    def __call__(self, end: Images, rows: Sequence[Step]) -> NDArray[np.float32]:
-        spectrum = self._spectrum(end)
-        energies = self._energies_of(spectrum) / self._energies - 1
-        weights = [weight for row in rows for weight in (row.b, row.c, row.d)]
-        parts = (
-            ((spectrum - self._target) * self._weight).ravel(),
-            self._sharpness * energies,
-            PREDICTION_ERROR * np.array(weights),
-        )
-        return np.concatenate(parts, dtype=np.float32)
+def _residual(problem: Problem, end: Images, rows: Sequence[Step]) -> NDArray[np.float32]:
+    """What a fit makes small: float32 [N + 3·steps], of an end and the rows that led there."""
+    difference = (end - problem.end).ravel() / np.float32(np.sqrt(end.size))
+    weights = [weight for row in rows for weight in (row.b, row.c, row.d)]
+    return np.concatenate((difference, PREDICTION_ERROR * np.array(weights)), dtype=np.float32)
 
 
 def _moves(rows: Sequence[Step]) -> Iterator[tuple[int, str, float]]:
@@ -296,11 +250,9 @@ def work(steps: int, images: int) -> int:
     return families * steps * START_IMAGES + ITERATIONS * iteration
 
 
-def _jacobian(
-    problem: Problem, residual: _Residual, rows: list[Step], states: list[State]
-) -> NDArray[np.float32]:
+def _jacobian(problem: Problem, rows: list[Step], states: list[State]) -> NDArray[np.float32]:
     """∂residual/∂(times, coefficients), [what :func:`_moves` lists, residual]."""
-    here = residual(states[-1].x, rows)
+    here = _residual(problem, states[-1].x, rows)
     columns = []
     for k, name, probe in _moves(rows):
         moved = list(rows)
@@ -311,7 +263,7 @@ def _jacobian(
         assert x0 is not None
         after = advance(moved[k], state, x0)
         *_, last = (after, *problem.walk(moved, after))
-        columns.append((residual(last.x, moved) - here) / np.float32(probe))
+        columns.append((_residual(problem, last.x, moved) - here) / np.float32(probe))
     return np.stack(columns)
 
 
@@ -330,7 +282,6 @@ def _moved(rows: list[Step], change: Vector) -> list[Step]:
 def polish(
     problem: Problem,
     rows: list[Step],
-    sharpness: float = SHARPNESS,
     watch: Callable[[float], None] = lambda cost: None,
 ) -> list[Step]:
     """Rows of a smaller residual, by Levenberg–Marquardt over the log-increments and coefficients.
@@ -338,15 +289,14 @@ def polish(
     Args:
         problem: the images.
         rows: where it begins.
-        sharpness: weight of the energies.
         watch: told of the root of the summed squares after each iteration.
     """
-    steps, residual, damping = len(rows), _Residual(problem.end, sharpness), 1e-3
+    steps, damping = len(rows), 1e-3
     states = [problem.begin(), *problem.walk(rows, problem.begin())]
-    found = residual(states[-1].x, rows)
+    found = _residual(problem, states[-1].x, rows)
     cost = float(found @ found)
     for _ in range(ITERATIONS):
-        jacobian = _jacobian(problem, residual, rows, states)
+        jacobian = _jacobian(problem, rows, states)
         to_parameters = _log_increments(rows, len(jacobian))
         gram = to_parameters.T @ (jacobian @ jacobian.T).astype(np.float64) @ to_parameters
         slope = to_parameters.T @ (jacobian @ found).astype(np.float64)
@@ -363,7 +313,7 @@ def polish(
             except ConfigError:  # no time left between steps
                 damping *= 8
                 continue
-            there = residual(walked[-1].x, trial)
+            there = _residual(problem, walked[-1].x, trial)
             if float(there @ there) < cost:
                 rows, states, found, cost = trial, walked, there, float(there @ there)
                 damping = max(damping / 8, 1e-7)
