@@ -104,13 +104,11 @@ def command(
         raise UsageError(f"--batch {options['batch']} holds no image for some of the --steps")
     device = session.choose_device(device)
     path = None if engine.path == Path() else engine.path
-    if device.startswith("cuda") and engine.backend != "openvino":
-        engine = replace(engine, device=device)
+    command_line = click.core.ParameterSource.COMMANDLINE
+    named = {n for n in context.params if context.get_parameter_source(n) is command_line}
     if resume:
         if out is None:
             raise UsageError("--resume needs --out, the run to continue")
-        command_line = click.core.ParameterSource.COMMANDLINE
-        named = {n for n in options if context.get_parameter_source(n) is command_line}
     else:
         named_path = find(path, note)
         path = _teacher(named_path)
@@ -119,9 +117,14 @@ def command(
     run, processes = Run(out), Processes(device)
     with session.hold_folder(run, resume, "distill"):
         if resume:
-            settings = _resumed(run, path, {name: options[name] for name in named})
+            settings = _resumed(run, path, {name: options[name] for name in named & {*options}})
             path = _place(Path(str(settings.init)))
+            assert settings.distilled is not None
+            if not named & {"backend", "export", "precision"}:
+                engine = same_engine(engine, settings.distilled.engine)
         assert path is not None
+        if device.startswith("cuda") and engine.backend != "openvino" and engine.device is None:
+            engine = replace(engine, device=device)
         with open_engine(replace(engine, path=path), note) as teacher:
             if not engine.unverified:
                 require_passed(path, teacher.identity, note)
@@ -149,6 +152,24 @@ def command(
         note(f"stopped and saved; `lutdeploy distill --resume --out {run.path}` continues")
         sys.exit(128 + requests[0])
     answer(run.model)
+
+
+def same_engine(request: EngineRequest, identity: dict[str, Any]) -> EngineRequest:
+    """A request for the engine that drew the first paths of a run, from what it said of itself.
+
+    ``identity``: of :class:`lutdeploy.engines.Engine`. Its device ends with the arithmetic, where
+    --precision decides that: "CPU bf16", "CPU int8-bf16", "cuda:0 fp16".
+    """
+    told = str(identity["device"])
+    precision = next((name for name in ("fp32", "fp16", "bf16") if told.endswith(name)), None)
+    on_cpu = told in ("cpu", "CPUExecutionProvider")
+    return replace(
+        request,
+        backend=identity["backend"],
+        export=identity["export"],
+        precision=precision,
+        device="cpu" if on_cpu else None,
+    )
 
 
 def _teacher(path: Path) -> Path:
