@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--steps", type=click.IntRange(1, 16), default=4, help="Network evaluations of the new model."
 )
 @click.option("--out", type=PATH, help="Default: runs/NAME-distilled-STEPS.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out as it was started.")
 @click.option(
     "--paths",
     type=POSITIVE,
