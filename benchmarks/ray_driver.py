@@ -49,13 +49,13 @@ class Nowhere:
 
 
 def main(tasks: int) -> None:
-    cluster.Sampler = Idle  # type: ignore[assignment,misc]
+    cluster.Actor = Idle  # type: ignore[assignment,misc]
     engine = EngineRequest(Path(shipped.model_path()), "onnxruntime")
     print("| tasks | pictures | MB of the driver | seconds |\n|---:|---:|---:|---:|")
     start, process = time.perf_counter(), psutil.Process()
     with cluster.connected("local", engine, ScheduleRequest(), 2, lambda text: None) as found:
         place: Any = Nowhere()
-        for done, _ in enumerate(found.fill(place, tasks * PICTURES, 64), 1):
+        for done, _ in enumerate(found.fill(place, tasks * PICTURES, 64, 0), 1):
             if done % 1000 == 0:
                 megabytes = process.memory_info().rss / 1e6
                 seconds = time.perf_counter() - start

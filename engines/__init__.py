@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.manifest import Manifest, read_manifest
 from lutdeploy.artefacts.run import MODEL, Located, Run, locate
 from lutdeploy.artefacts.target import resolve
 from lutdeploy.device import parse_device
-from lutdeploy.engines.tensorrt import plan
 from lutdeploy.engines.tensorrt.library import MODULES, RTX, TENSORRT
 from lutdeploy.errors import (
     ArtefactError,
@@ -27,6 +26,9 @@ from lutdeploy.errors import (
     needing,
 )
 from lutdeploy.sampling import Denoiser
+
+if TYPE_CHECKING:
+    from lutdeploy.engines.tensorrt.plan import Machine
 
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino", TENSORRT, RTX)
 
@@ -127,10 +129,10 @@ def _open_measured(
     request: EngineRequest, located: Located, note: Callable[[str], None]
 ) -> Engine | None:
     """The fastest measured engine that opens and is still what was measured."""
-    from lutdeploy.engines.auto import measured_choices
-
     if located.run is None:
         return None
+    from lutdeploy.engines.auto import measured_choices
+
     named = replace(request, export=located.export.name if located.export else request.export)
     for choice in measured_choices(located.run, named):
         try:
@@ -245,7 +247,7 @@ def _open_tensorrt(
     return open_plans(run, manifest, request, note)
 
 
-def tensorrt_machines(device: str = "cuda") -> dict[str, plan.Machine]:
+def tensorrt_machines(device: str = "cuda") -> dict[str, Machine]:
     """The TensorRTs of this machine by backend, each with the GPU.
 
     Without a GPU, TensorRT for RTX alone: it compiles there, and runs nothing. None without
@@ -270,7 +272,9 @@ def tensorrt_machines(device: str = "cuda") -> dict[str, plan.Machine]:
 
 def newest_built_export(run: Run, backend: str) -> str | None:
     """The export that the newest engine of a TensorRT was built from; None: none is there."""
-    states = plan.survey(run, {})
+    from lutdeploy.engines.tensorrt.plan import survey
+
+    states = survey(run, {})
     records = [s.record for s in states if s.record is not None and s.record.backend == backend]
     newest = max(records, key=lambda record: record.created, default=None)
     return newest.export if newest else None
@@ -296,10 +300,16 @@ def choose_export(located: Located, name: str | None = None) -> Path | None:
 def require_same_model(manifest: Manifest, model: Path | None) -> None:
     """Refuse an export of another model than ``model``.
 
+    A model file that is one of the export's own is known by its hash in the manifest, to which
+    :meth:`Manifest.verify` holds it.
+
     Raises:
         ArtefactError: says what to do.
     """
-    if model is not None and files.sha256(model) != manifest.source_sha256:
+    if model is None:
+        return
+    own = manifest.files.get(model.name) if model.parent == manifest.folder else None
+    if (own.sha256 if own else files.sha256(model)) != manifest.source_sha256:
         raise ArtefactError(
             f"{manifest.folder} was exported from another {MODEL} than the one beside it "
             "(trained on since?); export again, or use --backend torch"

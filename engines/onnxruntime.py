@@ -101,7 +101,8 @@ def open_session(
     if shared_arena and provider == CPU:
         _register_cpu_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if provider != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.intra_op_num_threads = threads or thread_limit() or 0  # 0: the physical cores
     source = str(graph) if isinstance(graph, Path) else graph
     ort.set_default_logger_severity(FATAL)

@@ -82,8 +82,8 @@ def look(engine: EngineRequest, schedule: ScheduleRequest) -> Opened:
         return Opened(dict(denoiser.identity), followed, tuple(notes))
 
 
-class Sampler:
-    """An actor: opens its engine for its first task, and makes one after another.
+class Actor:
+    """Opens its engine for its first task, and makes one after another.
 
     It returns its errors, since Ray would print the tracebacks of those that it raises.
     """
@@ -135,7 +135,10 @@ def raise_told(told: str) -> None:
 
 
 class Cluster:
-    """A cluster that this process is connected to. Use :func:`connected`."""
+    """A cluster that this process is connected to, as :class:`lutdeploy.engines.sampler.Sampler`.
+
+    Use :func:`connected`.
+    """
 
     def __init__(self, engine: EngineRequest, opened: Opened, share: Share, actors: int) -> None:
         self._engine, self._opened, self._share, self._actors = engine, opened, share, actors
@@ -150,11 +153,17 @@ class Cluster:
         """What the actors follow."""
         return self._opened.schedule
 
-    def fill(self, folder: Folder, n: int, batch: int) -> Generator[int, None, None]:
+    def stepping(self) -> Engine:
+        """See :class:`lutdeploy.engines.sampler.Sampler`."""
+        raise UsageError("the engines of a cluster show no steps here; leave out --ray")
+
+    def fill(self, folder: Folder, n: int, batch: int, first: int) -> Generator[int, None, None]:
         """Make the missing ones of images 0 … n−1; yields how many each task finished.
 
         Where it ends early it leaves the cluster, and the folder has all that was made.
         """
+        if first:
+            raise UsageError("a cluster makes all images of a folder; leave out --first or --ray")
         try:
             tasks, most = folder.tasks(n, BATCHES * batch), TASKS_EACH * self._actors
             while some := list(islice(tasks, max(most, TASKS_AT_ONCE))):
@@ -184,7 +193,7 @@ class Cluster:
         rows = ray.data.from_items(texts, override_num_blocks=len(texts))
         size = min(self._actors, len(tasks))
         done = rows.map_batches(
-            Sampler,
+            Actor,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
             fn_constructor_args=(self._engine, self._opened, opener, batch, self._share.threads),

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -32,12 +33,18 @@ def _picture(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
+class _PngBuffer(io.BytesIO):
+    """By its name Pillow knows what to write; asked for a format, it first loads several others."""
+
+    name = "picture.png"
+
+
 def encode_png(pixels: Pixels, texts: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """Encode uint8 [H, W, C] as PNG, with texts by keyword; the same give the same bytes."""
-    buffer, told = io.BytesIO(), PngImagePlugin.PngInfo()
+    buffer, told = _PngBuffer(), PngImagePlugin.PngInfo()
     for keyword, text in texts.items():
         told.add_text(keyword, text)
-    _picture(pixels).save(buffer, "PNG", pnginfo=told)
+    _picture(pixels).save(buffer, pnginfo=told)
     return buffer.getvalue()
 
 
@@ -85,9 +92,9 @@ def _huffman(rows: bytes) -> bytes:
     return stream.compress(rows) + stream.flush()
 
 
-def decode_png(data: bytes) -> Pixels:
+def decode_png(png: bytes | Path) -> Pixels:
     """What :func:`encode_png` encoded; pictures of others are read by :mod:`lutdeploy.decoding`."""
-    with Image.open(io.BytesIO(data)) as file:
+    with Image.open(png if isinstance(png, Path) else io.BytesIO(png)) as file:
         pixels = np.asarray(file, np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
     [
         ("import lutdeploy", ("torch", "numpy", "onnx", "onnxruntime", "tensorrt", "openvino")),
         ("import lutdeploy.cli", ("torch", "numpy", "onnx", "onnxruntime", "rich")),
-        ("import lutdeploy.cli.sample", ("torch", "onnxruntime", "ray", "fsspec", "s3fs")),
+        ("import lutdeploy.cli.sample", ("torch", "onnxruntime", "ray", "fsspec", "s3fs", "rich")),
         ("import lutdeploy.machine", ("torch", "numpy", "psutil")),
         (
             "import lutdeploy.engines, lutdeploy.sampling",
@@ -30,6 +30,22 @@ def test_imports_stay_light(code: str, heavy: tuple[str, ...]) -> None:
         [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.split() == []
+
+
+def test_sampling_the_default_model_loads_what_it_needs(tmp_path: Path) -> None:
+    """Into a log: neither rich, nor PyTorch, nor what reads pictures of any kind."""
+    heavy = ("rich", "torch", "psutil", "PIL.JpegImagePlugin", "lutdeploy.decoding")
+    code = (
+        "import atexit, sys\n"
+        "from lutdeploy.cli import cli\n"
+        f"atexit.register(lambda: print(*[m for m in {heavy!r} if m in sys.modules]))\n"
+        "cli(['sample', '-n', '1', '--steps', '1', '--out', 'out'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["out"]
+    assert (tmp_path / "out" / "grid.png").is_file()
 
 
 def test_load_beside_a_users_own_engines_and_training(tmp_path: Path) -> None:

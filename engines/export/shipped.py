@@ -111,9 +111,9 @@ def read_from(graph: ir.Model, model: LutTransformer, weights: Path) -> None:
         )
         graph.graph.register_initializer(half)
         made = [
-            ir.Node("", "Cast", [half], [ir.AttrInt64("to", ir.DataType.FLOAT)]),
-            # [out, in] to [in, out]
+            # [out, in] to [in, out], of half the bytes that it would be after the cast
             ir.Node("", "Transpose", [half], [ir.AttrInt64s("perm", (1, 0))]),
+            ir.Node("", "Cast", [half], [ir.AttrInt64("to", ir.DataType.FLOAT)]),
         ]
         for kind, factor in factors.items():
             tensor = ir.tensor(factor, name=f"{name}.{kind}")
@@ -126,7 +126,8 @@ def read_from(graph: ir.Model, model: LutTransformer, weights: Path) -> None:
             if before is not None:
                 node.replace_input_with(0, before.outputs[0])
             node.name = f"{name.replace('.', '/')}/{node.op_type}_{len(nodes)}"
-            node.outputs[0].name, node.outputs[0].type = f"{node.name}_output", FLOAT
+            node.outputs[0].name = f"{node.name}_output"
+            node.outputs[0].type = HALF if node.op_type == "Transpose" else FLOAT
             nodes.append(node)
         ir.convenience.replace_all_uses_with(initializers[name], made[-1].outputs[0])
         del initializers[name]

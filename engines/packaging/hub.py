@@ -22,6 +22,7 @@ from lutdeploy.artefacts import files, hub, sample_folder, shipped
 from lutdeploy.artefacts.manifest import MANIFEST, Manifest
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import EVALUATION, Run
+from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import (
     Entry,
     resolve_schedule,
@@ -84,12 +85,13 @@ class Facts:
 
 
 def package_hub(
-    run: Run, out: Path, repository: str | None, license: str | None, note: Callable[[str], None]
+    path: Path, out: Path, repository: str | None, license: str | None, note: Callable[[str], None]
 ) -> int:
     """Write the folder; an earlier one of this command is replaced as a whole.
 
     Args:
-        run: its float32 ``step`` export is used, and made where there is none.
+        path: a run, whose float32 ``step`` export is used, and made where there is none; or a
+            model of the package, which gets a run of its own once nothing else stands in the way.
         out: the folder.
         repository: OWNER/NAME on the Hub, for the card.
         license: of the model, as the Hub writes it; that of a model of the package is known.
@@ -111,6 +113,7 @@ def package_hub(
     require_ours(out, RECORD)
     with needing("the model card"):
         import huggingface_hub  # noqa: F401
+    run = find_run(path, note)
     channels = read_metadata(run.model)[0].channels
     if channels not in images.PNG_COLOURS:
         raise UsageError(f"images of {channels} channels are no pictures to show")

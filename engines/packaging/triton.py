@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 import lutdeploy
+from lutdeploy.artefacts import hub
 from lutdeploy.artefacts.manifest import MANIFEST, Manifest, read_manifest
 from lutdeploy.artefacts.run import Run, locate
 from lutdeploy.artefacts.tuned_steps import resolve_schedule
@@ -70,7 +71,7 @@ def package_triton(
             "cpu" or "cuda:N", ``batch`` the most pictures in a batch.
         schedule: the steps; the model's best fitted ones where nothing is said.
         out: the folder.
-        name: of the models; by default the run's.
+        name: of the models; by default the run's, or that of a download from the Hub.
         note: told which schedule it is.
 
     Returns:
@@ -83,7 +84,8 @@ def package_triton(
     """
     require_ours(out, RECORD)
     run, manifest = _verified_step(request)
-    name = run.path.resolve().name if name is None else name
+    if name is None:
+        name = hub.snapshot_name(run.path) or run.path.resolve().name
     if not re.fullmatch(NAMES, name, re.ASCII):
         raise UsageError(f"{name!r} is no name for a model in Triton; --name takes A-Z a-z 0-9 _.-")
     denoiser = _denoiser(run, manifest, request, f"{name}_denoiser")
@@ -93,11 +95,9 @@ def package_triton(
     contents = {README: _readme(name, manifest, followed, denoiser).encode()}
     for config in configs:
         contents[f"{config.name}/1/model.py"] = MODEL.read_bytes()
-        if config.parameters["makes"] == "png":
-            continue
         data = msgspec.json.format(msgspec.json.encode(followed), indent=1) + b"\n"
         contents[f"{config.name}/1/{SCHEDULE}"] = data
-        if denoiser is None:
+        if denoiser is None and config.parameters["makes"] != "png":
             for file in (*manifest.files, MANIFEST):
                 data = (manifest.folder / file).read_bytes()
                 contents[f"{config.name}/1/{manifest.name}/{file}"] = data

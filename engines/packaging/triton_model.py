@@ -21,7 +21,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 import lutdeploy
+from lutdeploy.artefacts import sample_folder
 from lutdeploy.artefacts.files import read_record
+from lutdeploy.artefacts.picture_text import picture_chunks
 from lutdeploy.errors import BackendError, LutDeployError
 from lutdeploy.images import Pixels, encode_pictures, to_uint8
 from lutdeploy.sampling import Batch, Images, finished_batches, image_noise, trajectory
@@ -79,12 +81,12 @@ class TritonPythonModel:
         self.told = {key: value["string_value"] for key, value in config["parameters"].items()}
         answers = {"pictures": self._pictures, "png": self._png, "stream": self._stream}
         self.answer = answers[self.told["makes"]]
+        folder = Path(args["model_repository"], args["model_version"])
+        self.schedule = read_record(folder / "schedule.json", Schedule, "package the model again")
         if self.told["makes"] == "png":
             return
         height, width, channels = (int(size) for size in config["output"][-1]["dims"])
         self.shape = (channels, height, width)
-        folder = Path(args["model_repository"], args["model_version"])
-        self.schedule = read_record(folder / "schedule.json", Schedule, "package the model again")
         self.denoiser: Any = (
             ServedDenoiser(self.told["denoiser"])
             if "denoiser" in self.told
@@ -115,18 +117,25 @@ class TritonPythonModel:
 
     def _png(self, requests: Sequence[Any]) -> list[Any]:
         rows = [rows_of(request) for request in requests]
-        columns = np.array(list(itertools.chain(*rows)), np.uint64)  # [n, 2]
+        asked = list(itertools.chain(*rows))
+        columns = np.array(asked, np.uint64)  # [n, 2]
         inputs = {"SEED": columns[:, :1].copy(), "INDEX": columns[:, 1:].copy()}
         try:
             (pixels,) = ask(self.told["pictures"], inputs, ("IMAGE",))
         except LutDeployError as error:
             return [failure(error) for _ in requests]
-        files = iter(encode_pictures(pixels))
+        files = iter(encode_pictures(pixels, [self._texts(*row) for row in asked]))
         answers = [
             np.array([[file] for file in itertools.islice(files, len(mine))], np.object_)
             for mine in rows
         ]
         return [pb_utils.InferenceResponse([pb_utils.Tensor("IMAGE_PNG", a)]) for a in answers]
+
+    def _texts(self, seed: int, index: int) -> bytes:
+        """What `sample` writes into the PNG of a picture."""
+        model = {"model_sha256": self.told["model_sha256"]}
+        settings = sample_folder.settings(model, self.schedule, seed, "png")
+        return picture_chunks(settings, [index])[0]
 
     def _stream(self, requests: Sequence[Any]) -> None:
         for request in requests:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 import lutdeploy
 from lutdeploy import images
-from lutdeploy.artefacts import files, shipped
+from lutdeploy.artefacts import files, sample_folder, shipped
 from lutdeploy.artefacts.manifest import Manifest
+from lutdeploy.artefacts.picture_text import text_before_seed
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.tuned_steps import usable_schedules
 from lutdeploy.config import ModelConfig
@@ -208,7 +209,10 @@ def page_facts(
             for engine in ENGINES
             if engine.precision in exports
         ],
-        "schedules": [schedule_facts(schedule) for schedule in schedules],
+        "schedules": [
+            {**schedule_facts(schedule), "text": _text_before_seed(model, schedule)}
+            for schedule in schedules
+        ],
         # Picture 0 of seed 0 by the first schedule, uint8 [S, S, C]: what a GPU must paint first.
         "check": base64.b64encode(check.tobytes()).decode(),
     }
@@ -241,6 +245,12 @@ def _engine_facts(
             "weights": ours(f"{manifest.name}/{weights}"),
         },
     }
+
+
+def _text_before_seed(model_sha256: str, schedule: Schedule) -> str:
+    """What the PNGs say that the page saves, as those of `lutdeploy sample` do."""
+    settings = sample_folder.settings({"model_sha256": model_sha256}, schedule, 0, "png")
+    return text_before_seed(settings)
 
 
 def schedule_facts(schedule: Schedule) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from numpy.lib import format as npy
 from lutdeploy import images
 from lutdeploy.artefacts import files
 from lutdeploy.artefacts.picture_text import picture_chunks
-from lutdeploy.decoding import decode
 from lutdeploy.errors import ArtefactError, ran_out_of_memory
 from lutdeploy.images import Pixels
 from lutdeploy.sampling import in_batches
@@ -199,7 +198,7 @@ class PngFiles:
 
     def _read(self, path: Path) -> Pixels:
         try:
-            return images.decode_png(path.read_bytes())
+            return images.decode_png(path)
         except Exception as error:  # decoders raise almost anything on bad bytes
             if ran_out_of_memory(error):
                 raise
@@ -596,6 +595,8 @@ def _npz_images(path: Path) -> Iterator[tuple[Any, tuple[int, ...]]]:
 
 def pictures_of_shard(file: BinaryIO) -> Iterator[Pixels]:
     """The pictures of a tar shard, uint8 [S, S, C], one by one."""
+    from lutdeploy.decoding import decode  # with what reads other kinds, which nobody writes here
+
     for name, start, size in _members(file):
         if name.endswith(".png"):
             file.seek(start)

@@ -65,6 +65,16 @@ def picture_chunks(settings: Mapping[str, Any], indices: Sequence[int]) -> list[
     ]
 
 
+def text_before_seed(settings: Mapping[str, Any]) -> str:
+    """How the text ``lutdeploy`` of a picture begins, for who adds the seed and the index itself.
+
+    ``settings``: of a sample folder; what they say of the seed is left out.
+    """
+    told = _shared(settings)
+    told.pop("seed", None)
+    return json.dumps(told).removesuffix("}")
+
+
 def sheet_texts(settings: Mapping[str, Any], last: int, trajectory: bool = False) -> dict[str, str]:
     """The texts of a PNG of pictures 0 to ``last``, for :func:`lutdeploy.images.encode_png`.
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "--steps", type=click.IntRange(1, 16), default=4, help="Network evaluations of the new model."
 )
 @click.option("--out", type=PATH, help="Default: runs/NAME-distilled-STEPS.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out as it was started.")
 @click.option(
     "--paths",
     type=POSITIVE,
@@ -126,29 +126,31 @@ def command(
         raise UsageError(f"--batch {options['batch']} holds no image for some of the --steps")
     device = session.choose_device(device)
     path = None if engine.path == Path() else engine.path
-    if device.startswith("cuda") and engine.backend != "openvino":
-        engine = replace(engine, device=device)
+    command_line = click.core.ParameterSource.COMMANDLINE
+    named = {n for n in context.params if context.get_parameter_source(n) is command_line}
     if resume:
         if out is None:
             raise UsageError("--resume needs --out, the run to continue")
-        command_line = click.core.ParameterSource.COMMANDLINE
-        named = {n for n in options if context.get_parameter_source(n) is command_line}
     else:
         named_path = find(path, note)
         path = _teacher(named_path)
         name = path.stem if path.is_file() else path.name
         out = out or RUNS / f"{name}-distilled-{options['steps']}"
-    run, processes = Run(out), Processes(device)
+    run, processes, drew = Run(out), Processes(device), None
     with session.hold_folder(run, resume, "distill"):
         if resume:
-            settings = _resumed(run, path, {name: options[name] for name in named})
+            settings = _resumed(run, path, {name: options[name] for name in named & {*options}})
             path = _place(Path(str(settings.init)))
             assert settings.distilled is not None
             guidance = settings.distilled.guidance
+            if not named & {"backend", "export", "precision"}:
+                drew = settings.distilled.engine
         else:
             guidance = _guidance(options)
         assert path is not None
-        with _opened_teacher(replace(engine, path=path), guidance) as teacher:
+        if device.startswith("cuda") and engine.backend != "openvino" and engine.device is None:
+            engine = replace(engine, device=device)
+        with _opened_teacher(replace(engine, path=path), guidance, drew) as teacher:
             if not resume:
                 images = Trained.of_model(named_path)
                 settings = _started(run, path, engine, teacher, guidance, images, device, options)
@@ -173,6 +175,24 @@ def command(
         note(f"stopped and saved; `lutdeploy distill --resume --out {run.path}` continues")
         sys.exit(128 + requests[0])
     answer(run.model)
+
+
+def same_engine(request: EngineRequest, identity: dict[str, Any]) -> EngineRequest:
+    """A request for the engine that drew the first paths of a run, from what it said of itself.
+
+    ``identity``: of :class:`lutdeploy.engines.Engine`. Its device ends with the arithmetic, where
+    --precision decides that: "CPU bf16", "CPU int8-bf16", "cuda:0 fp16".
+    """
+    told = str(identity["device"])
+    precision = next((name for name in ("fp32", "fp16", "bf16") if told.endswith(name)), None)
+    on_cpu = told in ("cpu", "CPUExecutionProvider")
+    return replace(
+        request,
+        backend=identity["backend"],
+        export=identity["export"],
+        precision=precision,
+        device="cpu" if on_cpu else None,
+    )
 
 
 def _teacher(path: Path) -> Path:
@@ -209,17 +229,26 @@ def _guide(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened_teacher(engine: EngineRequest, guidance: Guidance | None) -> Iterator[KnownDenoiser]:
-    """The engine of the teacher; with its guide, in the same backend, if it has one."""
+def _opened_teacher(
+    engine: EngineRequest, guidance: Guidance | None, drew: dict[str, Any] | None = None
+) -> Iterator[KnownDenoiser]:
+    """The engine of the teacher; with its guide, in the same backend, if it has one.
+
+    ``drew``: the identity of what drew the first paths, in whose place other engines come if None.
+    """
     from lutdeploy.training.few_steps.guidance import GuidedDenoiser
 
+    requests, were = [engine], [drew]
+    if guidance:
+        requests.append(replace(engine, path=Path(guidance.guide), export=None))
+        were.append(drew and drew["guide"])
     with contextlib.ExitStack() as stack:
         opened = []
-        guides = [replace(engine, path=Path(guidance.guide), export=None)] if guidance else []
-        for request in (engine, *guides):
-            found = stack.enter_context(open_engine(request, note))
-            if not request.unverified:
-                require_passed(request.path, found.identity, note)
+        for request, was in zip(requests, were, strict=True):
+            asked = same_engine(request, was) if was else request
+            found = stack.enter_context(open_engine(asked, note))
+            if not asked.unverified:
+                require_passed(asked.path, found.identity, note)
             opened.append(found)
         yield GuidedDenoiser(opened[0], opened[1], guidance) if guidance else opened[0]
 

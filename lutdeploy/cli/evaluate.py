@@ -22,8 +22,7 @@ from lutdeploy.errors import UsageError
 from lutdeploy.schedule import ScheduleRequest
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
+    from lutdeploy.cli.progress import Progress
     from lutdeploy.training.evaluation.features import Extractor
     from lutdeploy.training.evaluation.subject import Request, Subject
 

@@ -83,6 +83,6 @@ def hub(run: Path | None, out: Path, repo: str | None, license: str | None) -> N
     """
     from lutdeploy.engines.packaging.hub import package_hub
 
-    size = package_hub(find_run(find(run, note), note), out, repo, license, note)
+    size = package_hub(find(run, note), out, repo, license, note)
     note(f"{size / 1e6:.1f} MB; `hf upload {repo or 'OWNER/NAME'} {out}` uploads it")
     answer(out)

@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 
 from lutdeploy.artefacts import sample_folder
-from lutdeploy.artefacts.sample_folder import open_place, require_shareable
-from lutdeploy.artefacts.tuned_steps import resolve_schedule
+from lutdeploy.artefacts.sample_folder import Folder, open_place, require_shareable
 from lutdeploy.artefacts.verdicts import require_passed
 from lutdeploy.cli.console import answer, interrupted_code, note, stop_with
 from lutdeploy.cli.progress import progress_bar
 from lutdeploy.cli.requests import POSITIVE, SEED, Place, engine_request, schedule_request
-from lutdeploy.engines import EngineRequest, open_engine
+from lutdeploy.engines import EngineRequest
+from lutdeploy.engines.sampler import Sampler, open_sampler
 from lutdeploy.errors import LutDeployError, UsageError
 from lutdeploy.schedule import ScheduleRequest
 
@@ -94,51 +94,42 @@ def command(
         raise UsageError("--actors are those of --ray, which is not there")
     require_shareable(out, file_format, images, address is not None)
     with contextlib.ExitStack() as stack:
-        denoiser = cluster = None
-        if address is None:
-            denoiser = stack.enter_context(open_engine(engine, note))
-            identity = denoiser.identity
-            followed = resolve_schedule(schedule, engine.path, denoiser, note)
-            if denoiser.whole_trajectory and (gif or trajectory):
-                raise UsageError(
-                    "a loop export shows no steps; --gif and --trajectory need another"
-                )
-        else:
-            from lutdeploy.engines.ray import connected
-
-            cluster = stack.enter_context(connected(address, engine, schedule, actors, note))
-            identity, followed = cluster.identity, cluster.schedule
+        sampler = stack.enter_context(open_sampler(engine, schedule, address, actors, note))
+        stepping = sampler.stepping() if gif or trajectory else None
         if not engine.unverified:
-            require_passed(engine.path, identity, note)
-        settings = sample_folder.settings(identity, followed, seed, file_format)
+            require_passed(engine.path, sampler.identity, note)
+        settings = sample_folder.settings(sampler.identity, sampler.schedule, seed, file_format)
         folder = stack.enter_context(open_place(out, settings, overwrite, images))
-        missing = folder.lacking(count, first or 0)
-        if missing < count:
-            note(f"{count - missing} of {count} images are there already")
-        batch = engine.batch or 64
-        try:
-            if denoiser is not None:
-                fill = folder.fill(denoiser, followed, count, batch, first or 0)
-            else:
-                assert cluster is not None
-                fill = cluster.fill(folder, count, batch)
-            with progress_bar("rate") as bar, contextlib.closing(fill):
-                task = bar.add_task("sample", total=count, completed=count - missing, rate="")
-                done, start = 0, time.perf_counter()
-                for made in fill:
-                    done += made
-                    speed = done / (time.perf_counter() - start)
-                    bar.update(task, advance=made, rate=f"{speed:.1f} images/s")
-        except KeyboardInterrupt as stop:
-            told = folder.progress(count, first or 0)
-            stop_with(f"interrupted: {told}", interrupted_code(stop))
-        except OSError as error:  # a full disk, say
-            raise LutDeployError(
-                f"{error.filename or out}: {error.strerror or error}; "
-                f"{folder.progress(count, first or 0)}"
-            ) from error
+        fill(folder, sampler, count, engine.batch or 64, first or 0, out)
         if grid and images is None:
             sample_folder.write_grid(folder, count)
-        if denoiser is not None and (gif or trajectory):
-            sample_folder.write_trajectory(folder, denoiser, followed, count, trajectory, gif)
+        if stepping is not None:
+            sample_folder.write_trajectory(
+                folder, stepping, sampler.schedule, count, trajectory, gif
+            )
     answer(out)
+
+
+def fill(folder: Folder, sampler: Sampler, n: int, batch: int, first: int, out: Path | str) -> None:
+    """Make what is missing of images first … first+n−1 in ``out``, and show how far that is.
+
+    Where it ends early, the last words say what is there.
+    """
+    missing = folder.lacking(n, first)
+    if missing < n:
+        note(f"{n - missing} of {n} images are there already")
+    filling = sampler.fill(folder, n, batch, first)
+    try:
+        with progress_bar("rate") as bar, contextlib.closing(filling):
+            task = bar.add_task("sample", total=n, completed=n - missing, rate="")
+            done, start = 0, time.perf_counter()
+            for made in filling:
+                done += made
+                speed = done / (time.perf_counter() - start)
+                bar.update(task, advance=made, rate=f"{speed:.1f} images/s")
+    except KeyboardInterrupt as stop:
+        stop_with(f"interrupted: {folder.progress(n, first)}", interrupted_code(stop))
+    except OSError as error:  # a full disk, say
+        raise LutDeployError(
+            f"{error.filename or out}: {error.strerror or error}; {folder.progress(n, first)}"
+        ) from error

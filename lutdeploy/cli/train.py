@@ -19,8 +19,7 @@ from lutdeploy.cli.requests import POSITIVE, SEED
 from lutdeploy.config import PRESETS, SIZES
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
+    from lutdeploy.cli.progress import Progress as Bar
     from lutdeploy.training.loop import Progress
 
 

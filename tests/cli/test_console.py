@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_a_log_gets_a_line_now_and_then(
     lines = capsys.readouterr().err.splitlines()
     said = [line.partition(", ")[0].partition(",")[0] for line in lines]
     assert said == [f"train {step} of 1000" for step in (50, *range(100, 900, 100))]
-    assert lines[1].startswith("train 100 of 1000, 10%, loss 100")
+    assert lines[1] == "train 100 of 1000, 10%, loss 100, 0:01:30 left"
     with progress.progress_bar("what") as bar:
         task = bar.add_task("slow", total=1000, what="")
         for step in range(1, 4):
@@ -97,6 +98,31 @@ def test_a_log_gets_phases_and_how_it_ended(
         for done in range(1, 5):
             bar.update(task, completed=done, rate=f"{done} images/s")
     assert capsys.readouterr().err == "sample 4 of 4, 100%, 4 images/s\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@pytest.mark.parametrize(("kind", "moves"), [("xterm", True), ("dumb", False)])
+def test_a_terminal_gets_a_bar_where_it_can_move_one(kind: str, moves: bool) -> None:
+    code = (
+        "from lutdeploy.cli.progress import phases, progress_bar\n"
+        "with progress_bar('rate') as bar:\n"
+        "    task = bar.add_task('sample', total=2, rate='')\n"
+        "    bar.update(task, advance=2, rate='9 images/s')\n"
+        "with phases() as bar:\n"
+        "    bar.update(bar.add_task('export', total=None), description='export: trace')\n"
+    )
+    reader, writer = os.openpty()
+    environment = os.environ | {"TERM": kind, "COLUMNS": "100"}
+    subprocess.run([sys.executable, "-c", code], stderr=writer, env=environment, check=True)
+    os.close(writer)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal, to Linux
+        while more := os.read(reader, 4096):
+            shown += more
+    os.close(reader)
+    assert ("━".encode() in shown) is moves
+    assert (b"2/2" if moves else b"sample 2 of 2, 100%, 9 images/s\r\n") in shown
+    assert (b"export: trace" in shown) is moves, "a log has a line of what was done for a while"
 
 
 @linux

@@ -255,7 +255,10 @@ def test_what_is_not_there_is_an_error_and_no_fallback(
 
 def test_matmuls_that_run_elsewhere_are_named(exported: Exported) -> None:
     cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
-    session = open_session(exported() / "step.onnx", cpu)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    graph = str(exported() / "step.onnx")
+    session = ort.InferenceSession(graph, options, providers=[cpu])
     assert misplaced_matmuls(session, cpu) == []
     strays = misplaced_matmuls(session, cuda)
     assert len(strays) >= 14

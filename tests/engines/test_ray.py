@@ -24,7 +24,7 @@ from s3fs import S3FileSystem
 from lutdeploy.artefacts import sample_folder, shipped
 from lutdeploy.artefacts.picture_files import Task
 from lutdeploy.engines import EngineRequest
-from lutdeploy.engines.ray import Opened, Sampler, Share, look, raise_told, room, share_of
+from lutdeploy.engines.ray import Actor, Opened, Share, look, raise_told, room, share_of
 from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.schedule import ScheduleRequest
 from tests.artefacts.object_server import BUCKET, object_server
@@ -97,7 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The actors below a process that started a cluster."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in below if "MapWorker(MapBatches(Sampler))" in child.cmdline()[0]]
+    return [child for child in below if "MapWorker(MapBatches(Actor))" in child.cmdline()[0]]
 
 
 def pictures(out: Path) -> int:
@@ -198,7 +198,7 @@ def test_an_actors_error_is_that_of_the_command(tmp_path: Path) -> None:
     task = msgspec.json.encode(Task(0, 2)).decode()
 
     def told(opened: Opened, opener: Callable[[Task], Any]) -> str:
-        done = Sampler(request, opened, opener, 2, 1)({"task": [task]})
+        done = Actor(request, opened, opener, 2, 1)({"task": [task]})
         assert done["task"] == [task]
         return str(done["error"][0])
 

@@ -1,6 +1,7 @@
 // The page: what is asked for, what is seen. worker.js makes the pictures.
 
 import { imageNoise } from "./noise.js";
+import { withTexts } from "./png.js";
 import { chooseEngine } from "./runtime.js";
 import { toPixels } from "./sampler.js";
 
@@ -86,12 +87,25 @@ const fileName = (index, step) => {
   return `${asked.seed}-${index}${end}.png`;
 };
 
+/** What the file of a picture says: at the end of its steps, what `lutdeploy sample` says. */
+function texts(index, step) {
+  const told = { Software: `lutdeploy ${page.lutdeploy}` };
+  const { seed, schedule } = asked;
+  if (step === schedule.rows.length) {
+    told.lutdeploy = `${schedule.text}, "seed": ${seed}, "index": ${index}}`;
+  }
+  return told;
+}
+
 function save(index) {
   const canvas = canvases()[index];
-  const name = fileName(index, Number(canvas.dataset.step));
-  canvas.toBlob((blob) => {
+  const step = Number(canvas.dataset.step);
+  const name = fileName(index, step);
+  const told = texts(index, step);
+  canvas.toBlob(async (blob) => {
+    const png = new Uint8Array(await blob.arrayBuffer());
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
+    link.href = URL.createObjectURL(new Blob(withTexts(png, told), { type: "image/png" }));
     link.download = name;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);

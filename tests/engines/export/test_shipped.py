@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,7 @@ from lutdeploy.artefacts.run import Run, tuned_steps_file
 from lutdeploy.artefacts.target import find_run
 from lutdeploy.artefacts.tuned_steps import fitted_schedules, read_tuned_steps
 from lutdeploy.artefacts.verdicts import read_verdicts
+from lutdeploy.config import ModelConfig
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.export.shipped import export_shipped
 from lutdeploy.errors import ArtefactError, ParityError, UsageError
@@ -93,6 +95,22 @@ def test_it_reads_its_matrices_from_the_model(model: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["static-tanh-64"], indirect=True)
 class TestOneModel:
+    def test_its_graph_says_what_it_is(self, model: Path) -> None:
+        """As those of `lutdeploy export` do; the weights are the model's own file."""
+        manifest = read_manifest(model.parent)
+        manifest.verify()  # the graph was hashed with its metadata
+        graph = onnx.load(model.parent / "step.onnx", load_external_data=False)
+        told = {entry.key: entry.value for entry in graph.metadata_props}
+        sha256 = files.sha256(model)
+        assert ModelConfig.from_dict(json.loads(told.pop("lutdeploy.config"))) == manifest.config
+        assert json.loads(told.pop("lutdeploy.weights_sha256")) == {model.name: sha256}
+        assert told == {
+            "lutdeploy.graph": "step",
+            "lutdeploy.precision": "fp32",
+            "lutdeploy.model_sha256": sha256,
+            "model_license": shipped.LICENSE,
+        }
+
     def test_what_differs_is_not_kept(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = torch.ones(3 * 64, dtype=torch.float64)  # q and k not scaled
         monkeypatch.setattr("lutdeploy.engines.export.shipped.attention_scale", lambda c: wrong)

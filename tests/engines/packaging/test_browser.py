@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 
 import lutdeploy
 from lutdeploy import images
+from lutdeploy.artefacts import files, sample_folder
+from lutdeploy.artefacts.picture_text import picture_chunks, read_picture_text
 from lutdeploy.artefacts.run import MODEL, Run
 from lutdeploy.engines.packaging import web
+from lutdeploy.errors import ArtefactError
 from lutdeploy.schedule import solver_schedule
 from tests.command import succeed
 from tests.engines.packaging.javascript import chromium, onnxruntime_web
@@ -195,8 +198,27 @@ def test_the_pictures_are_lutdeploys(
         page.click("#pictures li:nth-child(4) button")
     assert saving.value.suggested_filename == f"{SEED}-3.png"
     saving.value.save_as(tmp_path / "saved.png")
-    saved = images.decode_png((tmp_path / "saved.png").read_bytes())
+    saved = images.decode_png(tmp_path / "saved.png")
     assert np.array_equal(saved[..., :3], shown[3])
+    told, software = read_picture_text(tmp_path / "saved.png")
+    expected_text = picture_chunks(
+        sample_folder.settings(
+            {"model_sha256": files.sha256(run.model)}, solver_schedule(SOLVER, STEPS), SEED, "png"
+        ),
+        [3],
+    )
+    assert expected_text[0] in (tmp_path / "saved.png").read_bytes(), "as `sample` writes it"
+    assert (told.seed, told.index, software) == (SEED, 3, f"lutdeploy {lutdeploy.__version__}")
+    assert f"image 3 of seed {SEED}" in succeed("inspect", tmp_path / "saved.png").stdout
+    page.focus("#shown")
+    page.keyboard.press("Home")
+    with page.expect_download() as saving:
+        page.click("#pictures li:nth-child(1) button")
+    assert saving.value.suggested_filename == f"{SEED}-0-step0.png"
+    saving.value.save_as(tmp_path / "noise.png")
+    with pytest.raises(ArtefactError, match="does not say what made it"):
+        read_picture_text(tmp_path / "noise.png")
+    page.keyboard.press("End")
     assert f"--seed {SEED} --solver {SOLVER} --steps {STEPS}" in page.inner_text("#command")
     assert page.evaluate("document.documentElement.scrollWidth") == 360, "no sideways scrolling"
     page.emulate_media(reduced_motion="reduce")

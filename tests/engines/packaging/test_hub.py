@@ -207,9 +207,11 @@ def test_what_is_wrong_is_said(
     assert "--repo names OWNER/NAME" in fail(2, *line, "--repo", "cats")
     assert "--license takes an identifier" in fail(2, *line, "--license", "My own")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for words in (line, ("sample", "hf://me/cats"), ("inspect", "hf://me/cats")):
+    monkeypatch.chdir(tmp_path)
+    shipped_one = ("package", "hub", "--model", shipped.DEFAULT, "--out", tmp_path / "hub")
+    for words in (line, shipped_one, ("sample", "hf://me/cats"), ("inspect", "hf://me/cats")):
         assert "pip install 'lutdeploy[hub]'" in fail(1, *words)
-    assert not (tmp_path / "hub").exists()
+    assert list(tmp_path.iterdir()) == [], "neither the folder nor a run for the model"
 
 
 def test_a_failed_export_is_not_packaged(run: Run, tmp_path: Path) -> None:

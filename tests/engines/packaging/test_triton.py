@@ -35,7 +35,7 @@ from lutdeploy.artefacts import files
 from lutdeploy.artefacts.run import Run
 from lutdeploy.engines.packaging.model_config import Enum, InstanceGroup, ModelConfig, Tensor
 from lutdeploy.errors import BackendError
-from lutdeploy.images import Pixels, encode_pictures, to_uint8
+from lutdeploy.images import Pixels, to_uint8
 from lutdeploy.sampling import batch_noise, trajectory
 from lutdeploy.schedule import solver_schedule
 from tests.command import fail, succeed
@@ -69,11 +69,12 @@ def test_the_repository(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "models"
     written = package(run, out)
     export = ("manifest.json", "step.onnx", "weights.bin")
-    expected = ["README.md", "package.json", "cats_png/1/model.py", "cats_png/config.pbtxt"]
-    for model in ("cats", "cats_stream"):
+    expected = ["README.md", "package.json"]
+    for model in ("cats", "cats_png", "cats_stream"):
         expected += [
             f"{model}/{name}" for name in ("config.pbtxt", "1/model.py", "1/schedule.json")
         ]
+    for model in ("cats", "cats_stream"):
         expected += [f"{model}/1/step-fp32/{name}" for name in export]
     assert written == sorted(expected)
     config = (out / "cats" / "config.pbtxt").read_text()
@@ -158,6 +159,13 @@ def test_an_export_without_a_passed_verdict_is_refused(run: Run, tmp_path: Path)
     verdict.unlink()
     assert "export step-fp32 has no verdict" in fail(1, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_download_from_the_hub_gives_its_name(run: Run, tmp_path: Path) -> None:
+    """Not that of the commit, after which the cache names its folder."""
+    snapshot = tmp_path / "hub" / "models--me--faces" / "snapshots" / "0123abcd"
+    shutil.copytree(run.path, snapshot)
+    assert "faces_png/config.pbtxt" in package(snapshot, tmp_path / "models")
 
 
 def test_a_run_without_a_step_export_is_refused(run: Run, tmp_path: Path) -> None:
@@ -407,19 +415,27 @@ def test_a_repeated_request_is_answered_from_the_cache(answers: dict[str, Any]) 
     assert after["batches"] == before["batches"]
 
 
+def sampled(artefacts: Path, out: Path, seed: int, count: int) -> list[bytes]:
+    """The files of `lutdeploy sample`, each picture made alone."""
+    options = ("--backend", "onnxruntime", "--export", "step-fp32", "--batch", 1, "--no-grid")
+    run = ("sample", artefacts / "run", *options, *STEPS)
+    succeed(*run, "-n", count, "--seed", seed, "--out", out)
+    return [(out / f"{index:06d}.png").read_bytes() for index in range(count)]
+
+
 @pytest.mark.slow
-def test_png(answers: dict[str, Any], expected: Callable[..., list[Pixels]]) -> None:
-    """Also of a picture that the cache holds as IMAGE."""
-    wanted = encode_pictures(np.stack(expected((SEED, 0), (SEED, 2))))
-    assert [bytes.fromhex(data) for data in answers["png"]] == wanted
+def test_png(answers: dict[str, Any], artefacts: Path, tmp_path: Path) -> None:
+    """The very files of `sample`; also of a picture that the cache holds as IMAGE."""
+    first, _, third = sampled(artefacts, tmp_path / "samples", SEED, 3)
+    assert [bytes.fromhex(data) for data in answers["png"]] == [first, third]
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme(
-    answers: dict[str, Any], expected: Callable[..., list[Pixels]]
+    answers: dict[str, Any], artefacts: Path, tmp_path: Path
 ) -> None:
-    wanted = encode_pictures(np.stack(expected((0, 0))))
-    assert bytes.fromhex(answers["readme"]) == wanted[0]
+    (first,) = sampled(artefacts, tmp_path / "samples", 0, 1)
+    assert bytes.fromhex(answers["readme"]) == first
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ from lutdeploy.artefacts.manifest import read_manifest
 from lutdeploy.artefacts.metadata import read_metadata
 from lutdeploy.artefacts.run import Run
 from lutdeploy.artefacts.tuned_steps import distilled_schedule
+from lutdeploy.cli.distill import same_engine
 from lutdeploy.config import model_config
+from lutdeploy.engines import EngineRequest
 from lutdeploy.engines.torch import TorchEngine
 from lutdeploy.errors import ArtefactError, UsageError
 from lutdeploy.model import LutTransformer
@@ -390,6 +392,41 @@ def test_a_student_learns_from_a_guided_teacher(
     assert f"--guidance 3.0: {run.path} was started with 2.0" in line
     assert "nothing lies between" in fail(2, "distill", teacher.path, "--guidance-interval", 1, 1)
     assert "it is no run" in fail(2, "distill", teacher.path, "--guide", tmp_path)
+
+
+def test_resume_takes_the_engine_of_the_paths(
+    student: Run, teacher: Run, settings: TrainSettings, tmp_path: Path
+) -> None:
+    """Though the teacher has an export by now, which others would take; another is refused."""
+    owner, run = Run(tmp_path / "teacher"), Run(tmp_path / "student")
+    shutil.copytree(teacher.path, owner.path)
+    shutil.copytree(student.path, run.path)
+    files.write_json(run.settings, settings.changed(init=str(owner.model)))
+    succeed("export", owner.path)
+    said = succeed("distill", "--resume", "--out", run.path).stderr
+    assert "backend: torch on cpu" in said
+    line = fail(2, "distill", "--resume", "--out", run.path, "--backend", "onnxruntime")
+    assert "by another engine: backend torch, not onnxruntime" in line
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "asked"),
+    [
+        ("cpu", None, "cpu"),
+        ("CPUExecutionProvider", None, "cpu"),
+        ("CPU fp32", "fp32", None),
+        ("CPU int8", None, None),
+        ("CPU int8-bf16", "bf16", None),
+        ("cuda:0 fp16", "fp16", None),
+    ],
+)
+def test_an_engine_is_asked_for_by_its_identity(
+    device: str, precision: str | None, asked: str | None
+) -> None:
+    identity = {"backend": "openvino", "device": device, "export": "step-fp32"}
+    found = same_engine(EngineRequest(Path("run"), threads=2), identity)
+    assert (found.backend, found.export, found.threads) == ("openvino", "step-fp32", 2)
+    assert (found.precision, found.device) == (precision, asked)
 
 
 def test_evaluate_knows_the_teachers_images(student: Run, teacher: Run) -> None:
