@@ -1,6 +1,7 @@
 """Make a run's model one of the package.
 
     python -m lutdeploy.training.ship runs/cats --name static-tanh-64-small
+    python -m lutdeploy.training.ship --name static-tanh-64-small --data faces/   # measure it anew
 
 Run it in the root of the checkout. Weights and facts go to lutdeploy/models, which the wheel
 holds; the card and the pictures go to docs/models, which it does not. The weights are stored as
@@ -33,7 +34,7 @@ from lutdeploy.artefacts.tuned_steps import (
 )
 from lutdeploy.config import ModelConfig
 from lutdeploy.engines.export.shipped import export_shipped
-from lutdeploy.errors import ArtefactError, LutDeployError
+from lutdeploy.errors import ArtefactError, LutDeployError, UsageError
 from lutdeploy.reference import TorchDenoiser
 from lutdeploy.schedule import DISTILLED, Schedule, solver_schedule
 from lutdeploy.training import pictures
@@ -96,16 +97,8 @@ def schedules(path: Path) -> tuple[Schedule, Schedule]:
     return (known.best if known else None) or REFERENCE, REFERENCE
 
 
-def facts(
-    settings: TrainSettings,
-    about: dict[str, Any],
-    sampled: dict[str, Evaluation],
-    best: str,
-    reference: str,
-    real: RealImages,
-    extractor: Extractor,
-) -> dict[str, Any]:
-    """What NAME.json holds of the training and of an evaluation for each schedule."""
+def training_facts(settings: TrainSettings, about: dict[str, Any], real: RealImages) -> Any:
+    """What NAME.json holds of the training."""
     training = msgspec.to_builtins(settings)
     del training["data"], training["init"]  # paths of this machine
     if settings.distilled is not None and settings.distilled.images is not None:
@@ -115,9 +108,15 @@ def facts(
     training |= {name: about[name] for name in ("step", "images_seen", "ema")}
     training["init_images_seen"] = about.get("init_images_seen", 0)
     training |= {"training_images": len(real.training), "held_out_images": len(real.held_out)}
+    return training
+
+
+def measured(
+    sampled: dict[str, Evaluation], best: str, reference: str, extractor: Extractor
+) -> dict[str, Any]:
+    """What NAME.json holds of an evaluation for each schedule."""
     first, other = (msgspec.to_builtins(sampled[name]) for name in (best, reference))
     return {
-        "training": training,
         "sampling": {"steps": best, "seed": 0},
         "features": {"name": extractor.name, "sha256": extractor.sha256},
         "metrics": first["rows"][0]["metrics"],
@@ -149,11 +148,11 @@ def card(name: str, values: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--name", required=True, help="Such as static-tanh-64-small.")
 @click.option("--data", help="Folder of real images. Default: what the run was trained on.")
 @click.option("-n", "count", type=click.IntRange(min=16), default=1024, show_default=True)
-@click.option("--remark", default="", help="A paragraph for the card: where it falls short.")
+@click.option("--remark", help="A paragraph for the card: where it falls short.")
 @click.option(
     "--docs",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -161,21 +160,33 @@ def card(name: str, values: dict[str, Any]) -> str:
     show_default=True,
     help="Folder for the card and the pictures.",
 )
-def main(run: Path, name: str, data: str | None, count: int, remark: str, docs: Path) -> None:
-    """Write weights and facts into lutdeploy/models, the card and pictures into --docs."""
+def main(
+    run: Path | None, name: str, data: str | None, count: int, remark: str | None, docs: Path
+) -> None:
+    """Write weights and facts into lutdeploy/models, the card and pictures into --docs.
+
+    Without RUN, the weights that are there already are measured again.
+    """
     try:
-        _ship(Run(run), name, data, count, remark, docs)
+        _ship(Run(run) if run else None, name, data, count, remark, docs)
     except LutDeployError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: Path) -> None:
-    settings = read_settings(run)
-    path = write_weights(run, name)
+def _ship(
+    run: Run | None, name: str, data: str | None, count: int, remark: str | None, docs: Path
+) -> None:
+    settings = read_settings(run) if run else None
+    known = {} if run else shipped.facts(name)
+    path = write_weights(run, name) if run else shipped.model_path(name)
+    folder = data or (settings.data if settings else None)
+    if folder is None:
+        raise UsageError("without a RUN, --data is needed")
     model = checkpoint.load_model(path)
     _, about = read_metadata(path)
     size, channels = model.config.image_size, model.config.channels
-    real = load_real(data or settings.data, None, size, channels, Trained.of_run(run))
+    trained = Trained.of_run(run) if run else Trained.of_model(path)
+    real = load_real(folder, None, size, channels, trained)
     extractor = open_extractor()
     denoiser = TorchDenoiser(model, "cpu")
     best, reference = schedules(path)
@@ -186,10 +197,12 @@ def _ship(run: Run, name: str, data: str | None, count: int, remark: str, docs: 
         # x0 errors need no schedule; a distilled model has none of use
         judged = denoiser if schedule == best and best.solver != DISTILLED else None
         sampled[schedule.describe()] = evaluate(samples, real, extractor, judged)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    names = best.describe(), reference.describe()
-    found = facts(settings, about, sampled, *names, real, extractor)
-    values = {"parameters": parameters, **found, "remark": remark}
+    values = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "training": training_facts(settings, about, real) if settings else known["training"],
+        **measured(sampled, best.describe(), reference.describe(), extractor),
+        "remark": known.get("remark", "") if remark is None else remark,
+    }
     files.write_json(path.with_suffix(".json"), values)
     files.write_atomic(docs / f"{name}.md", card(name, values).encode())
     grid = images.grid(np.moveaxis(samples[:SHOWN], 1, -1))

@@ -125,6 +125,15 @@ def test_a_run_is_shipped_with_its_facts(tmp_path: Path, monkeypatch: pytest.Mon
     assert card.rstrip().endswith("Blocks, no cats.")
     assert str(tmp_path) not in json.dumps(facts) + card, "no paths of this machine"
     assert "synthetic" not in about.values()
+    again = ["--name", "drawn", "-n", "16", "--docs", str(docs)]
+    result = CliRunner().invoke(main, again)
+    assert "without a RUN, --data is needed" in result.output
+    again += ["--data", "synthetic"]
+    result = CliRunner().invoke(main, again, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    remeasured = shipped.facts("drawn")
+    assert remeasured["training"] == facts["training"]
+    assert (docs / "drawn.md").read_text() == card, "the same, since nothing has changed"
 
 
 @pytest.mark.usefixtures("few_images")
