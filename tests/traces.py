@@ -65,10 +65,9 @@ def _without_weights(model: ir.Model, state: dict[str, Tensor]) -> bytes:
     weights = {name: model.graph.initializers[name] for name in state}
     values = {name: weight.const_value for name, weight in weights.items()}
     for name, weight in weights.items():
-        tensor = weight.const_value
-        weight.const_value = ir.ExternalTensor(
-            "none", 0, 0, tensor.dtype, shape=tensor.shape, name=name
-        )
+        shape, dtype = ir.Shape(state[name].shape), weight.dtype
+        assert dtype is not None
+        weight.const_value = ir.ExternalTensor("none", 0, 0, dtype, shape=shape, name=name)
     try:
         return ir.to_proto(model).SerializeToString()
     finally:

@@ -25,6 +25,7 @@ from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.cli import COMMANDS, cli
 from lutdeploy.engines.doctor import PROBE
 from lutdeploy.sampling import batch_noise
+from lutdeploy.training.data import no_progress
 from tests.conftest import golden_model, read_golden
 
 
@@ -32,6 +33,13 @@ def run(*arguments: object, code: int = 0) -> Result:
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result
+
+
+@pytest.fixture(autouse=True)
+def few_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing all would take longer than the trainings here."""
+    few = (3, 8, 0, no_progress, None)
+    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", few)
 
 
 @pytest.fixture(scope="module")
