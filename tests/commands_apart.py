@@ -6,11 +6,13 @@ takes two seconds of a processor each time.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
@@ -76,3 +78,13 @@ class Command:
         self._process.join()
         for path in self._outputs:
             path.unlink()
+
+
+@contextlib.contextmanager
+def started(*arguments: object) -> Iterator[Command]:
+    """A command that does not outlive the block."""
+    command = Command(*arguments)
+    try:
+        yield command
+    finally:
+        command.close()

@@ -24,7 +24,7 @@ from lutdeploy.artefacts import files, picture_files
 from lutdeploy.artefacts.checkpoint import save_author_file
 from lutdeploy.artefacts.run import Run
 from tests.command import error_line, fail, succeed
-from tests.commands_apart import Command
+from tests.commands_apart import Command, started
 from tests.conftest import golden_model
 
 if os.name != "posix":
@@ -44,16 +44,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def started(*arguments: object) -> Iterator[Command]:
-    """A command in a process of its own, which does not outlive the block."""
-    command = Command(*arguments)
-    try:
-        yield command
-    finally:
-        command.close()
 
 
 def wait_until(happened: Callable[[], bool], process: Command) -> None:
