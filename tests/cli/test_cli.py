@@ -301,10 +301,28 @@ def test_a_model_of_the_package_is_the_default(
     )
     assert (tmp_path / "samples" / "grid.png").is_file()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def small_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of the package's names in its place; those of its size take ten seconds to export."""
+    names, folder = shipped.names(), tmp_path / "package"
+    monkeypatch.setattr(shipped, "FOLDER", folder)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        save_model(golden_model(name.removesuffix("-small")), shipped.model_path(name))
+
+
+@pytest.mark.usefixtures("small_package")
+def test_an_export_of_the_default_is_in_a_run_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run("export", "--fp16")
     assert (tmp_path / "runs" / shipped.DEFAULT / "onnx" / "step-fp16").is_dir()
 
 
+@pytest.mark.usefixtures("small_package")
 def test_model_stands_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name, whatever runs there are."""
     monkeypatch.chdir(tmp_path)
