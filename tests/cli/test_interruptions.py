@@ -468,6 +468,16 @@ def press_in_a_library(*arguments: object, **options: object) -> None:
         raise ImportError from error
 
 
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Ctrl-C means something, though a shell may have told a background job to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 PRESSES = {"ctrl-c": press, "ctrl-c in a library": press_in_a_library}
 
 
@@ -485,7 +495,8 @@ def test_export_that_does_not_end(
     before = contents(run.path)
     if kind in PRESSES:  # when the export is nearly done
         monkeypatch.setattr("lutdeploy.engines.export.check.compare", PRESSES[kind])
-        line = fail(128 + signal.SIGINT, "export", run.path)
+        with heard():
+            line = fail(128 + signal.SIGINT, "export", run.path)
         assert line == "error: interrupted"
     else:
         with files_limited_to(100_000):
