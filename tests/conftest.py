@@ -29,6 +29,7 @@ from lutdeploy.engines.export.graphs import ExportPlan, export_model
 from lutdeploy.engines.tensorrt.library import MODULES
 from lutdeploy.model import LutTransformer
 from lutdeploy.schedule import solver_schedule
+from tests import traces
 from tests.artefact_files import make_artefacts
 from tests.command import succeed
 from tests.doubles import install
@@ -106,6 +107,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(shared_folder: Path) -> Iterator[None]:
+    """Every export of the session gets the graph of its network from :mod:`tests.traces`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.onnx, "export", traces.remembering(shared_folder))
+        yield
 
 
 @pytest.fixture(scope="session")

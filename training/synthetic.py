@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 OVERSAMPLING = 4
 FURS = ((214, 137, 66), (96, 96, 104), (40, 38, 42), (232, 224, 210), (150, 112, 80))
 EYES = ((120, 180, 60), (230, 180, 40), (80, 150, 200), (170, 110, 40))
 
-Point = tuple[float, float]
+CIRCLE = np.array([(math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 48, False)])
+
+Axis = TypeVar("Axis", float, NDArray[np.float64])
 Colour = tuple[int, int, int]
 
 
@@ -47,13 +51,14 @@ def draw_cat(generator: np.random.Generator, size: int) -> Image.Image:
     turn = generator.normal(0, 0.06)  # the face's features shift sideways
     cos, sin = math.cos(tilt), math.sin(tilt)
 
-    def at(x: float, y: float) -> Point:
-        """Face coordinates, about [−1, 1], to pixels."""
+    def at(x: Axis, y: Axis) -> tuple[Axis, Axis]:
+        """Face coordinates, about [−1, 1], to pixels; of one point or of many."""
         return (centre[0] + scale * (cos * x - sin * y), centre[1] + scale * (sin * x + cos * y))
 
     def ellipse(x: float, y: float, rx: float, ry: float, fill: Colour) -> None:
-        angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-        draw.polygon([at(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles], fill)
+        across, down = x + rx * CIRCLE[:, 0], y + ry * CIRCLE[:, 1]
+        points = np.stack(at(across, down), axis=-1)  # [48, 2]
+        draw.polygon(points.ravel().tolist(), fill)
 
     for sign in (-1, 1):
         ear = generator.uniform(0.95, 1.15)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,15 @@ from lutdeploy.artefacts.object_store import ObjectFolder, Store
 from lutdeploy.artefacts.picture_files import MANIFEST, TarShards, task_manifest
 from lutdeploy.errors import ArtefactError, UsageError
 from tests.artefacts.object_server import BUCKET, object_server
-from tests.artefacts.test_sample_folder import SCHEDULE, N, Noise, contents, expected
+from tests.artefacts.test_sample_folder import (
+    SCHEDULE,
+    N,
+    Noise,
+    before_a_call,
+    contents,
+    expected,
+    folders_of_the_killed,
+)
 from tests.artefacts.test_sample_folder import fill as fill_folder
 
 SETTINGS = {"seed": 3, "backend": "none", "format": "webdataset"}
@@ -77,36 +84,20 @@ def test_more_pictures_are_added(url: str, whole: dict[str, bytes]) -> None:
     assert objects(url) == whole
 
 
-class KilledError(Exception):
-    """In place of a kill."""
-
-
 def test_killed_between_any_two_requests(
-    url: str, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    url: str, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stop in itertools.count():
-        place, calls = f"{url}-{stop}", itertools.count()
+    def place(out: Path) -> str:
+        return f"{url}-{out.name}"
 
-        def dying(method: Callable[..., Any], calls: Any = calls, stop: int = stop) -> Any:
-            def call(*given: Any) -> Any:
-                if next(calls) >= stop:
-                    raise KilledError
-                return method(*given)
-
-            return call
-
-        with monkeypatch.context() as patched:
-            for name in ("write", "upload", "remove"):
-                patched.setattr(Store, name, dying(getattr(Store, name)))
-            try:
-                fill(place)
-                break
-            except KilledError:
-                pass
-        made = fill(place)
+    kill = before_a_call((Store, "write"), (Store, "upload"), (Store, "remove"))
+    killed = 0
+    for out in folders_of_the_killed(lambda out: fill(place(out)), kill, tmp_path, monkeypatch):
+        killed += 1
+        made = fill(place(out))
         assert made % 10 in (0, 5), "whole shards alone are made again"
-        assert objects(place) == whole
-    assert stop > 6
+        assert objects(place(out)) == whole
+    assert killed > 6
 
 
 def test_tasks_that_share_a_place(url: str, whole: dict[str, bytes]) -> None:

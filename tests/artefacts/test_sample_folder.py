@@ -165,9 +165,12 @@ class KilledError(Exception):
     """In place of a kill: nothing is caught or cleaned on its account."""
 
 
-def killed_at(stop: int, what: str, patched: pytest.MonkeyPatch) -> None:
-    """From the write or renaming with this number on there are none; the write is cut in half."""
-    write, replace, calls = picture_files._write_all, os.replace, itertools.count()
+Kill = Callable[[int, pytest.MonkeyPatch], None]  # plants one at the call with this number
+
+
+def at_a_write(stop: int, patched: pytest.MonkeyPatch) -> None:
+    """From the write with this number on there are none; that one is cut in half."""
+    write, calls = picture_files._write_all, itertools.count()
 
     def cut(file: io.FileIO, data: bytes) -> None:
         now = next(calls)
@@ -176,20 +179,35 @@ def killed_at(stop: int, what: str, patched: pytest.MonkeyPatch) -> None:
         if now >= stop:
             raise KilledError
 
-    def refuse(*paths: Any) -> None:
-        if next(calls) >= stop:
-            raise KilledError
-        replace(*paths)
+    patched.setattr(picture_files, "_write_all", cut)
 
-    if what == "write":
-        patched.setattr(picture_files, "_write_all", cut)
-    else:
-        patched.setattr(os, "replace", refuse)
+
+def before_a_call(*places: tuple[Any, str]) -> Kill:
+    """From the call with a number on, of any of these functions of modules or classes."""
+
+    def plant(stop: int, patched: pytest.MonkeyPatch) -> None:
+        calls = itertools.count()
+
+        def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*given: Any) -> Any:
+                if next(calls) >= stop:
+                    raise KilledError
+                return function(*given)
+
+            return call
+
+        for owner, name in places:
+            patched.setattr(owner, name, dying(getattr(owner, name)))
+
+    return plant
+
+
+KILLS = {"write": at_a_write, "renaming": before_a_call((os, "replace"))}
 
 
 def folders_of_the_killed(
     work: Callable[[Path], object],
-    what: str,
+    kill: Kill,
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
     before: Callable[[Path], object] = lambda out: None,
@@ -199,7 +217,7 @@ def folders_of_the_killed(
         out = base / str(stop)
         before(out)
         with monkeypatch.context() as patched:
-            killed_at(stop, what, patched)
+            kill(stop, patched)
             try:
                 work(out)
                 break
@@ -210,7 +228,7 @@ def folders_of_the_killed(
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("what", ["write", "renaming"])
+@pytest.mark.parametrize("what", KILLS)
 def test_killed_at_any_moment(
     what: str,
     file_format: str,
@@ -221,7 +239,7 @@ def test_killed_at_any_moment(
     def work(out: Path) -> None:
         fill(out, file_format)
 
-    for out in folders_of_the_killed(work, what, tmp_path, monkeypatch):
+    for out in folders_of_the_killed(work, KILLS[what], tmp_path, monkeypatch):
         fill(out, file_format)
         found, whole = contents(out), dict(unbroken[file_format])
         if file_format == "png":  # the order in which they were made
@@ -455,7 +473,7 @@ def test_tasks_fill_one_folder(
 
 
 @pytest.mark.parametrize("file_format", SHARED)
-@pytest.mark.parametrize("what", ["write", "renaming"])
+@pytest.mark.parametrize("what", KILLS)
 def test_a_task_is_killed_at_any_moment(
     what: str,
     file_format: str,
@@ -469,7 +487,7 @@ def test_a_task_is_killed_at_any_moment(
     def before(out: Path) -> None:
         fill(out, file_format, images=SHARES[1])
 
-    for out in folders_of_the_killed(work, what, tmp_path, monkeypatch, before):
+    for out in folders_of_the_killed(work, KILLS[what], tmp_path, monkeypatch, before):
         fill(out, file_format, images=SHARES[0])
         assert fill(out, file_format, images=SHARES[2]) <= 10
         fill(out, file_format)

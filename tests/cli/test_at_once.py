@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.command import fail, invoke, succeed
+from tests.commands_apart import started
 
 SHORT = ("--solver", "euler", "--steps", "2")
 COMMANDS = {
@@ -21,12 +21,6 @@ COMMANDS = {
     "sample": ("sample", "run", "--backend", "torch", *SHORT, "-n", "8", "--out", "out"),
     "sample too": ("sample", "run", "--backend", "torch", *SHORT, "-n", "8", "--out", "out"),
 }
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def start(arguments: tuple[str, ...]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lutdeploy.cli", *arguments]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
@@ -36,13 +30,17 @@ def test_many_commands_on_one_run(
     for name, copy in (("trained", "run"), ("faces", "faces")):
         shutil.copytree(artefacts / name, tmp_path / copy)
     monkeypatch.chdir(tmp_path)
-    running = {name: start(arguments) for name, arguments in COMMANDS.items()}
-    looks = []
-    while any(process.poll() is None for process in running.values()):
-        looks.append(invoke("inspect", "run"))  # a reader sees whole files at every moment
-        time.sleep(0.2)
+    with contextlib.ExitStack() as stack:
+        running = {
+            name: stack.enter_context(started(*arguments)) for name, arguments in COMMANDS.items()
+        }
+        looks = []
+        while any(process.returncode is None for process in running.values()):
+            looks.append(invoke("inspect", "run"))  # a reader sees whole files at every moment
+            time.sleep(0.2)
+        said = {name: process.communicate()[1] for name, process in running.items()}
     for name, process in running.items():
-        last = (process.communicate()[1].splitlines() or [""])[-1]
+        last = (said[name].splitlines() or [""])[-1]
         assert process.returncode in (0, 1, 2), (name, last)
         assert process.returncode == 0 or last.startswith("error: "), (name, last)
     assert running["train"].returncode == 0
@@ -59,11 +57,13 @@ def test_tasks_of_an_array_in_one_folder(tmp_path: Path) -> None:
     """Four at once; a fifth command finds nothing to make, and leaves what one command would."""
     command = ("sample", "--model", "static-tanh-64-small", "--solver", "euler", "--steps", "1")
     out, whole = str(tmp_path / "out"), str(tmp_path / "whole")
-    running = [
-        start((*command, "--first", str(8 * task), "-n", "8", "--out", out)) for task in range(4)
-    ]
-    for process in running:
-        assert process.communicate()[1].count("error") == process.returncode == 0
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(started(*command, "--first", 8 * task, "-n", 8, "--out", out))
+            for task in range(4)
+        ]
+        for process in running:
+            assert process.communicate()[1].count("error") == process.returncode == 0
     assert "32 of 32 images are there already" in succeed(*command, "-n", 32, "--out", out).stderr
     succeed(*command, "-n", 32, "--out", whole)
     assert subprocess.run(["diff", "-r", out, whole], check=False).returncode == 0

@@ -25,6 +25,7 @@ from lutdeploy.artefacts.verdicts import read_verdicts, store_verdict
 from lutdeploy.cli import COMMANDS, cli
 from lutdeploy.engines.doctor import PROBE
 from lutdeploy.sampling import batch_noise
+from lutdeploy.training.data import no_progress
 from tests.conftest import golden_model, read_golden
 
 
@@ -32,6 +33,13 @@ def run(*arguments: object, code: int = 0) -> Result:
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result
+
+
+@pytest.fixture(autouse=True)
+def few_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing all would take longer than the trainings here."""
+    few = (3, 8, 0, no_progress, None)
+    monkeypatch.setattr("lutdeploy.training.data.draw_set.__defaults__", few)
 
 
 @pytest.fixture(scope="module")
@@ -293,10 +301,28 @@ def test_a_model_of_the_package_is_the_default(
     )
     assert (tmp_path / "samples" / "grid.png").is_file()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def small_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of the package's names in its place; those of its size take ten seconds to export."""
+    names, folder = shipped.names(), tmp_path / "package"
+    monkeypatch.setattr(shipped, "FOLDER", folder)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        save_model(golden_model(name.removesuffix("-small")), shipped.model_path(name))
+
+
+@pytest.mark.usefixtures("small_package")
+def test_an_export_of_the_default_is_in_a_run_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run("export", "--fp16")
     assert (tmp_path / "runs" / shipped.DEFAULT / "onnx" / "step-fp16").is_dir()
 
 
+@pytest.mark.usefixtures("small_package")
 def test_model_stands_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name, whatever runs there are."""
     monkeypatch.chdir(tmp_path)

@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from lutdeploy.artefacts import files, picture_files
 from lutdeploy.artefacts.checkpoint import save_author_file
 from lutdeploy.artefacts.run import Run
 from tests.command import error_line, fail, succeed
+from tests.commands_apart import Command, started
 from tests.conftest import golden_model
 
 if os.name != "posix":
@@ -33,14 +32,9 @@ if os.name != "posix":
 
 import resource
 
-STEPS, CHECKPOINT = 90, 15
+STEPS, CHECKPOINT = 60, 15
 IMAGES = 100
-
-# A shell may have told background jobs to ignore Ctrl-C; these must not.
-PROGRAM = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from lutdeploy.cli import cli; cli()"
-)
+SOON = ("--steps", 1)  # for what needs no time
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,24 +46,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def started(*arguments: object, program: str = PROGRAM) -> Iterator[subprocess.Popen[str]]:
-    """A command in a process of its own, which does not outlive the block."""
-    command = [sys.executable, "-c", program, *(str(argument) for argument in arguments)]
-    pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(happened: Callable[[], bool], process: Command) -> None:
     """Wait for something that a process does, which must not end before."""
     for _ in range(12_000):
         if happened():
             return
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.communicate()
         time.sleep(0.005)
     raise AssertionError("nothing happened for a minute")
 
@@ -77,7 +59,7 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
 SIGNALS = {"ctrl-c": signal.SIGINT, "terminate": signal.SIGTERM}
 
 
-def interrupt(process: subprocess.Popen[str], kind: str = "ctrl-c") -> str:
+def interrupt(process: Command, kind: str = "ctrl-c") -> str:
     """Ctrl-C, or what a scheduler sends; what the process says on stderr."""
     process.send_signal(SIGNALS[kind])
     _, stderr = process.communicate(timeout=60)
@@ -85,8 +67,8 @@ def interrupt(process: subprocess.Popen[str], kind: str = "ctrl-c") -> str:
     return stderr
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
+def kill(process: Command) -> None:
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
@@ -121,7 +103,7 @@ def model(golden_runs: Callable[[str], Run]) -> Path:
 
 def sample(model: Path, out: Path, *more: object, picture: bool = False) -> tuple[object, ...]:
     """Arguments that make many images, two at a time; ``more`` overrides them."""
-    small = ("-n", IMAGES, "--batch", 2, "--steps", 12)
+    small = ("-n", IMAGES, "--batch", 2, "--steps", 6)
     return ("sample", model, "--out", out, *small, *(() if picture else ("--no-grid",)), *more)
 
 
@@ -217,17 +199,17 @@ def test_two_samplers_in_one_folder(model: Path, tmp_path: Path) -> None:
 
 
 def test_manifest_line_that_was_cut_off(model: Path, tmp_path: Path) -> None:
-    succeed(*sample(model, tmp_path, "-n", 4))
+    succeed(*sample(model, tmp_path, "-n", 4, *SOON))
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_bytes(manifest.read_bytes()[:-40])
     (tmp_path / "000003.png").unlink()
-    complete(model, tmp_path)
+    complete(model, tmp_path, *SOON)
 
 
 def test_picture_that_was_removed(model: Path, tmp_path: Path) -> None:
-    succeed(*sample(model, tmp_path, "-n", 4))
+    succeed(*sample(model, tmp_path, "-n", 4, *SOON))
     (tmp_path / "000001.png").unlink()
-    complete(model, tmp_path)
+    complete(model, tmp_path, *SOON)
 
 
 def test_what_a_kill_left_of_pictures_is_cleared(model: Path, tmp_path: Path) -> None:
@@ -244,12 +226,12 @@ def test_what_a_kill_left_of_pictures_is_cleared(model: Path, tmp_path: Path) ->
 def test_no_room_for_the_manifest(model: Path, tmp_path: Path) -> None:
     """A real limit, which cuts a line of the manifest in two."""
     with files_limited_to(20_000):
-        line = fail(1, *sample(model, tmp_path))
+        line = fail(1, *sample(model, tmp_path, *SOON))
     count = len(pictures(tmp_path))
     assert count > 10
     assert os.strerror(errno.EFBIG) in line
     assert f"{count} of {IMAGES} images are in {tmp_path}; the same command makes" in line
-    complete(model, tmp_path)
+    complete(model, tmp_path, *SOON)
 
 
 def test_full_disk_while_sampling(
@@ -265,10 +247,10 @@ def test_full_disk_while_sampling(
 
     with monkeypatch.context() as patched:
         patched.setattr(picture_files, "_write_all", fill_up)
-        line = fail(1, *sample(model, tmp_path))
+        line = fail(1, *sample(model, tmp_path, *SOON))
     assert f"{tmp_path}: No space left on device; " in line
     assert f"{len(pictures(tmp_path))} of {IMAGES} images are in" in line
-    complete(model, tmp_path)
+    complete(model, tmp_path, *SOON)
 
 
 def test_full_disk_while_drawing_the_grid(model: Path, tmp_path: Path) -> None:
@@ -474,39 +456,48 @@ def test_learning_rate_that_is_too_high(cats: Path, tmp_path: Path) -> None:
 # Export and import
 
 
-# Ctrl-C when an export is nearly done, and what becomes of the KeyboardInterrupt.
-PRESSED = """
-import signal
-import lutdeploy.parity
+def press(*arguments: object, **options: object) -> None:
+    signal.raise_signal(signal.SIGINT)
 
-def press(*arguments, **options):
+
+def press_in_a_library(*arguments: object, **options: object) -> None:
+    """As NumPy, while it is imported, does with what is raised there."""
     try:
-        signal.raise_signal(signal.SIGINT)
+        press()
     except KeyboardInterrupt as error:
-        {}
+        raise ImportError from error
 
-lutdeploy.parity.compare = press
-"""
-PRESSES = {
-    "ctrl-c": "raise",
-    "ctrl-c in a library": "raise ImportError('as NumPy does while imported') from error",
-}
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Ctrl-C means something, though a shell may have told a background job to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+PRESSES = {"ctrl-c": press, "ctrl-c in a library": press_in_a_library}
 
 
 @pytest.mark.parametrize("kind", [*PRESSES, "full disk"])
 def test_export_that_does_not_end(
-    kind: str, model: Path, exported: Callable[..., Path], tmp_path: Path
+    kind: str,
+    model: Path,
+    exported: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(tmp_path)
     shutil.copy(model, run.model)
     shutil.copytree(exported(), run.export_folder("step-fp32"))
     before = contents(run.path)
-    if kind in PRESSES:
-        program = PRESSED.format(PRESSES[kind]) + PROGRAM
-        with started("export", run.path, program=program) as process:
-            _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 128 + signal.SIGINT, (process.returncode, stderr)
-        assert error_line(stderr) == "error: interrupted"
+    if kind in PRESSES:  # when the export is nearly done
+        monkeypatch.setattr("lutdeploy.engines.export.check.compare", PRESSES[kind])
+        with heard():
+            line = fail(128 + signal.SIGINT, "export", run.path)
+        assert line == "error: interrupted"
     else:
         with files_limited_to(100_000):
             line = fail(1, "export", run.path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lutdeploy.artefacts.checkpoint import load_model
 from lutdeploy.artefacts.run import Run
@@ -17,7 +18,7 @@ from lutdeploy.errors import BackendError, UsageError
 from lutdeploy.training.processes import Launch, Processes, launch, open_processes
 from tests.command import fail, succeed
 
-SETTINGS = ("--data", "synthetic", "--size", "tiny", "--set", "depth=1", "--set", "warmup=3")
+SETTINGS = ("--size", "tiny", "--set", "depth=1", "--set", "warmup=3", "--held-out", "0.2")
 LENGTH = ("--steps", "6", "--batch", "8", "--checkpoint-every", "3", "--ema", "0.5")
 
 
@@ -38,8 +39,12 @@ def test_two_processes_end_where_one_ends(tmp_path: Path) -> None:
     """Weights and losses at the same global batch, a resumed run included."""
     pytest.importorskip("accelerate", reason="training in processes needs Accelerate")
     one, two = (Run(tmp_path / name) for name in ("one", "two"))
-    succeed("train", "--device", "cpu", *SETTINGS, *LENGTH, "--out", one.path)
-    joined = train(*SETTINGS, *LENGTH, "--out", str(two.path))
+    (tmp_path / "data").mkdir()
+    for index in range(40):
+        Image.effect_noise((64, 64), 5 * index).save(tmp_path / "data" / f"{index}.png")
+    begin = ("--data", str(tmp_path / "data"), *SETTINGS, *LENGTH, "--out")
+    succeed("train", "--device", "cpu", *begin, one.path)
+    joined = train(*begin, str(two.path))
     assert joined.returncode == 0, joined.stderr
     assert "2 processes" in joined.stderr
     assert joined.stdout.split() == [str(two.model)], "one process speaks for both"

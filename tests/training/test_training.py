@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import inspect
 import json
 import math
 import shutil
@@ -142,6 +143,7 @@ def test_synthetic_images_are_reproducible_and_varied() -> None:
     assert np.array_equal(one.images, two.images[:6])
     assert len({image.tobytes() for image in two.images}) == 12
     assert two.images.std(axis=0).mean() > 20
+    assert inspect.signature(draw_set).parameters["count"].default == 2048
 
 
 def test_split_is_disjoint_complete_and_by_seed(drawn: ImageSet) -> None:

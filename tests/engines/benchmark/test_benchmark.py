@@ -552,6 +552,7 @@ def test_a_run_keeps_its_result_and_an_export_of_other_weights_is_refused(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr(Benchmark, "measure", lambda *told: result)
     monkeypatch.setattr(os, "fsync", full)
     stopped = invoke("bench", run.path, *QUICK, "--batch", 1)
     assert stopped.exit_code == 1 and "│ original" in stopped.stdout  # what was measured is shown

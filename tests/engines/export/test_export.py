@@ -21,11 +21,18 @@ from lutdeploy.artefacts.verdicts import Verdict, read_verdicts, store_verdict
 from lutdeploy.config import PRESETS, model_config
 from lutdeploy.engines import EngineRequest, open_engine
 from lutdeploy.engines.export.check import export_checked
-from lutdeploy.engines.export.graphs import ISLANDS, OPSET, ExportPlan, export_model
+from lutdeploy.engines.export.graphs import (
+    ISLANDS,
+    OPSET,
+    ExportPlan,
+    export_model,
+    write_graphs,
+)
 from lutdeploy.errors import ConfigError
 from lutdeploy.fused import FusedNetwork, TimeBias
 from lutdeploy.model import LutTransformer
 from lutdeploy.schedule import solver_schedule
+from tests import traces
 from tests.conftest import golden_model
 
 Exported = Callable[..., Path]
@@ -238,9 +245,38 @@ def test_fused_network_equals_the_model(preset: str) -> None:
     assert (found - expected).abs().max() < 2e-5 * expected.std()
 
 
-def test_an_export_again_is_the_newest_and_the_same_bytes(
-    exported: Exported, tmp_path: Path
+@pytest.mark.parametrize(
+    ("preset", "plan"),
+    [
+        ("dynamic-64", ExportPlan("step", "fp32")),
+        ("static-softmax-512", ExportPlan("loop", "fp16", solver_schedule("dpmpp-3m", 5))),
+    ],
+    ids=["step", "loop"],
+)
+def test_a_graph_depends_on_its_weights_by_their_bytes_alone(
+    preset: str, plan: ExportPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """So the suite traces a network once: another model's trace makes the same files."""
+
+    def contents(name: str, model: LutTransformer) -> dict[str, bytes]:
+        folder = tmp_path / name
+        folder.mkdir()
+        write_graphs(model, plan, folder, lambda phase: None)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    model = golden_model(preset)
+    contents("other", LutTransformer(model.config).eval().requires_grad_(False))
+    with monkeypatch.context() as patched:
+        patched.setattr(traces, "trace", None)  # the other's graph serves
+        remembered = contents("remembered", model)
+    monkeypatch.setattr(torch.onnx, "export", traces.trace)
+    assert contents("traced", model) == remembered
+
+
+def test_an_export_again_is_the_newest_and_the_same_bytes(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "export", traces.trace)
     run, model = Run(tmp_path), golden_model("static-tanh-64")
     for source in (exported(), exported(precision="fp16")):
         shutil.copytree(source, run.export_folder(source.name))
