@@ -1,9 +1,9 @@
 """The trained models that come with the package: weights, facts, fitted schedules, an export.
 
 A folder NAME has NAME.safetensors (float16), NAME.json (how it was trained and what `lutdeploy
-evaluate` measured) and NAME.steps.json. That of the default model is an export as well, with its
-manifest and its verdict: a graph that reads its matrices from NAME.safetensors. Cards and pictures
-are in docs/models.
+evaluate` measured), and NAME.steps.json where fits were better than formulas. That of the default
+model is an export as well, with its manifest and its verdict: a graph that reads its matrices from
+NAME.safetensors. Cards and pictures are in docs/models.
 """
 
 from __future__ import annotations
