@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--guidance-interval",
+    metavar="FROM TO",
     type=click.FloatRange(0, 1),
     nargs=2,
     default=(0.1, 0.9),
