@@ -124,7 +124,7 @@ class TestOneModel:
         changed = load_model(model)
         changed.state_dict()["head.bias"].add_(1)
         save_model(changed, model, torch.float16)
-        with pytest.raises(ArtefactError, match="has hash mismatch: .*; export again"):
+        with pytest.raises(ArtefactError, match=r"has hash mismatch: .*; export again"):
             lutdeploy.load(model, "auto")
 
     def test_it_goes_into_the_run_that_is_made_for_the_model(
