@@ -156,6 +156,14 @@ def history(row: Step, x0_prev: Images | None, x0_prev2: Images | None) -> Image
     return x0_prev + np.float32(row.history_ratio) * x0_prev2
 
 
+def follow(row: Step, x: Images, x0: Images, past: Images | None = None) -> Images:
+    """x' = a·x + b·x0 + c·past in float32; ``past`` is what :func:`history` makes."""
+    after = np.float32(row.a) * x + np.float32(row.b) * x0
+    if row.c and past is not None:
+        after += np.float32(row.c) * past
+    return after
+
+
 @dataclass(frozen=True)
 class State:
     """The trajectory after ``step`` steps; x0 is the prediction that led here (None at 0).

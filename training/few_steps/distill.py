@@ -43,6 +43,7 @@ from lutdeploy.sampling import (
     Images,
     State,
     batch_noise,
+    follow,
     noise_batches,
     resume,
     trajectory,
@@ -317,7 +318,7 @@ class Distilling:
         targets = self._paths[index].astype(np.float32)  # [B, K, C, S, S]
         for k, row in enumerate(self.schedule.rows[:-1]):
             on = segment > k
-            z[on] = np.float32(row.a) * z[on] + np.float32(row.b) * targets[on, k]
+            z[on] = follow(row, z[on], targets[on, k])
         return z, targets[np.arange(len(index)), segment]
 
     def _on_policy(
@@ -327,7 +328,7 @@ class Distilling:
         for k, row in enumerate(self.schedule.rows[:-1]):
             on = segment > k
             x0 = self._predict(model, z[on], row.t, self._settings.precision)
-            z[on] = np.float32(row.a) * z[on] + np.float32(row.b) * x0
+            z[on] = follow(row, z[on], x0)
         x, per = np.empty_like(z), len(self._rows) // self.schedule.steps
         for k, row in enumerate(self.schedule.rows):
             (its,) = np.nonzero(segment == k)
@@ -354,6 +355,6 @@ class Distilling:
             z = batch_noise(self._seed, indices, self._image)
             for row in self.schedule.rows:
                 x0 = self._predict(model, z, row.t)
-                z = np.float32(row.a) * z + np.float32(row.b) * x0
+                z = follow(row, z, x0)
             total += float(np.square(z - ends[indices[0] : indices[-1] + 1]).sum())
         return math.sqrt(total / ends[self.count :].size)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from lutdeploy.artefacts.tuned_steps import KnownDenoiser
 from lutdeploy.errors import ConfigError, UsageError
-from lutdeploy.sampling import Denoiser, Images, State, history, in_batches, trajectory
+from lutdeploy.sampling import Denoiser, Images, State, follow, history, in_batches, trajectory
 from lutdeploy.schedule import Schedule, Step, fitted_schedule, solver_schedule, time_grid
 
 REFERENCE = solver_schedule("euler", 256)
@@ -135,10 +135,7 @@ def require_steps(engine: KnownDenoiser) -> None:
 
 def advance(row: Step, state: State, x0: Images) -> State:
     """The state after a row, whose prediction is ``x0``."""
-    x = np.float32(row.a) * state.x + np.float32(row.b) * x0
-    past = history(row, state.x0, state.x0_prev)
-    if row.c and past is not None:
-        x += np.float32(row.c) * past
+    x = follow(row, state.x, x0, history(row, state.x0, state.x0_prev))
     return State(state.step + 1, x, x0, state.x0)
 
 

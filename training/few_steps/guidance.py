@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lutdeploy.artefacts.tuned_steps import KnownDenoiser
 from lutdeploy.config import ModelConfig
 from lutdeploy.errors import UsageError
-from lutdeploy.sampling import Images
+from lutdeploy.sampling import Images, follow
 from lutdeploy.schedule import Schedule, Step
 from lutdeploy.training.recipes import Guidance
 
@@ -80,10 +80,7 @@ class GuidedDenoiser:
     def step(self, x: Images, row: Step, x0_prev: Images | None) -> tuple[Images, Images]:
         """One row of a schedule: (x', x0) with x' = a·x + b·x0 + c·x0_prev."""
         x0 = self.predict_x0(x, np.full(len(x), row.t, np.float32))
-        after = np.float32(row.a) * x + np.float32(row.b) * x0
-        if row.c and x0_prev is not None:
-            after += np.float32(row.c) * x0_prev
-        return after, x0
+        return follow(row, x, x0, x0_prev), x0
 
     def run(self, noise: Images) -> Images:
         """No graph holds a guided trajectory."""
